@@ -1,0 +1,56 @@
+# Needs Python 3.10 or newer, pip and make. `make` alone lists the targets.
+
+PYTHON ?= python3
+VENV ?= .venv
+TASK ?= digits
+ARGS ?=
+
+TORCH := torch==2.13.0
+RUN := $(VENV)/bin/python
+READY := $(VENV)/ready
+READY_DEV := $(VENV)/ready-dev
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check bench sweep clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@echo
+	@echo '  TASK=digits|fashion|fashion-ae|lm for demo, ARGS="..." for options of demo, test, bench and sweep'
+
+setup: $(READY)  ## virtual environment in .venv with everything the other targets need
+
+# The exact torch goes first: any other requirement would let pip choose another build of it.
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "$(PYTHON) must be Python 3.10 or newer; name one with: make PYTHON=python3.11 ..."; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "$(PYTHON) cannot make virtual environments; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install $(TORCH)
+	$(RUN) -m pip install -e '.[test,demo]'
+	@touch $@
+
+$(READY_DEV): $(READY)
+	$(RUN) -m pip install -e '.[dev]'
+	@touch $@
+
+demo: $(READY)  ## AdamW without and with mkor_fx on real data: table, demo-output/loss.png and graph.txt
+	$(RUN) -m benchmarks.demo $(TASK) $(ARGS)
+
+test: $(READY)  ## run the tests
+	$(RUN) -m pytest $(ARGS)
+
+check: $(READY_DEV)  ## lint and type-check
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy -p mkor_fx -p benchmarks
+
+bench: $(READY)  ## time a compiled step of a small GPT with and without MKOR
+	$(RUN) -m benchmarks.step_time $(ARGS)
+
+sweep: $(READY)  ## learning-rate sweep over three seeds (slow): sweep-output/report.md
+	$(RUN) -m benchmarks.sweep $(ARGS)
+
+clean:  ## remove what the targets wrote; the virtual environment stays
+	rm -rf demo-output sweep-output build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

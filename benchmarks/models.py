@@ -1,0 +1,55 @@
+"""The models of the benchmarks: a chain of linear layers and a small GPT.
+
+Shapes: B sequences or examples, T positions, D model width, V symbols.
+"""
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def mlp(*widths: int) -> nn.Sequential:
+    """Linear layers of the given widths with a ReLU between each two: `[B, widths[0]] -> [B, widths[-1]]`."""
+    layers: list[nn.Module] = []
+    for fan_in, fan_out in pairwise(widths):
+        layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block with causal attention: `[B, T, D] -> [B, T, D]`."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.attention_norm = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.mix = nn.Linear(width, width)
+        self.mlp_norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.mix(attended.transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.mlp_norm(x))))
+
+
+class GPT(nn.Module):
+    """Decoder-only language model: symbols `[B, T]` (int64) to logits `[B, T, V]`."""
+
+    def __init__(self, vocabulary: int, context: int, width: int, depth: int, heads: int) -> None:
+        super().__init__()
+        self.symbols = nn.Embedding(vocabulary, width)
+        self.positions = nn.Parameter(0.02 * torch.randn(context, width))
+        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(depth)))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, vocabulary)
+        nn.init.normal_(self.symbols.weight, std=0.02)
+
+    def forward(self, symbols: Tensor) -> Tensor:
+        x = self.symbols(symbols) + self.positions[: symbols.shape[1]]
+        return self.head(self.norm(self.blocks(x)))

@@ -1,0 +1,105 @@
+"""The loop that the demo and the sweep share: one compiled step, trained many times, and how its curves compare."""
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import mkor_fx
+from benchmarks.tasks import Task, cosine
+
+WINDOW = 5  # evaluations averaged by `smoothed`
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One training run: losses after each number of steps in `evaluated`, and the median milliseconds a step."""
+
+    lr: float
+    seed: int
+    evaluated: list[int]
+    training: list[float]
+    held_out: list[float]
+    step_ms: float
+
+    def final(self, part: str = "training") -> float:
+        """Smoothed loss at the end; infinite where the run diverged."""
+        return smoothed(getattr(self, part))[-1]
+
+    def steps_to(self, loss: float) -> int | None:
+        """Steps after which the smoothed training loss is first at most `loss`; None where it never is."""
+        reached = (step for step, value in zip(self.evaluated, smoothed(self.training)) if value <= loss)
+        return next(reached, None)
+
+
+def smoothed(losses: list[float]) -> list[float]:
+    """Mean of each value and the WINDOW - 1 before it; infinite from the first value that is not finite."""
+    means = []
+    for end in range(1, len(losses) + 1):
+        mean = statistics.fmean(losses[max(0, end - WINDOW) : end])
+        means.append(mean if math.isfinite(mean) else math.inf)
+    return means
+
+
+class Trainer:
+    """A task with AdamW and one rule (None: AdamW alone), compiled at construction.
+
+    Every run starts afresh: weights, optimizer and factors are reset in place, and the learning rate is an input of the
+    compiled step, so nothing is compiled again.
+    """
+
+    def __init__(self, task: Task, rule: Any = None, *, refresh_every: int = 1, backend: str = "inductor") -> None:
+        self.task = task
+        self.model = task.build(seed=0)
+        self.optimizer = torch.optim.AdamW(self.model.parameters())
+        self.step = mkor_fx.compile_step(
+            self.model, task.loss_fn, self.optimizer, rule=rule, refresh_every=refresh_every, backend=backend
+        )
+        self.initial = deepcopy((self.optimizer.state_dict(), self.step.mkor.state_dict()))
+        started = time.perf_counter()
+        for batch in task.batches(seed=0, steps=min(refresh_every, 2)):
+            self.step(*batch)
+        self.compile_seconds = time.perf_counter() - started
+
+    def reset(self, seed: int) -> None:
+        """Back to the state before the first step, with the weights of `seed`."""
+        self.model.load_state_dict(self.task.build(seed).state_dict())
+        optimizer_state, factors = deepcopy(self.initial)
+        self.optimizer.load_state_dict(optimizer_state)
+        self.step.mkor.load_state_dict(factors)
+
+    def run(
+        self, lr: float, seed: int, steps: int | None = None, report: Callable[[int, float], None] | None = None
+    ) -> Run:
+        """Trains from scratch; `report(step, training loss)` is called after every evaluation."""
+        self.reset(seed)
+        steps = steps or self.task.steps
+        evaluated, training, held_out, seconds = [], [], [], []
+        for done, batch in enumerate(self.task.batches(seed, steps)):
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr * cosine(done, steps)
+            started = time.perf_counter()
+            self.step(*batch)
+            seconds.append(time.perf_counter() - started)
+            if (done + 1) % self.task.evaluate_every == 0 or done + 1 == steps:
+                losses = self.task.evaluate(self.model)
+                evaluated.append(done + 1)
+                training.append(losses[0])
+                held_out.append(losses[1])
+                if report:
+                    report(done + 1, losses[0])
+                if not math.isfinite(losses[0]):
+                    break
+        return Run(
+            lr=lr,
+            seed=seed,
+            evaluated=evaluated,
+            training=training,
+            held_out=held_out,
+            step_ms=1e3 * statistics.median(seconds),
+        )

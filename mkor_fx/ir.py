@@ -1,0 +1,177 @@
+"""What flows through the pipeline: a captured step, the sites found in it, and the grammar of each stage."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+
+import torch
+from torch import fx
+
+#: which dimension of the weight's matrix view the rows ``a`` (the layer's inputs) lie along
+INPUTS_LAST, INPUTS_FIRST = 0, 1
+
+
+@dataclass(frozen=True)
+class Operand:
+    """Rows ``[N, M]`` read off a node: ``view(value of node, *arguments)``. ``view`` is plain torch code."""
+
+    node: fx.Node
+    view: Callable
+    arguments: tuple = ()
+
+
+@dataclass(frozen=True)
+class Tap:
+    """One use of a weight, read off the operation that makes its gradient: ``grad_PQ = rows_P.T @ rows_Q``.
+
+    ``count`` is the number of rows, ``None`` for all ``N`` of them. ``inputs`` is filled in by the matcher where an op
+    table row cannot know it (``mm`` is symmetric): ``INPUTS_LAST`` for ``[O, I]`` weights, ``INPUTS_FIRST`` for ``[I, O]``.
+    ``bias_grads`` are nodes that hold this use's bias gradient for certain (a convolution's third output).
+    """
+
+    node: fx.Node
+    op: str
+    matrix: tuple[int, int]
+    rows_first: Operand
+    rows_last: Operand
+    inputs: int | None = None
+    count: Operand | None = None
+    bias_grads: tuple[fx.Node, ...] = ()
+
+    @property
+    def a(self) -> Operand:
+        return self.rows_last if self.inputs == INPUTS_LAST else self.rows_first
+
+    @property
+    def g(self) -> Operand:
+        return self.rows_first if self.inputs == INPUTS_LAST else self.rows_last
+
+
+@dataclass(frozen=True)
+class Decline:
+    """Why a parameter keeps its raw gradient: ``op`` that stood in the way, the user's ``source`` line."""
+
+    reason: str
+    op: str = ""
+    source: str = ""
+
+    def __str__(self) -> str:
+        return self.reason + (f" [{self.op}]" if self.op else "") + (f" at {self.source}" if self.source else "")
+
+
+class Role(Enum):
+    SITE = "site"
+    BIAS = "bias"
+    DECLINED = "declined"
+
+
+@dataclass
+class Parameter:
+    """A trainable parameter of a captured graph.
+
+    ``index`` is its position among the graph's inputs, ``output`` its gradient's among the joint outputs; ``excluded``
+    says why it is left alone before anything is matched.
+    """
+
+    index: int
+    name: str
+    shape: tuple[int, ...]
+    node: fx.Node
+    output: int | None
+    excluded: str | None = None
+
+    @property
+    def grad(self) -> fx.Node | None:
+        """The node that is returned as its gradient now: passes may replace nodes, never outputs' positions."""
+        return None if self.output is None else self.node.graph.output_node().args[0][self.output]  # type: ignore
+
+
+@dataclass
+class Site:
+    """A weight whose gradient is a product, with every use of it. ``bias`` is the index of its bias, if matched."""
+
+    parameter: Parameter
+    taps: list[Tap]
+    bias: Parameter | None = None
+
+    @property
+    def kinds(self) -> tuple[int, ...]:
+        """The orientations in which the weight is used."""
+        return tuple(sorted({tap.inputs for tap in self.taps if tap.inputs is not None}))
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        return self.taps[0].matrix
+
+
+@dataclass
+class StepGraph:
+    """A joint forward and backward graph on its way through the passes.
+
+    ``seeds`` are the gradients of the outputs (AOTAutograd's tangents): whatever depends on them is backward.
+    ``parameters`` are keyed by input position; after ``match`` each trainable one is a site, a bias or a decline.
+    """
+
+    module: fx.GraphModule
+    inputs: list[fx.Node]
+    parameters: dict[int, Parameter]
+    seeds: list[fx.Node]
+    sites: dict[int, Site] = field(default_factory=dict)
+    declines: dict[int, Decline] = field(default_factory=dict)
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.module.graph
+
+    @property
+    def output(self) -> fx.Node:
+        return self.graph.output_node()
+
+    def returned(self, position: int) -> fx.Node:
+        """What the joint graph returns at ``position``."""
+        return self.output.args[0][position]  # type: ignore[index,return-value]
+
+    def role(self, index: int) -> Role:
+        if index in self.sites:
+            return Role.SITE
+        if any(site.bias is not None and site.bias.index == index for site in self.sites.values()):
+            return Role.BIAS
+        return Role.DECLINED
+
+
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
+
+
+def source_line(node: fx.Node | None) -> str:
+    """``file.py:12`` of the user's code that made the node (its innermost frame outside torch), or ''."""
+    trace = node.meta.get("stack_trace") if node is not None else None
+    frames = [m for m in _FRAME.finditer(trace or "") if "/torch/" not in m["file"]]
+    return f"{frames[-1]['file'].rsplit('/', 1)[-1]}:{frames[-1]['line']}" if frames else ""
+
+
+def fake_value(node: fx.Node) -> torch.Tensor:
+    """The fake tensor that describes what the node computes."""
+    return node.meta["val"]
+
+
+def verify(step: StepGraph, stage: str) -> None:
+    """Hold a stage's graph to its grammar; a failure is a fault of the library, never of the user.
+
+    Every stage: well-formed, every tensor node typed. From ``match`` on: each trainable parameter has exactly one role.
+    After ``lower``: no ``mkor_fx::`` operator left.
+    """
+    step.graph.lint()
+    for node in step.graph.nodes:
+        if node.op == "call_function" and "val" not in node.meta:
+            raise AssertionError(f"after {stage}: node {node} ({node.target}) has no meta['val']")
+        if stage == "lower" and getattr(node.target, "namespace", None) == "mkor_fx":
+            raise AssertionError(f"after lower: {node.target} was not expanded")
+    if stage in ("match", "rewrite", "schedule", "lower"):
+        biases = {site.bias.index for site in step.sites.values() if site.bias is not None}
+        roles = [set(step.sites), biases, set(step.declines)]
+        if set().union(*roles) != set(step.parameters) or sum(map(len, roles)) != len(step.parameters):
+            raise AssertionError(f"after {stage}: sites {roles[0]}, biases {roles[1]} and declines {roles[2]} do not "
+                                 f"divide the parameters {set(step.parameters)}")

@@ -1,0 +1,70 @@
+"""What an update rule is: four pure functions of tensors, plain torch code, traced once per shape.
+
+Shape suffixes: ``N`` rows, ``I`` inputs, ``O`` outputs of one weight.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One preconditioned weight as a rule sees it: ``O`` outputs, ``I`` inputs, with or without a bias of ``O``."""
+
+    O: int
+    I: int  # noqa: E741
+    bias: bool = False
+
+
+class Use(NamedTuple):
+    """What ``summarize`` returned, summed over all rows, micro-batches and ranks; ``rows`` is their number, 0-dim.
+
+    ``opposite``: the weight was used the other way round (an embedding whose table is also the output layer). Then the
+    summary's inputs lie along ``O`` and its output gradients along ``I``.
+    """
+
+    summary: tuple[Tensor, ...]
+    rows: Tensor
+    opposite: bool
+
+
+class Gradient(NamedTuple):
+    """``weight`` is ``[O, I]`` whatever way the parameter is stored; ``bias`` is ``[O]`` or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+State = dict[str, Tensor]
+
+
+class Rule(ABC):
+    """An update rule. Subclasses are frozen dataclasses: a rule is its options and holds no tensors.
+
+    Where its operands are not finite the library keeps the old state, so ``update`` need not look.
+    """
+
+    #: whether ``update`` reads the gradient (then a gradient that is not finite leaves the state alone, too)
+    reads_gradient: bool = False
+
+    @abstractmethod
+    def init(self, shape: Shape, device: torch.device) -> State:
+        """Fresh state of one weight, by name. Empty: nothing to precondition with, the weight is declined."""
+
+    @abstractmethod
+    def summarize(self, a_NI: Tensor, g_NO: Tensor) -> tuple[Tensor, ...]:
+        """What one use of the weight contributes, as sums over rows: exactly what crosses the network."""
+
+    @abstractmethod
+    def update(self, state: State, uses: list[Use], grad: Gradient, step: Tensor) -> State:
+        """New state from this step's statistics; refresh steps only. ``step`` is 0-dim int64, 0 on the first."""
+
+    @abstractmethod
+    def precondition(self, state: State, grad: Gradient) -> Gradient:
+        """The direction that the base optimizer gets in place of the gradient; every step."""

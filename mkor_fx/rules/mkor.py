@@ -1,0 +1,218 @@
+"""MKOR: rank-1 updates of inverse Kronecker factors (Mozaffari et al., NeurIPS 2023, arXiv 2306.01685, Algorithm 1)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..prims import accumulation_dtype, column_square_sum, column_sum, inverse_update, precondition, rademacher, rescale
+from .base import Gradient, Rule, Shape, State, Use
+
+FORMS = ("scale_free", "forgetful", "exact", "paper")
+STATISTICS = ("mean", "gradient", "mean+gradient")
+BIASES = ("left", "joint", "off")
+#: a sum shorter than this many times its expected rounding counts as zero
+NOISE = 32.0
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MKOR(Rule):
+    """Momentum-enabled Kronecker-factor optimizer with rank-1 updates.
+
+    For a weight ``W`` of ``[O, I]`` with statistics ``g_O = sum_n g[n]`` and ``a_I = mean_n a[n]`` the inverse factors
+    ``L`` of ``[O, O]`` and ``R`` of ``[I, I]`` take one rank-1 step each, and the base optimizer gets
+    ``L @ grad @ R * |grad| / |L @ grad @ R|``.
+
+    Args:
+        form: how an inverse factor ``F`` takes a statistic ``v``. With ``k`` statistics a side each has weight ``1/k``.
+
+            - ``"scale_free"`` (default): ``forgetful`` on ``v * sqrt(kappa) / |v|``. Keeps
+              ``(1-gamma) / (1 + kappa (1-gamma)) <= F <= 1`` whatever the scale of loss, activations or loss scaler.
+            - ``"forgetful"``: ``B = gamma F + (1-gamma) I``, then ``B - B v (B v)^T / (1 + v^T B v)``: what the
+              released code computes.
+            - ``"exact"``: the inverse of ``gamma L + (1-gamma) v v^T``. Unseen directions grow as ``gamma^-t``, so it
+              needs the stabiliser.
+            - ``"paper"``: ``gamma F + (1-gamma) / (gamma^2 (1 + gamma (1-gamma) v^T F v)) F v (F v)^T``, as printed. It
+              amplifies the direction it has seen; offered for comparison.
+        statistic: ``"mean"`` as above; ``"gradient"``: the random-sign sketches ``G w`` and ``G^T w'`` of the gradient,
+            unbiased for ``G G^T`` and ``G^T G``, which need no capture; ``"mean+gradient"``: both.
+        gamma: factor momentum, in (0, 1).
+        kappa: squared length to which ``scale_free`` brings every statistic, > 0.
+        epsilon, zeta: norm-based stabiliser: where ``max |F| > epsilon``, ``F <- zeta F + (1 - zeta) I`` before the
+            update; ``zeta < gamma``. ``epsilon=None`` is 1000 for ``exact`` and ``paper`` and infinite (off) for the
+            other two, which are bounded by 1 by construction.
+        rescale: give each direction the norm of its raw gradient.
+        bias: ``"left"``: ``L @ grad`` with its own norms; ``"joint"``: one more column of ``[W | b]``; ``"off"``: raw.
+        clamp: bound on the entries of every row of ``a`` and ``g`` before they are summed, or None.
+        max_factor: a side larger than this stays the identity.
+        factor_dtype: float32, bfloat16, float16 or float64. The arithmetic of the update is float32 (float64 for
+            float64 factors); the two products run in the dtype of the gradient.
+
+    Raises:
+        ValueError: for an option outside its range, naming it.
+    """
+
+    form: Literal["scale_free", "forgetful", "exact", "paper"] = "scale_free"
+    statistic: Literal["mean", "gradient", "mean+gradient"] = "mean"
+    gamma: float = 0.95
+    kappa: float = 10.0
+    epsilon: float | None = None
+    zeta: float = 0.5
+    rescale: bool = True
+    bias: Literal["left", "joint", "off"] = "left"
+    clamp: float | None = None
+    max_factor: int = 4096
+    factor_dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        choices = (("form", FORMS), ("statistic", STATISTICS), ("bias", BIASES), ("factor_dtype", DTYPES))
+        for name, allowed in choices:
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"MKOR({name}={getattr(self, name)!r}): must be one of {', '.join(map(str, allowed))}")
+        if not 0 < self.gamma < 1:
+            raise ValueError(f"MKOR(gamma={self.gamma!r}): the factor momentum must lie inside (0, 1), e.g. 0.95")
+        if not 0 <= self.zeta < self.gamma:
+            raise ValueError(f"MKOR(zeta={self.zeta!r}): the stabiliser needs 0 <= zeta < gamma={self.gamma}, "
+                             "or it cannot outrun the growth of unseen directions; lower zeta or raise gamma")
+        for name, value in (("kappa", self.kappa), ("epsilon", self.epsilon), ("clamp", self.clamp)):
+            if value is not None and not value > 0:
+                raise ValueError(f"MKOR({name}={value!r}): must be positive")
+        if self.max_factor < 0:
+            raise ValueError(f"MKOR(max_factor={self.max_factor!r}): must be 0 (no factors) or more")
+
+    @property
+    def reads_gradient(self) -> bool:  # type: ignore[override]
+        return "gradient" in self.statistic
+
+    @property
+    def stabiliser_threshold(self) -> float:
+        if self.epsilon is not None:
+            return self.epsilon
+        return 1000.0 if self.form in ("exact", "paper") else math.inf
+
+    def init(self, shape: Shape, device: torch.device) -> State:
+        """``{"L": eye(O), "R": eye(I)}`` in ``factor_dtype``, sides above ``max_factor`` left out."""
+        inputs = shape.I + (shape.bias and self.bias == "joint")
+        sides = {"L": shape.O, "R": inputs}
+        return {
+            name: torch.eye(size, dtype=self.factor_dtype, device=device)
+            for name, size in sides.items()
+            if size <= self.max_factor
+        }
+
+    def summarize(self, a_NI: Tensor, g_NO: Tensor) -> tuple[Tensor, ...]:
+        """``sum_n a[n]``, ``sum_n g[n]`` and how large either is by rounding alone: ``I + O + 3`` numbers with the rows.
+
+        Some sums are zero in exact arithmetic: of ``g`` in front of a batch norm or in an attention's keys, of ``a``
+        behind centred data. ``scale_free`` would blow their rounding up to full size, so it needs to know. Each entry
+        is rounded by ``eps`` of its dtype, so a sum is noise below about ``eps * sqrt(sum_n |row|^2)``.
+        """
+        if self.statistic == "gradient":
+            return ()
+        if self.clamp is not None:
+            a_NI, g_NO = a_NI.clamp(-self.clamp, self.clamp), g_NO.clamp(-self.clamp, self.clamp)
+        sums = column_sum(a_NI), column_sum(g_NO)
+        if self.form != "scale_free":
+            return sums
+        return *sums, _rounding(a_NI), _rounding(g_NO)
+
+    def update(self, state: State, uses: list[Use], grad: Gradient, step: Tensor) -> State:
+        left, right = [], []
+        dtype = accumulation_dtype(self.factor_dtype)
+        joint = grad.bias is not None and self.bias == "joint"
+        if self.statistic != "gradient":
+            for use in uses:
+                a_sum, g_O = use.summary[:2]
+                if self.form == "scale_free":
+                    a_sum, g_O = _unless_noise(a_sum, use.summary[2]), _unless_noise(g_O, use.summary[3])
+                a_I = a_sum / use.rows.clamp_min(1)
+                along_O, along_I = (a_I, g_O) if use.opposite else (g_O, a_I)
+                if joint:  # the bias is a column whose input is always 1, and which the opposite use does not have
+                    along_I = torch.cat([along_I, along_I.new_full((1,), 0.0 if use.opposite else 1.0)])
+                left.append(along_O)
+                right.append(along_I)
+        if self.reads_gradient:
+            grad_OI = (_joined(grad) if joint else grad.weight).to(dtype)
+            signs_I = rademacher(step, 0, grad_OI.shape[1], dtype)
+            signs_O = rademacher(step, 1, grad_OI.shape[0], dtype)
+            sketches = (grad_OI * signs_I).sum(1), (grad_OI * signs_O[:, None]).sum(0)
+            if self.form == "scale_free":
+                noise = (grad_OI * grad_OI).sum() * (NOISE * torch.finfo(grad.weight.dtype).eps) ** 2
+                sketches = _unless_noise(sketches[0], noise), _unless_noise(sketches[1], noise)
+            left.append(sketches[0])
+            right.append(sketches[1])
+        vectors = {"L": [v.to(dtype) for v in left], "R": [v.to(dtype) for v in right]}
+        return {name: self._refresh(factor, vectors[name]) for name, factor in state.items()}
+
+    def _refresh(self, factor_DD: Tensor, vectors: list[Tensor]) -> Tensor:
+        share = 1 / len(vectors)
+        factor = self._stabilise(factor_DD, vectors[0].dtype)
+        if self.form == "scale_free":
+            vectors = [_with_squared_length(v, self.kappa) for v in vectors]
+        if self.form == "paper":
+            return self._as_printed(factor, vectors).to(factor_DD.dtype)
+        if self.form == "exact":
+            scale, shift, weight = 1 / self.gamma, 0.0, (1 - self.gamma) * share
+        else:
+            scale, shift, weight = self.gamma, 1 - self.gamma, share
+        return inverse_update(factor, vectors, scale, shift, weight).to(factor_DD.dtype)
+
+    def _as_printed(self, factor_DD: Tensor, vectors: list[Tensor]) -> Tensor:
+        weight = (1 - self.gamma) / len(vectors)
+        factor = factor_DD.to(vectors[0].dtype)
+        updated = self.gamma * factor
+        for v_D in vectors:
+            u_D = (factor * v_D).sum(1)
+            coefficient = weight / (self.gamma**2 * (1 + self.gamma * weight * (v_D * u_D).sum()))
+            updated = updated + torch.outer(coefficient * u_D, u_D)
+        return updated
+
+    def _stabilise(self, factor_DD: Tensor, dtype: torch.dtype) -> Tensor:
+        """A positive definite matrix has its largest entry on the diagonal, so ``max |F|`` costs ``D`` reads."""
+        if math.isinf(self.stabiliser_threshold):
+            return factor_DD
+        factor = factor_DD.to(dtype)
+        fires = factor.diagonal().abs().amax() > self.stabiliser_threshold
+        identity = torch.eye(factor.shape[0], dtype=dtype, device=factor.device)
+        return torch.where(fires, self.zeta * factor + (1 - self.zeta) * identity, factor)
+
+    def precondition(self, state: State, grad: Gradient) -> Gradient:
+        left, right = state.get("L"), state.get("R")
+        if grad.bias is not None and self.bias == "joint":
+            direction = self._direction(left, _joined(grad), right)
+            return Gradient(direction[:, :-1], direction[:, -1])
+        bias = grad.bias
+        if bias is not None and self.bias == "left" and left is not None:
+            bias = self._direction(left, bias[:, None], None)[:, 0]
+        return Gradient(self._direction(left, grad.weight, right), bias)
+
+    def _direction(self, left: Tensor | None, grad: Tensor, right: Tensor | None) -> Tensor:
+        direction = precondition(left, grad, right)
+        return rescale(direction, grad) if self.rescale else direction
+
+
+def _joined(grad: Gradient) -> Tensor:
+    assert grad.bias is not None
+    return torch.cat([grad.weight, grad.bias[:, None]], 1)
+
+
+def _rounding(rows_NM: Tensor) -> Tensor:
+    """Squared length up to which the sum of these rows is taken for rounding, 0-dim."""
+    return column_square_sum(rows_NM).sum() * (NOISE * torch.finfo(rows_NM.dtype).eps) ** 2
+
+
+def _unless_noise(v_D: Tensor, noise: Tensor) -> Tensor:
+    return torch.where((v_D * v_D).sum() > noise, v_D, torch.zeros_like(v_D))
+
+
+def _with_squared_length(v_D: Tensor, kappa: float) -> Tensor:
+    """``v`` brought to ``|v|^2 = kappa``; a zero vector stays zero, the largest entry is divided out first."""
+    largest = v_D.abs().amax()
+    scaled = v_D / torch.where(largest > 0, largest, torch.ones_like(largest))
+    squared = (scaled * scaled).sum()
+    return scaled * torch.where(squared > 0, (kappa / squared).sqrt(), squared)

@@ -1,0 +1,43 @@
+"""One spelling for each thing the matcher looks at. Every pass here is exact."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from ..ir import StepGraph, fake_value
+from .core import graph_pass
+
+aten = torch.ops.aten
+
+
+@graph_pass(stage="canonicalize", exact=True)
+def spell_transposes(step: StepGraph) -> None:
+    """``t(x)``, ``transpose(x, 0, 1)`` of a matrix -> ``permute(x, [1, 0])``."""
+    for node in list(step.graph.nodes):
+        two_d = node.target is aten.transpose.int and fake_value(node).dim() == 2 and node.args[1] != node.args[2]
+        if (node.target is aten.t.default and fake_value(node).dim() == 2) or two_d:
+            node.target, node.args = aten.permute.default, (node.args[0], [1, 0])
+
+
+@graph_pass(stage="canonicalize", exact=True)
+def cancel_double_transpose(step: StepGraph) -> None:
+    """``permute(permute(x, [1, 0]), [1, 0])`` -> ``x``."""
+    for node in list(step.graph.nodes):
+        inner = node.args[0] if is_transpose(node) else None
+        if isinstance(inner, fx.Node) and is_transpose(inner):
+            node.replace_all_uses_with(inner.args[0])
+    step.graph.eliminate_dead_code()
+
+
+@graph_pass(stage="canonicalize", exact=True)
+def drop_detach(step: StepGraph) -> None:
+    """``detach(x)``, ``alias(x)`` -> ``x``: nothing in a captured graph differentiates it again."""
+    for node in list(step.graph.nodes):
+        if node.target in (aten.detach.default, aten.alias.default):
+            node.replace_all_uses_with(node.args[0])
+    step.graph.eliminate_dead_code()
+
+
+def is_transpose(node: fx.Node) -> bool:
+    return node.target is aten.permute.default and [d % 2 for d in node.args[1]] == [1, 0] and len(node.args[1]) == 2

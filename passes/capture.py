@@ -1,0 +1,173 @@
+"""From Dynamo's graph to a joint forward and backward graph. With ``lower.py`` the home of torch's private APIs."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._functorch._aot_autograd.descriptors import (
+    GradAOTOutput,
+    InputMutationAOTOutput,
+    PlainAOTInput,
+    PlainAOTOutput,
+    TangentAOTInput,
+)
+from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
+
+from ..ir import Parameter, StepGraph
+from ..ops import TABLE
+
+
+@functools.cache
+def decompositions() -> dict[torch._ops.OpOverload, Callable]:
+    """Inductor's table without the ops that the op table matches: it would lose embeddings and small products."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    return {op: body for op, body in select_decomp_table().items() if op not in TABLE}
+
+
+@dataclass(frozen=True)
+class Naming:
+    """Names of a model's trainable parameters, by identity; tied ones have their first name."""
+
+    names: dict[int, str]
+    skip: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, model: nn.Module, skip: Sequence[str] = ()) -> Naming:
+        names = {id(p): name for name, p in model.named_parameters()}
+        for pattern in skip:
+            if not any(fnmatchcase(name, pattern) for name in names.values()):
+                raise ValueError(f"skip pattern {pattern!r} matches no parameter. Parameters: "
+                                 f"{', '.join(list(names.values())[:8])}{', ...' if len(names) > 8 else ''}")
+        return cls(names, tuple(skip))
+
+    def name(self, tensor: object) -> str | None:
+        return self.names.get(id(tensor))
+
+    def excluded(self, name: str) -> str | None:
+        """Why a parameter is left alone, or None."""
+        return next((f"skipped by pattern {p!r}" for p in self.skip if fnmatchcase(name, p)), None)
+
+
+@dataclass
+class WholeStep(StepGraph):
+    """A joint graph whose only seed belongs to the loss, with what is to be written back.
+
+    ``results`` are the positions of the function's own outputs among the joint graph's, the loss first; ``mutations``
+    the buffers that the forward changes: ``(input, position of the new value)``.
+    """
+
+    results: list[int] = field(default_factory=list)
+    mutations: list[tuple[fx.Node, int]] = field(default_factory=list)
+
+
+def dynamo_parameters(gm: fx.GraphModule, naming: Naming) -> dict[int, tuple[str, nn.Parameter]]:
+    """Trainable parameters of the model among the inputs of Dynamo's graph: position -> (name, parameter)."""
+    found = {}
+    for index, node in enumerate(gm.graph.find_nodes(op="placeholder")):
+        argument = node.meta.get("grapharg")
+        example = argument.example if argument is not None else None
+        name = naming.name(example)
+        if name is not None and isinstance(example, nn.Parameter) and example.requires_grad:
+            found[index] = (name, example)
+    return found
+
+
+def read_joint(module: fx.GraphModule, named: dict[int, str], naming: Naming) -> StepGraph:
+    """Wrap a joint graph; ``named`` are the parameters' names by input position."""
+    graph = module.graph
+    placeholders = graph.find_nodes(op="placeholder")
+    by_index = {d.idx: n for n in placeholders if isinstance(d := n.meta.get("desc"), PlainAOTInput)}
+    grads = {
+        description.grad_of.idx: position
+        for position, (value, description) in enumerate(described_outputs(graph))
+        if value is not None and isinstance(description, GradAOTOutput) and isinstance(description.grad_of, PlainAOTInput)
+    }
+    parameters = {
+        index: Parameter(index, name, tuple(by_index[index].meta["val"].shape), by_index[index], grads.get(index),
+                         naming.excluded(name))
+        for index, name in named.items()
+    }
+    seeds = [n for n in placeholders if isinstance(n.meta.get("desc"), TangentAOTInput)]
+    inputs = [by_index[index] for index in sorted(by_index)]
+    return StepGraph(module, inputs, parameters, seeds)
+
+
+def described_outputs(graph: fx.Graph) -> list[tuple[fx.Node | None, Any]]:
+    output = graph.output_node()
+    return list(zip(output.args[0], output.meta["desc"]))
+
+
+def capture_whole_step(gm: fx.GraphModule, example_inputs: Sequence[Any], naming: Naming) -> WholeStep:
+    """The joint graph of a function that returns ``(loss, *detached outputs)``.
+
+    Raises:
+        ValueError: the loss is not a scalar, or depends on no trainable parameter.
+    """
+    named = {index: name for index, (name, _) in dynamo_parameters(gm, naming).items()}
+    check_loss(gm, named)
+    with contextlib.ExitStack() as stack:
+        joint = aot_export_joint_with_descriptors(stack, gm, tuple(example_inputs), decompositions=decompositions())
+        captured = read_joint(joint.graph_module, named, naming)
+    if len(captured.seeds) != 1:
+        raise ValueError(f"{len(captured.seeds)} outputs of the step carry gradients; only the loss may")
+    described = [d for _, d in described_outputs(captured.graph)]
+    results = {d.idx: position for position, d in enumerate(described) if isinstance(d, PlainAOTOutput)}
+    mutations = [
+        (captured.inputs[d.mutated_input.idx], position)
+        for position, d in enumerate(described)
+        if isinstance(d, InputMutationAOTOutput)
+    ]
+    captured.graph.set_codegen(fx.graph.CodeGen())
+    return WholeStep(**vars(captured), results=[results[i] for i in sorted(results)], mutations=mutations)
+
+
+def check_loss(gm: fx.GraphModule, named: dict[int, str]) -> None:
+    """Dynamo's graph must return a scalar that has a gradient."""
+    returned = gm.graph.output_node().args[0]
+    loss = returned[0].meta.get("example_value") if isinstance(returned[0], fx.Node) else None
+    if not isinstance(loss, Tensor):
+        raise ValueError("the loss is not a tensor of the captured graph: loss_fn must compute it from the outputs")
+    if loss.dim() != 0:
+        raise ValueError(f"the loss has shape {tuple(loss.shape)}, it must be a scalar: return loss.mean() or loss.sum()")
+    if not loss.dtype.is_floating_point:
+        raise ValueError(f"the loss has dtype {loss.dtype}: integers have no gradient, return a floating-point loss")
+    if not named or not loss.requires_grad:
+        raise ValueError("the loss depends on no trainable parameter of the model: is it computed under no_grad, from a "
+                         "detached or integer tensor, or are all parameters frozen?")
+
+
+def with_carriers(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], sizes: Sequence[tuple[int, ...]], dtypes: Sequence[torch.dtype],
+    devices: Sequence[torch.device],
+) -> tuple[fx.GraphModule, list[Any]]:
+    """A copy of Dynamo's graph with one more, unused, differentiable input for each of ``sizes``.
+
+    Such a carrier's gradient is free for the backward graph to define: it carries statistics out of it, and autograd
+    adds them up over micro-batches, uses and graphs as it does any gradient.
+    """
+    graph, environment = fx.Graph(), {}
+    graph.output(graph.graph_copy(gm.graph, environment))
+    for node, copy in environment.items():
+        if node.op == "placeholder":
+            copy._dynamo_source = node._dynamo_source  # type: ignore[attr-defined]
+    fake_mode = torch._guards.TracingContext.get().fake_mode
+    last = graph.find_nodes(op="placeholder")[-1]
+    carriers = []
+    for i, (size, dtype, device) in enumerate(zip(sizes, dtypes, devices)):
+        carrier = torch.zeros(size, dtype=dtype, device=device, requires_grad=True)
+        carriers.append(fake_mode.from_tensor(carrier, static_shapes=True))
+        with graph.inserting_after(last):
+            last = graph.placeholder(f"mkor_statistics_{i}")
+        last.meta["example_value"] = carriers[-1]
+        last._dynamo_source = None  # type: ignore[attr-defined]
+    copied = fx.GraphModule(gm, graph)
+    copied.meta.update(gm.meta)
+    return copied, [*example_inputs, *carriers]

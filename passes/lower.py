@@ -1,0 +1,123 @@
+"""From semantic operators to aten, and from aten to a callable. With ``capture.py`` the home of torch's private APIs."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..ir import StepGraph
+from ..prims import BODIES, ROW_SUMS
+from .core import graph_pass
+from .trace import Decompositions, insert
+
+BACKENDS = ("inductor", "eager")
+
+
+@graph_pass(stage="lower")
+def shortcut_row_sums(step: StepGraph) -> None:
+    """``column_sum(unfold_rows(x))`` -> ``patch_sum(x)``; ``column_sum(one_hot_rows(i))`` -> ``histogram(i)``."""
+    for node in list(step.graph.nodes):
+        rows = node.args[0] if node.op == "call_function" and node.args else None
+        if isinstance(rows, fx.Node) and (shortcut := ROW_SUMS.get((node.target, rows.target))) is not None:
+            with step.graph.inserting_before(node):
+                replacement = insert(step.graph, shortcut, *rows.args, label=node.meta.get("mkor_fx", ""))
+            node.replace_all_uses_with(replacement)
+    step.graph.eliminate_dead_code()
+
+
+@functools.cache
+def lowering_table(inductor: bool) -> Decompositions:
+    """The bodies of ``mkor_fx::`` operators; with ``inductor`` whatever Inductor wants decomposed, too.
+
+    A graph that goes through AOTAutograd afterwards needs the bodies only. One that has been through it already must
+    not show Inductor an operator of its decomposition table.
+    """
+    from torch._inductor.decomposition import select_decomp_table
+
+    return {**(select_decomp_table() if inductor else {}), **BODIES}
+
+
+def _call(target: Callable, args: tuple, kwargs: dict) -> Any:
+    return target(*args, **kwargs)
+
+
+@graph_pass(stage="lower")
+def expand(step: StepGraph, *, inductor: bool = False) -> None:
+    """Replace each operator of the lowering table by its body, traced once per shape."""
+    table = lowering_table(inductor)
+    for node in list(step.graph.nodes):
+        if node.op != "call_function" or node.target not in table or not node.users:
+            continue
+        with step.graph.inserting_before(node):
+            label = node.meta.get("mkor_fx", "")
+            before = node.prev
+            new = insert(step.graph, _call, node.target, node.args, node.kwargs, decompositions=table, label=label)
+        written = _between(before, node)
+        if any(copy.target is node.target for copy in written):  # the table has it, but declines these operands
+            continue
+        for copy in written:
+            copy.meta = {**{k: v for k, v in node.meta.items() if k in INHERITED}, **copy.meta}
+        if isinstance(new, fx.Node):
+            node.replace_all_uses_with(new)
+        else:
+            for user in list(node.users):
+                user.replace_all_uses_with(new[user.args[1]])
+    step.graph.eliminate_dead_code()
+
+
+#: what a node's replacement takes over from it
+INHERITED = ("partitioner_tag", "stack_trace", "seq_nr", "nn_module_stack", "fwd_nn_module_stack", "recompute")
+
+
+def _between(first: fx.Node, last: fx.Node) -> list[fx.Node]:
+    nodes, node = [], first.next
+    while node is not last:
+        nodes.append(node)
+        node = node.next
+    return nodes
+
+
+@contextlib.contextmanager
+def plain_tracing() -> Iterator[None]:
+    """No gradient, no autocast: what is traced, compiled or run inside is taken literally."""
+    with torch.no_grad(), torch._C._DisableAutocast():
+        yield
+
+
+def compile_graph(module: fx.GraphModule, backend: str, options: dict[str, Any]) -> Callable[..., list]:
+    """A callable over the graph's placeholders that returns its flat outputs; inputs that it copies into are mutated."""
+    module.recompile()
+    if backend == "eager":
+        return module
+    from torch._inductor.compile_fx import compile_fx
+
+    examples = [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")]
+    fake_mode = next(e.fake_mode for e in examples if isinstance(e, torch._subclasses.FakeTensor))
+    with torch._guards.tracing(torch._guards.TracingContext(fake_mode)):
+        return compile_fx(module, examples, config_patches=options)
+
+
+def inductor_options(mode: str | None, options: dict[str, Any] | None) -> dict[str, Any]:
+    """torch.compile's ``mode`` and ``options`` as Inductor config entries.
+
+    Raises:
+        ValueError: an unknown mode or option; lists what there is.
+    """
+    import torch._inductor as inductor
+
+    patches = dict(options or {})
+    if mode not in (None, "default"):
+        modes = inductor.list_mode_options()
+        if mode not in modes:
+            raise ValueError(f"mode={mode!r}: must be one of default, {', '.join(modes)}")
+        patches = {**modes[mode], **patches}
+    known = inductor.list_options()
+    for name in patches:
+        if name not in known:
+            raise ValueError(f"options: {name!r} is no option of Inductor; torch._inductor.list_options() lists them")
+    return patches

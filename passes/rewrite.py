@@ -1,0 +1,142 @@
+"""Write statistics and the rule's update into a graph. Both doors write the same code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..ir import INPUTS_FIRST, INPUTS_LAST, Decline, Operand, Site, StepGraph, Tap
+from ..rules import Gradient, Rule, Shape, Use
+from .core import graph_pass
+from .trace import insert
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one parameter is stored and used: what the update has to know beside the tensors.
+
+    ``matrix`` is the parameter's matrix view; ``kinds`` the orientations in which it is used; ``bias`` its bias's length
+    matched or not.
+    """
+
+    matrix: tuple[int, int]
+    kinds: tuple[int, ...]
+    bias: bool
+
+    @classmethod
+    def of(cls, site: Site) -> Layout:
+        return cls(site.matrix, site.kinds, site.bias is not None)
+
+    @property
+    def stored_inputs_first(self) -> bool:
+        """``[I, O]`` in memory; a weight used both ways counts as ``[O, I]``."""
+        return self.kinds == (INPUTS_FIRST,)
+
+    @property
+    def shape(self) -> Shape:
+        outputs, inputs = self.matrix[::-1] if self.stored_inputs_first else self.matrix
+        return Shape(outputs, inputs, self.bias)
+
+
+@graph_pass(stage="match", exact=True)
+def decline_without_factors(step: StepGraph, *, rule: Rule) -> None:
+    """A weight for which the rule keeps no state is not preconditioned: say so, and decline its bias with it."""
+    for index, site in list(step.sites.items()):
+        shape = Layout.of(site).shape
+        if not rule.init(shape, torch.device("meta")):
+            del step.sites[index]
+            step.declines[index] = Decline(f"{type(rule).__name__} keeps no factor for a weight of {shape.O} x {shape.I}: "
+                                           "both sides exceed max_factor", str(site.taps[0].node.target))
+            if site.bias is not None:
+                step.declines[site.bias.index] = Decline(f"its weight {site.parameter.name} is declined")
+
+
+def summary_shapes(rule: Rule, inputs: int, outputs: int) -> list[torch.Size]:
+    """Shapes of what ``rule.summarize`` returns for a weight of ``[outputs, inputs]``."""
+    with torch.device("meta"):
+        return [s.shape for s in rule.summarize(torch.empty(1, inputs), torch.empty(1, outputs))]
+
+
+def statistics_size(rule: Rule, matrix: tuple[int, int]) -> int:
+    """Numbers in one statistics vector: the summary, flat, and the number of rows behind it."""
+    sizes = [sum(s.numel() for s in summary_shapes(rule, *sides)) for sides in (matrix, matrix[::-1])]
+    return max(sizes) + 1
+
+
+def summarize_use(rule: Rule, a_view: Callable, a: tuple, g_view: Callable, g: tuple, count: Any, dtype: torch.dtype) -> Tensor:
+    """One use's statistics vector, ``[S]``: the flat summary, the number of rows last."""
+    a_NI, g_NO = a_view(*a), g_view(*g)
+    rows = torch.ones_like(g_NO[:, 0], dtype=dtype).sum() if count is None else count[0](*count[1:]).to(dtype)
+    return torch.cat([s.reshape(-1).to(dtype) for s in rule.summarize(a_NI, g_NO)] + [rows.reshape(1)])
+
+
+def write_statistics(graph: fx.Graph, rule: Rule, site: Site, dtype: torch.dtype) -> dict[int, fx.Node]:
+    """Insert the statistics vector of each orientation in which the site's weight is used."""
+    label = f"{site.parameter.name}: statistics"
+    vectors: dict[int, fx.Node] = {}
+    for tap in site.taps:
+        assert tap.inputs is not None
+        vector = _write_use(graph, rule, tap, dtype, label)
+        known = vectors.get(tap.inputs)
+        vectors[tap.inputs] = vector if known is None else insert(graph, torch.add, known, vector, label=label)
+    return vectors
+
+
+def _write_use(graph: fx.Graph, rule: Rule, tap: Tap, dtype: torch.dtype, label: str) -> fx.Node:
+    def spread(operand: Operand) -> tuple:
+        return (operand.node, *operand.arguments)
+
+    count = None if tap.count is None else (tap.count.view, *spread(tap.count))
+    a, g = tap.a, tap.g
+    return insert(graph, summarize_use, rule, a.view, spread(a), g.view, spread(g), count, dtype, label=label)
+
+
+def update_site(
+    rule: Rule,
+    layout: Layout,
+    refresh: bool,
+    grad: Tensor,
+    bias_grad: Tensor | None,
+    vectors: dict[int, Tensor],
+    state: dict[str, Tensor],
+    step: Tensor,
+) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+    """The whole update of one parameter: ``(direction, bias direction, new state)``.
+
+    ``vectors`` are the statistics by orientation, each a flat summary with the number of rows behind it. State is
+    refreshed before it preconditions, and stays as it was where a statistic is not finite.
+    """
+    matrix = grad.reshape(layout.matrix)
+    oriented = Gradient(matrix.t() if layout.stored_inputs_first else matrix, bias_grad)
+    if refresh:
+        finite = _finite(rule, oriented, vectors)
+        updated = rule.update(state, _uses(rule, layout, vectors), oriented, step)
+        state = {name: torch.where(finite, updated[name], old) for name, old in state.items()}
+    direction, bias_direction = rule.precondition(state, oriented)
+    stored = direction.t() if layout.stored_inputs_first else direction
+    return stored.reshape(grad.shape), bias_direction, state
+
+
+def _finite(rule: Rule, grad: Gradient, vectors: dict[int, Tensor]) -> Tensor:
+    checks = [torch.isfinite(vector).all() for vector in vectors.values()]
+    if rule.reads_gradient:
+        checks += [torch.isfinite(g).all() for g in grad if g is not None]
+    finite = checks[0]
+    for check in checks[1:]:
+        finite = finite & check
+    return finite
+
+
+def _uses(rule: Rule, layout: Layout, vectors: dict[int, Tensor]) -> list[Use]:
+    uses = []
+    for kind, vector in vectors.items():
+        outputs, inputs = layout.matrix if kind == INPUTS_LAST else layout.matrix[::-1]
+        shapes = summary_shapes(rule, inputs, outputs)
+        parts = vector[:-1].split([*(s.numel() for s in shapes), vector.numel() - 1 - sum(s.numel() for s in shapes)])
+        summary = tuple(part.reshape(shape) for part, shape in zip(parts, shapes))
+        uses.append(Use(summary, vector[-1], opposite=kind != layout.kinds[0]))
+    return uses

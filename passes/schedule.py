@@ -1,0 +1,78 @@
+"""In which order things happen."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from ..ir import StepGraph
+from .core import graph_pass
+from .match import downstream
+
+aten = torch.ops.aten
+
+
+@graph_pass(stage="schedule", exact=True)
+def recompute_checkpoints(step: StepGraph) -> None:
+    """Honour activation checkpointing in a graph that is never partitioned.
+
+    Forward nodes inside a checkpoint (``meta["recompute"]``) that backward nodes read are cloned in front of their first
+    backward reader. Random values are kept, not drawn again: their mask is all that a checkpointed dropout saves.
+    """
+    tagged = {n for n in step.graph.nodes if "recompute" in n.meta and n.op == "call_function"}
+    if not tagged:
+        return
+    backward = downstream(step.seeds) if step.seeds else set()
+    order = {node: i for i, node in enumerate(step.graph.nodes)}
+    readers = [n for n in step.graph.nodes if n not in tagged and (n in backward or _is_backward(n))]
+    clones: dict[fx.Node, fx.Node] = {}
+
+    def again(node: fx.Node, before: fx.Node) -> fx.Node:
+        if node not in tagged or _is_random(node) or order[node] > order[before]:
+            return node
+        if node not in clones:
+            arguments = {arg: again(arg, before) for arg in node.all_input_nodes}
+            with step.graph.inserting_before(before):
+                clones[node] = step.graph.node_copy(node, lambda n: arguments[n])
+            clones[node].meta.pop("recompute", None)
+        return clones[node]
+
+    for reader in readers:
+        if reader.op == "call_function":
+            reader.args, reader.kwargs = fx.map_arg((reader.args, reader.kwargs), lambda n, r=reader: again(n, r))
+
+
+def _is_backward(node: fx.Node) -> bool:
+    return node.meta.get("partitioner_tag") == "is_backward"
+
+
+def _is_random(node: fx.Node) -> bool:
+    """Draws random numbers, or belongs to an op that does (``getitem`` of ``native_dropout``)."""
+    target = node.args[0].target if getattr(node.target, "__name__", "") == "getitem" else node.target
+    return isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
+
+
+@graph_pass(stage="schedule", exact=True)
+def update_when_ready(step: StepGraph) -> None:
+    """Move what the rewrite has written up to where its last operand is made, keeping its own order.
+
+    A gradient is then consumed while it is warm, and a statistic leaves as soon as it exists. Writes stay at the end, behind
+    every reader of what they overwrite.
+    """
+    nodes = list(step.graph.nodes)
+    written = {n for n in nodes if n.meta.get("mkor_fx") and n.target is not aten.copy_.default}
+    ready: dict[fx.Node, int] = {}
+    keys = {}
+    for i, node in enumerate(nodes):
+        own = i if node not in written else max((ready[arg] for arg in node.all_input_nodes), default=0)
+        ready[node] = own
+        keys[node] = (own, node in written, i)
+    first = next((n for n in nodes if n.op != "placeholder"), None)
+    last_placeholder = max((i for i, n in enumerate(nodes) if n.op == "placeholder"), default=-1)
+    for node in written:  # nothing may stand among the inputs
+        keys[node] = (max(keys[node][0], last_placeholder), *keys[node][1:])
+    if first is None:
+        return
+    output = nodes[-1]
+    for node in sorted((n for n in nodes if n.op not in ("placeholder", "output")), key=keys.__getitem__):
+        output.prepend(node)

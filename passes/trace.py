@@ -1,0 +1,124 @@
+"""Plain torch code into graph nodes: trace once per distinct shape, splice as often as needed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from ..ir import fake_value
+
+Decompositions = Mapping[torch._ops.OpOverload, Callable]
+
+
+
+class Traced(NamedTuple):
+    """A graph over the tensor leaves of a function's arguments, and how its flat outputs were nested."""
+
+    module: fx.GraphModule
+    structure: pytree.TreeSpec
+
+
+#: (function, structure and shapes of its arguments, decomposition table) -> its trace
+_traced: dict[tuple, Traced] = {}
+
+
+def _key(leaves: list[Any]) -> tuple | None:
+    """What a trace depends on, or None where a size is symbolic (such traces are not kept)."""
+    key: list[Any] = []
+    for leaf in leaves:
+        if isinstance(leaf, torch.Tensor):
+            if not all(isinstance(size, int) for size in (*leaf.shape, *leaf.stride())):
+                return None
+            key.append((tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.device))
+        elif isinstance(leaf, torch.SymInt):
+            return None
+        else:
+            key.append((type(leaf), leaf))
+    return tuple(key)
+
+
+def trace(
+    function: Callable, args: tuple, decompositions: Decompositions | None = None, *, fake: bool = False
+) -> Traced:
+    """Graph of ``function(*args)`` over the tensor leaves of ``args``, outputs as one flat list.
+
+    The tensors are fake ones; with ``fake=True`` they are real and only their shapes count.
+    """
+    leaves, spec = pytree.tree_flatten(args)
+    key = _key(leaves)
+    memo_key = None if key is None else (function, key, spec, id(decompositions))
+    if memo_key is not None and memo_key in _traced:
+        return _traced[memo_key]
+    positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+
+    structure: list[pytree.TreeSpec] = []
+
+    def flat(*tensors: torch.Tensor) -> list[Any]:
+        filled = list(leaves)
+        for position, tensor in zip(positions, tensors):
+            filled[position] = tensor
+        outputs, output_spec = pytree.tree_flatten(function(*pytree.tree_unflatten(filled, spec)))
+        structure.append(output_spec)
+        return outputs
+
+    with torch.no_grad(), fake_mode_of(leaves):
+        module = make_fx(flat, decomposition_table=decompositions, tracing_mode="fake" if fake else "real")(*[leaves[i] for i in positions])
+    module.graph.eliminate_dead_code()
+    traced = Traced(module, structure[-1])
+    if memo_key is not None:
+        _traced[memo_key] = traced
+    return traced
+
+
+def fake_mode_of(leaves: list[Any]) -> contextlib.AbstractContextManager:
+    modes = [leaf.fake_mode for leaf in leaves if isinstance(leaf, torch._subclasses.FakeTensor)]
+    return modes[0] if modes else contextlib.nullcontext()
+
+
+def insert(
+    graph: fx.Graph,
+    function: Callable,
+    *args: Any,
+    decompositions: Decompositions | None = None,
+    label: str = "",
+) -> Any:
+    """Write ``function(*args)`` into ``graph`` at its insertion point; ``args`` are pytrees of nodes and constants.
+
+    Returns what the function returns, with nodes in the place of tensors. ``label`` marks each new node
+    (``meta["mkor_fx"]``), so that a printed graph says whose work it is.
+    """
+    values = pytree.tree_map_only(fx.Node, fake_value, args)
+    traced = trace(function, values, decompositions)
+    inputs = [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, fx.Node)]
+    return pytree.tree_unflatten(splice(graph, traced.module, inputs, label), traced.structure)
+
+
+def splice(graph: fx.Graph, traced: fx.GraphModule, inputs: list[fx.Node], label: str = "") -> list[Any]:
+    """Copy a traced graph behind ``inputs``; returns the nodes of its outputs. Shapes are inferred anew."""
+    environment: dict[fx.Node, Any] = {}
+    arguments = iter(inputs)
+    fake_mode = fake_mode_of([fake_value(node) for node in inputs])
+    with torch.no_grad(), fake_mode:
+        for node in traced.graph.nodes:
+            if node.op == "placeholder":
+                environment[node] = next(arguments)
+            elif node.op == "call_function":
+                copy = graph.node_copy(node, environment.__getitem__)
+                copy.meta = {"val": _infer(copy), "mkor_fx": label}
+                environment[node] = copy
+            elif node.op == "output":
+                return list(fx.map_arg(node.args[0], environment.__getitem__))
+            else:
+                raise AssertionError(f"traced code holds a {node.op} node ({node.target}): it captured a tensor")
+    raise AssertionError("traced graph without an output")
+
+
+def _infer(node: fx.Node) -> Any:
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    return node.target(*args, **kwargs)  # type: ignore[operator]

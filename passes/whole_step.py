@@ -1,0 +1,131 @@
+"""Turn a joint graph into a training step: statistics, refresh, preconditioning, optimizer, writes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..prims import accumulation_dtype
+from ..rules import Rule
+from .capture import WholeStep
+from .optimizer import Update
+from .rewrite import Layout, update_site, write_statistics
+from .trace import insert, splice
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Slot:
+    """An input of the compiled step beside those of Dynamo's graph: whose tensor the runtime passes there.
+
+    ``kind`` is "step", "numbers", "skipped", "factor" or "optimizer"; the last two are of input ``index``'s parameter.
+    """
+
+    kind: str
+    index: int | None = None
+    key: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"mkor_{self.kind}" + ("" if self.index is None else f"_{self.index}_{self.key}")
+
+
+class StepWriter:
+    """Writes one variant of the training step into a joint graph. ``slots`` lists the inputs it has added, in order."""
+
+    def __init__(self, step: WholeStep, params: dict[int, nn.Parameter]) -> None:
+        self.step, self.params = step, params
+        self.slots: list[Slot] = []
+        self.writes: list[tuple[fx.Node, fx.Node]] = [(target, step.returned(at)) for target, at in step.mutations]
+        self._last = step.graph.find_nodes(op="placeholder")[-1]
+
+    def input(self, slot: Slot, example: Tensor) -> fx.Node:
+        """A new placeholder for ``slot``, shaped as ``example``."""
+        with self.step.graph.inserting_after(self._last):
+            self._last = self.step.graph.placeholder(slot.name)
+        fake_mode = next(iter(self.step.parameters.values())).node.meta["val"].fake_mode
+        with torch.no_grad(), fake_mode:
+            self._last.meta["val"] = torch.empty_strided(
+                example.shape, example.stride(), dtype=example.dtype, device=example.device
+            )
+        self.slots.append(slot)
+        return self._last
+
+    def seed_with_one(self) -> None:
+        """The gradient of the loss with respect to itself."""
+        (seed,) = self.step.seeds
+        value = seed.meta["val"]
+        first = next(n for n in self.step.graph.nodes if n.op != "placeholder")
+        with self.step.graph.inserting_before(first):
+            kind = {"dtype": value.dtype, "device": value.device}
+            one = self.step.graph.call_function(aten.full.default, ([], 1.0), kind)
+        one.meta["val"] = value
+        seed.replace_all_uses_with(one)
+        if seed is self._last:
+            self._last = seed.prev
+        self.step.graph.erase_node(seed)
+        self.step.seeds = [one]
+
+    def precondition(self, rule: Rule, refresh: bool, states: dict[int, dict[str, Tensor]], step: Tensor) -> dict[int, fx.Node]:
+        """What the optimizer gets for each parameter: a direction for sites and their biases, else the raw gradient."""
+        graph, output = self.step.graph, self.step.output
+        directions = {i: p.grad for i, p in self.step.parameters.items() if p.grad is not None}
+        step_node = self.input(Slot("step"), step) if self.step.sites else None
+        for index, site in self.step.sites.items():
+            state = {key: self.input(Slot("factor", index, key), t) for key, t in states[index].items()}
+            with graph.inserting_before(output):
+                dtype = accumulation_dtype(site.parameter.node.meta["val"].dtype)
+                vectors = write_statistics(graph, rule, site, dtype) if refresh else {}
+                bias_grad = site.bias.grad if site.bias is not None else None
+                directions[index], bias_direction, new = insert(
+                    graph, update_site, rule, Layout.of(site), refresh, site.parameter.grad, bias_grad, vectors, state,
+                    step_node, label=f"{site.parameter.name}: {'refresh and ' if refresh else ''}precondition",
+                )
+            if site.bias is not None:
+                directions[site.bias.index] = bias_direction
+            if refresh:
+                self.writes += [(state[key], new[key]) for key in state]
+        return directions
+
+    def apply(self, update: Update, directions: dict[int, fx.Node], states: dict[int, dict[str, Tensor]], numbers: Tensor) -> None:
+        """The optimizer's own step on the directions."""
+        graph = self.step.graph
+        order = list(states)
+        state = [self.input(Slot("optimizer", i, key), t) for i in order for key, t in states[i].items()]
+        packed = self.input(Slot("numbers"), numbers)
+        params = [self.step.parameters[i].node for i in order]
+        with graph.inserting_before(self.step.output):
+            new = splice(graph, update.module, [*params, *(directions[i] for i in order), *state, packed], "optimizer")
+        self.writes += list(zip([*params, *state], new))
+
+    def finish(self, skip_nonfinite: bool, skipped: Tensor) -> None:
+        """Write everything back, or nothing where the loss or a gradient is not finite; return the plain outputs."""
+        graph, step = self.step.graph, self.step
+        outputs = [step.returned(position) for position in step.results]
+        grads = [p.grad for p in step.parameters.values() if p.grad is not None]
+        counter = self.input(Slot("skipped"), skipped) if skip_nonfinite else None
+        with graph.inserting_before(step.output):
+            if skip_nonfinite:
+                keep = insert(graph, all_finite, outputs[0], grads, label="skip_nonfinite")
+                self.writes = [(t, insert(graph, torch.where, keep, v, t, label="skip_nonfinite")) for t, v in self.writes]
+                self.writes.append((counter, insert(graph, count_skip, counter, keep, label="skip_nonfinite")))
+            for target, value in self.writes:
+                if value is not target:
+                    copy = graph.call_function(aten.copy_.default, (target, value))
+                    copy.meta = {"val": target.meta["val"], "mkor_fx": "write"}
+        step.output.args = (outputs,)
+        step.output.meta.pop("desc", None)
+        graph.eliminate_dead_code()
+
+
+def all_finite(loss: Tensor, grads: list[Tensor]) -> Tensor:
+    """Whether the loss and every gradient are finite, 0-dim: the sum of squared norms is, short of overflow."""
+    total = sum((torch.linalg.vector_norm(g, dtype=accumulation_dtype(g.dtype)) for g in grads), loss.detach().abs())
+    return torch.isfinite(total)
+
+
+def count_skip(skipped: Tensor, keep: Tensor) -> Tensor:
+    return skipped + (~keep).to(skipped.dtype)

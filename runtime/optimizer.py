@@ -1,0 +1,140 @@
+"""The user's torch optimizer as the compiled step sees it: its numbers in one tensor, its state tensors by name."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+#: numbers that torch takes as Python floats only (Muon's polynomial); a change of one compiles again
+CONSTANTS = ("ns_coefficients",)
+
+
+class Number(NamedTuple):
+    """A number of ``param_groups[group][key]``; ``position`` inside a tuple such as ``betas``, else None."""
+
+    group: int
+    key: str
+    position: int | None = None
+
+
+def numbers_of(optimizer: Optimizer) -> list[Number]:
+    """Every number of the optimizer that may change between steps: floats, tensors and the learning rate."""
+    found = []
+    for i, group in enumerate(optimizer.param_groups):
+        for key, value in group.items():
+            if key in ("params", *CONSTANTS) or _scheduled(key):
+                continue
+            if _is_number(value) or (key == "lr" and isinstance(value, int)):
+                found.append(Number(i, key))
+            elif isinstance(value, tuple) and value and all(map(_is_number, value)):
+                found += [Number(i, key, j) for j in range(len(value))]
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float) or (isinstance(value, Tensor) and value.numel() == 1)
+
+
+def read_number(optimizer: Optimizer, number: Number) -> float | Tensor:
+    value = optimizer.param_groups[number.group][number.key]
+    return value if number.position is None else value[number.position]
+
+
+def structure_of(optimizer: Optimizer) -> tuple:
+    """What a compiled update depends on beside its numbers: the groups, their flags and constants."""
+    numbers = {(n.group, n.key) for n in numbers_of(optimizer)}
+    return tuple(
+        (
+            tuple(id(p) for p in group["params"]),
+            tuple((k, str(v)) for k, v in group.items() if k != "params" and (i, k) not in numbers and not _scheduled(k)),
+        )
+        for i, group in enumerate(optimizer.param_groups)
+    )
+
+
+def _scheduled(key: str) -> bool:
+    """Left in the groups by learning-rate schedulers for themselves; the optimizer does not read them."""
+    return key.startswith(("initial_", "max_", "min_", "base_"))
+
+
+def tensor_state(optimizer: Optimizer, param: nn.Parameter) -> dict[str, Tensor]:
+    """The tensors of ``optimizer.state[param]`` by name, in a fixed order."""
+    state = optimizer.state.get(param, {})
+    return {key: state[key] for key in sorted(state) if isinstance(state[key], Tensor)}
+
+
+def initialise_state(optimizer: Optimizer, params: list[nn.Parameter]) -> None:
+    """Create the state of ``params`` as the optimizer's first step would, without stepping.
+
+    Every torch.optim optimizer does so in ``_init_group`` for parameters that have a gradient. SGD makes its momentum
+    buffer in the first update; a zero buffer is that update's starting point (see ``first_step_numbers``).
+
+    Raises:
+        ValueError: for an optimizer without ``_init_group`` whose state is not there yet, or one with Python numbers in it.
+    """
+    missing = [p for p in params if not optimizer.state.get(p)]
+    if missing and not hasattr(optimizer, "_init_group"):
+        raise ValueError(
+            f"{type(optimizer).__name__} creates its state inside step(), where it cannot be compiled. Call "
+            "optimizer.step() once before compile_step, or use mkor_fx.compile(model) with your own loop."
+        )
+    chosen = {id(p) for p in missing}
+    for group in optimizer.param_groups:
+        members = [p for p in group["params"] if id(p) in chosen]
+        if not members:
+            continue
+        _init_group(optimizer, {**group, "params": members})
+        if group.get("momentum") and type(optimizer) is torch.optim.SGD:
+            for p in members:
+                optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    for p in params:
+        for key, value in optimizer.state.get(p, {}).items():
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                raise ValueError(f"{type(optimizer).__name__} keeps {key!r} as a Python number: the compiled step would "
+                                 "never see it change. Use mkor_fx.compile(model) with your own loop.")
+
+
+def _init_group(optimizer: Optimizer, group: dict) -> None:
+    collectors = list(inspect.signature(optimizer._init_group).parameters)[1:]  # type: ignore[attr-defined]
+    raw = [p.grad for p in group["params"]]
+    try:
+        for p in group["params"]:
+            p.grad = torch.zeros_like(p)
+        optimizer._init_group(group, *[[] for _ in collectors])  # type: ignore[attr-defined]
+    finally:
+        for p, grad in zip(group["params"], raw):
+            p.grad = grad
+
+
+class PackedNumbers:
+    """All numbers of an optimizer in one float64 tensor, ``[n]``, copied to the device without waiting for it."""
+
+    def __init__(self, optimizer: Optimizer, device: torch.device) -> None:
+        self.optimizer = optimizer
+        self.numbers = numbers_of(optimizer)
+        self._host = torch.zeros(len(self.numbers), dtype=torch.float64, pin_memory=device.type == "cuda")
+        self.tensor = self._host if device.type == "cpu" else torch.zeros_like(self._host, device=device)
+        self._last: list[float] | None = None
+
+    def update(self, first_step: bool) -> Tensor:
+        """Take over the optimizer's present numbers; ``first_step`` undoes SGD's dampening, which starts one step later."""
+        values = [read_number(self.optimizer, number) for number in self.numbers]
+        if first_step:
+            values = [0.0 if n.key == "dampening" else v for n, v in zip(self.numbers, values)]
+        plain = [0.0 if isinstance(v, Tensor) else float(v) for v in values]
+        if plain != self._last:
+            self._last = plain
+            if self.tensor is not self._host:  # the copy of the last step may still be reading the pinned buffer
+                self._host = torch.empty_like(self._host, pin_memory=True)
+            self._host.copy_(torch.tensor(plain, dtype=torch.float64))
+            if self.tensor is not self._host:
+                self.tensor.copy_(self._host, non_blocking=True)
+        for i, value in enumerate(values):
+            if isinstance(value, Tensor):
+                self.tensor[i].copy_(value.detach().reshape(()), non_blocking=True)
+        return self.tensor

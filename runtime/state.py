@@ -1,0 +1,169 @@
+"""Factor state of a model, by parameter name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class FactorState:
+    """The factors of one model: ``state_dict()`` / ``load_state_dict()``, ``reset()``, ``step``.
+
+    Looked up by parameter identity at every call, so that nothing depends on what a graph was compiled for; the tensors
+    follow their parameter's device, and no cast of the model touches them.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._names: dict[int, tuple[str, nn.Parameter]] = {}
+        self._factors: dict[str, dict[str, Tensor]] = {}
+        self._fresh: dict[str, Callable[[torch.device], dict[str, Tensor]]] = {}
+        self._pending: dict[str, Tensor] = {}
+        self._step_tensors: dict[torch.device, Tensor] = {}
+        self._step = 0
+
+    # ---- steps ------------------------------------------------------------------------------------------------------
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken with fresh statistics."""
+        return self._step
+
+    def advance(self) -> None:
+        self._step += 1
+        for tensor in self._step_tensors.values():
+            tensor.add_(1)
+
+    def step_tensor(self, device: torch.device) -> Tensor:
+        """The step count as a 0-dim int64 tensor on ``device``, kept in place."""
+        if device not in self._step_tensors:
+            self._step_tensors[device] = torch.tensor(self._step, device=device)
+        return self._step_tensors[device]
+
+    # ---- factors ----------------------------------------------------------------------------------------------------
+
+    def name(self, param: nn.Parameter) -> str:
+        """First name of ``param`` in the model.
+
+        Raises:
+            ValueError: the model does not own it.
+        """
+        entry = self._names.get(id(param))
+        if entry is None or entry[1] is not param:
+            self._names = {id(p): (name, p) for name, p in self._model.named_parameters()}
+            entry = self._names.get(id(param))
+        if entry is None:
+            raise ValueError(f"a parameter of shape {tuple(param.shape)} is not one of the compiled model's")
+        return entry[0]
+
+    def of(self, param: nn.Parameter) -> dict[str, Tensor]:
+        """The factors of ``param``, on its device."""
+        factors = self._factors[self.name(param)]
+        for key, tensor in factors.items():
+            if tensor.device != param.device:
+                factors[key] = tensor.to(param.device)
+        return factors
+
+    def create(self, param: nn.Parameter, fresh: Callable[[torch.device], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The factors of ``param``: those it has, those that were loaded for it, or ``fresh(device)``.
+
+        Raises:
+            ValueError: loaded factors do not fit.
+        """
+        name = self.name(param)
+        if name not in self._factors:
+            factors = fresh(param.device)
+            loaded = {key: self._pending.get(f"{name}.{key}") for key in factors}
+            if self._pending:
+                _check_shapes({f"{name}.{k}": t for k, t in factors.items()}, self._pending)
+                for key, tensor in loaded.items():
+                    if tensor is not None:
+                        factors[key].copy_(tensor)
+                        del self._pending[f"{name}.{key}"]
+            self._factors[name], self._fresh[name] = factors, fresh
+        return self.of(param)
+
+    def reset(self) -> None:
+        """Forget everything: fresh factors, step 0."""
+        for name, fresh in self._fresh.items():
+            for key, tensor in fresh(next(iter(self._factors[name].values())).device).items():
+                self._factors[name][key].copy_(tensor)
+        self._pending.clear()
+        self._set_step(0)
+
+    def __deepcopy__(self, memo: dict) -> None:
+        """A copied model is a plain one."""
+
+    def __reduce__(self) -> tuple:
+        return type(None), ()
+
+    # ---- checkpoints ------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """``{"<parameter>.L": [O, O], "<parameter>.R": [I, I], ..., "step": []}``, copies; plain tensors only."""
+        state = {f"{name}.{key}": t.clone() for name, factors in self._factors.items() for key, t in factors.items()}
+        state.update({key: tensor.clone() for key, tensor in self._pending.items()})
+        return {**state, "step": torch.tensor(self._step)}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over a ``state_dict()`` of the same model. Before the first step it is kept until the factors exist.
+
+        Raises:
+            ValueError: keys or shapes are another model's; names them, and changes nothing.
+        """
+        loaded = {key: tensor for key, tensor in state.items() if key != "step"}
+        if "step" not in state:
+            raise ValueError("the state has no 'step': it is no mkor_fx state_dict")
+        if not loaded and int(state["step"]) == 0:
+            return self.reset()
+        if self._factors:
+            own = {f"{name}.{key}": t for name, factors in self._factors.items() for key, t in factors.items()}
+            missing, unexpected = sorted(own.keys() - loaded.keys()), sorted(loaded.keys() - own.keys())
+            if missing or unexpected:
+                raise ValueError(f"the state is another model's: missing {_some(missing)}; unexpected {_some(unexpected)}")
+            _check_shapes(own, loaded)
+            for key, tensor in own.items():
+                tensor.copy_(loaded[key])
+        else:
+            owned = dict(self._model.named_parameters())
+            unknown = sorted(key for key in loaded if key.rpartition(".")[0] not in owned)
+            if unknown:
+                raise ValueError(f"the state is another model's: {_some(unknown)} belong to no parameter of this one")
+            unfit = {
+                key: f"{key} {tuple(tensor.shape)} for a parameter of {tuple(owned[key.rpartition('.')[0]].shape)}"
+                for key, tensor in loaded.items()
+                if tensor.dim() == 2 and not _fits(tensor, owned[key.rpartition(".")[0]])
+            }
+            if unfit:
+                raise ValueError(f"the state is another model's: {_some(list(unfit.values()))}")
+            self._pending = {key: tensor.clone() for key, tensor in loaded.items()}
+        self._set_step(int(state["step"]))
+
+    def _set_step(self, step: int) -> None:
+        self._step = step
+        for tensor in self._step_tensors.values():
+            tensor.fill_(step)
+
+
+def _fits(factor: Tensor, param: Tensor) -> bool:
+    """Whether a square factor can belong to a parameter: its side divides the number of elements, bias column or not."""
+    side = factor.shape[0]
+    return factor.shape[0] == factor.shape[-1] and any(s and param.numel() % s == 0 for s in (side, side - 1))
+
+
+def _check_shapes(own: dict[str, Tensor], loaded: dict[str, Tensor]) -> None:
+    wrong = [
+        f"{key}: loaded {tuple(loaded[key].shape)}, here {tuple(tensor.shape)}"
+        for key, tensor in own.items()
+        if key in loaded and loaded[key].shape != tensor.shape
+    ]
+    if wrong:
+        raise ValueError(f"the state is another model's: {_some(wrong)}")
+
+
+def _some(names: list[Any], most: int = 6) -> str:
+    shown = ", ".join(map(str, names[:most])) or "nothing"
+    return shown + (f" and {len(names) - most} more" if len(names) > most else "")

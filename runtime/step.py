@@ -1,0 +1,117 @@
+"""The compiled training step as a callable: which variant runs, and what is passed to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .optimizer import PackedNumbers, initialise_state, structure_of
+from .state import FactorState
+
+
+class CompiledStep:
+    """``step(*args, **kwargs) -> loss``: one training step as one compiled program.
+
+    Attributes:
+        mkor: the factors, ``mkor.state_dict()`` and ``mkor.load_state_dict()``.
+        graphs: every stage of the pipeline for the variant compiled last; ``variants`` has both.
+        coverage: what is preconditioned and why not, known after the first step.
+        compilations: programs compiled so far.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        build: Callable[[CompiledStep, bool], Callable[..., Any]],
+        refresh_every: int,
+    ) -> None:
+        self.model, self.optimizer, self.refresh_every = model, optimizer, refresh_every
+        self.mkor = FactorState(model)
+        self.variants: dict[str, Any] = {}
+        self.coverage: Any = None
+        self.compilations = 0
+        self._build = build
+        self._programs: dict[bool, Callable[..., Any]] = {}
+        self._structure: tuple = ()
+        self._branches: tuple = ()
+        self._numbers: PackedNumbers | None = None
+        self._fresh_buffers = False
+        self._skipped: Tensor | None = None
+
+    @property
+    def graphs(self) -> Any:
+        if not self.variants:
+            raise RuntimeError("nothing is compiled yet: call the step once")
+        return self.variants["refresh" if "refresh" in self.variants else next(iter(self.variants))]
+
+    @property
+    def skipped(self) -> int:
+        """Steps skipped because the loss or a gradient was not finite. Reading it waits for the device."""
+        return 0 if self._skipped is None else int(self._skipped)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            raise RuntimeError("a compiled step trains: call it with gradients enabled, outside torch.no_grad() and "
+                               "torch.inference_mode(); to evaluate, call the model itself")
+        self._follow_optimizer()
+        refresh = self.mkor.step % self.refresh_every == 0
+        if refresh not in self._programs:
+            self._programs[refresh] = self._build(self, refresh)
+        try:
+            result = self._programs[refresh](*args, **kwargs)
+        except torch._dynamo.exc.BackendCompilerFailed as failure:
+            if isinstance(failure.inner_exception, ValueError):
+                raise failure.inner_exception from None
+            raise
+        self.mkor.advance()
+        self._fresh_buffers = False
+        self.optimizer._opt_called = True  # type: ignore[attr-defined]  # what learning-rate schedulers look at
+        return result
+
+    def _follow_optimizer(self) -> None:
+        """Groups, flags or branches of the optimizer that have changed ask for another compilation; numbers do not."""
+        structure = structure_of(self.optimizer)
+        if structure != self._structure or not all(branch.holds(self.optimizer) for branch in self._branches):
+            self._structure, self._branches, self._numbers = structure, (), None
+            self._programs.clear()
+
+    # ---- what programs ask for while they are built and run -----------------------------------------------------------
+
+    def prepare_optimizer(self, params: Sequence[nn.Parameter]) -> None:
+        """Create missing optimizer state of ``params``."""
+        if any(not self.optimizer.state.get(p) for p in params):
+            self._fresh_buffers = True
+        initialise_state(self.optimizer, list(params))
+
+    def follow_branches(self, branches: tuple) -> None:
+        self._branches = branches
+
+    def numbers(self, device: torch.device) -> Tensor:
+        if self._numbers is None:
+            self._numbers = PackedNumbers(self.optimizer, device)
+        return self._numbers.update(self._fresh_buffers)
+
+    def skip_counter(self, device: torch.device) -> Tensor:
+        if self._skipped is None:
+            self._skipped = torch.zeros((), dtype=torch.int64, device=device)
+        return self._skipped
+
+    def tensor(self, slot: Any, args: Sequence[Any], device: torch.device) -> Tensor:
+        """The tensor that belongs to an input which the pipeline has added (see ``passes.whole_step.Slot``)."""
+        match slot.kind:
+            case "factor":
+                return self.mkor.of(args[slot.index])[slot.key]
+            case "optimizer":
+                return self.optimizer.state[args[slot.index]][slot.key]
+            case "numbers":
+                return self.numbers(device)
+            case "step":
+                return self.mkor.step_tensor(device)
+            case "skipped":
+                return self.skip_counter(device)
+        raise AssertionError(f"no such input: {slot}")

@@ -1,0 +1,80 @@
+"""Eager MKOR on hooks, written from the equations alone: the compiled programs are compared with it, step by step.
+Shapes: N rows, O out, I in (with bias="joint" one more); a convolution's weight is seen as [O, C*kh*kw]."""
+import torch
+import torch.nn.functional as nnf
+
+
+def rademacher(step, side, n):
+    h = (torch.arange(n) + 1 + 7919 * step + 104729 * side) & 0x7FFFFFFF
+    for _ in range(2):
+        h = (((h >> 16) ^ h) * 0x45D9F3B) & 0x7FFFFFFF
+    return 1 - 2 * ((((h >> 16) ^ h) >> 7) & 1)
+
+
+class Reference:
+    def __init__(self, model, optimizer, *, form="scale_free", statistic="mean", gamma, kappa, epsilon, zeta,
+                 rescale=True, bias="left", clamp=None, max_factor=4096, factor_dtype=torch.float32, refresh_every=1):
+        vars(self).update(locals(), steps=0, rows={}, sites={}, state={}, clamp=clamp or float("inf"))
+        self.math = torch.promote_types(factor_dtype, torch.float32)
+        names = {p: name for name, p in model.named_parameters() if p.requires_grad}
+        for use in sorted(model.modules(), key=lambda m: isinstance(m, torch.nn.Embedding)):  # embeddings after heads
+            W, b = getattr(use, "weight", None), getattr(use, "bias", None)
+            if W in names and isinstance(use, torch.nn.Linear | torch.nn.Conv2d) and getattr(use, "groups", 1) == 1:
+                self.sites[names[W]] = names[W], W, b if b in names and bias != "off" else None
+                for side, n in ("L", len(W)), ("R", W[0].numel() + (b in names and bias == "joint")):
+                    self.state |= {f"{names[W]}.{side}": torch.eye(n, dtype=factor_dtype)} if n <= max_factor else {}
+            if names.get(W) in self.sites:
+                use.register_forward_hook(lambda use, x, y, name=names[W]: self.watch(name, use, x[0].detach(), y))
+
+    def watch(self, name, use, x, y):
+        def record(g, x=x):  # runs when a gradient reaches this output: not at inference, not for a recomputation
+            if isinstance(use, torch.nn.Conv2d):
+                x = nnf.pad(x, use._reversed_padding_repeated_twice, use.padding_mode.replace("zeros", "constant"))
+                x, g = nnf.unfold(x, use.kernel_size, use.dilation, 0, use.stride).mT, g.movedim(-3, -1)
+            elif isinstance(use, torch.nn.Embedding):  # its rows a_NI are one-hots
+                keep = x != (-1 if use.padding_idx is None else use.padding_idx)
+                x, g = nnf.one_hot(x[keep], len(use.weight)), g[keep]
+            x, g = (t.clamp(-self.clamp, self.clamp) if t.is_floating_point() else t for t in (x, g))
+            rows = [t.reshape(-1, t.shape[-1]).to(self.math) for t in (x, g)]
+            self.rows.setdefault((name, isinstance(use, torch.nn.Embedding)), []).append(rows)
+        y.requires_grad and y.register_hook(record)
+
+    def vectors(self, name, G_OI):  # yields pairs: one for the left factor, one for the right
+        for embedding in [e for e in (False, True) if (name, e) in self.rows and self.statistic != "gradient"]:
+            a_NI, g_NO = map(torch.cat, zip(*self.rows[name, embedding], strict=True))
+            a_I, g_O = a_NI.sum(0) / max(len(a_NI), 1), g_NO.sum(0)
+            left, right = (a_I, g_O) if embedding else (g_O, a_I)
+            yield left, nnf.pad(right, (0, G_OI.shape[1] - len(right)), value=1 - embedding)  # pads only if joint
+        if self.statistic != "mean":
+            yield [M @ rademacher(self.steps, side, M.shape[1]).to(M) for side, M in enumerate((G_OI, G_OI.T))]
+
+    def refreshed(self, F, vs):
+        gamma, w, eye = self.gamma, (1 - self.gamma) / len(vs), torch.eye(len(F)).to(F)
+        F = self.zeta * F + (1 - self.zeta) * eye if F.abs().max() > self.epsilon else F
+        if self.form == "paper":
+            return gamma * F + sum(w / (gamma**2 * (1 + gamma * w * v.dot(F @ v))) * (F @ v).outer(F @ v) for v in vs)
+        B, w = (F / gamma, w) if self.form == "exact" else (gamma * F + (1 - gamma) * eye, 1 / len(vs))
+        for v_raw in vs:
+            v = v_raw * (self.kappa**0.5 / v_raw.norm()) if self.form == "scale_free" and v_raw.any() else v_raw
+            B = B - w / (1 + w * v.dot(B @ v)) * (B @ v).outer(B @ v)
+        return B
+
+    def rescaled(self, D, G):
+        return q * D if 0 < (q := G.norm() / D.norm() if self.rescale else 1) < float("inf") else G
+
+    @torch.no_grad()
+    def step(self):
+        for name, W, b in filter(lambda site: site[1].grad is not None, self.sites.values()):
+            keys, joint = (f"{name}.L", f"{name}.R"), b is not None and self.bias == "joint"
+            G_OI = torch.cat([W.grad.flatten(1), *([b.grad[:, None]] if joint else [])], 1).to(self.math)
+            for key, vs in zip(keys, zip(*self.vectors(name, G_OI), strict=True), strict=False):
+                if key in self.state and self.steps % self.refresh_every == 0 and torch.cat(vs).isfinite().all():
+                    self.state[key] = self.refreshed(self.state[key].to(self.math), vs).to(self.factor_dtype)
+            L_OO, R_II = (self.state.get(key, torch.eye(n)).to(G_OI) for key, n in zip(keys, G_OI.shape, strict=True))
+            D_OI = self.rescaled(L_OO @ G_OI @ R_II, G_OI)
+            W.grad.copy_((D_OI[:, :-1] if joint else D_OI).reshape(W.shape))
+            if b is not None:
+                b.grad.copy_(D_OI[:, -1] if joint else self.rescaled(L_OO @ b.grad.to(L_OO), b.grad.to(L_OO)))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.rows, self.steps = {}, self.steps + 1
