@@ -15,7 +15,7 @@ from . import passes
 from .config import Options, check_model, check_optimizer, check_rule
 from .coverage import Coverage
 from .graphs import Graphs
-from .passes.capture import Naming, WholeStep, capture_whole_step, dynamo_parameters
+from .passes.capture import Naming, WholeStep, capture_whole_step, dynamo_parameters, own_code
 from .passes.lower import compile_graph, plain_tracing
 from .passes.optimizer import trace_update
 from .passes.rewrite import Layout
@@ -102,7 +102,7 @@ def _loss_function(model: nn.Module, loss_fn: Callable | None, return_outputs: b
             return loss, pytree.tree_map_only(Tensor, Tensor.detach, outputs)
         return loss
 
-    return loss_of
+    return own_code(loss_of)
 
 
 def _build_whole_step(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
+import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -30,6 +32,19 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable]:
     from torch._inductor.decomposition import select_decomp_table
 
     return {op: body for op, body in select_decomp_table().items() if op not in TABLE}
+
+
+_copies = itertools.count()
+
+
+def own_code(function: Callable) -> Callable:
+    """The function under a name of its own: Dynamo keeps caches, limits and guesses of dynamic sizes by code and name."""
+    code = function.__code__.replace(co_name=f"{function.__name__}_{next(_copies)}")
+    copy = types.FunctionType(
+        code, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 import torch.utils._pytree as pytree
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..ir import fake_value
@@ -67,7 +68,7 @@ def trace(
         structure.append(output_spec)
         return outputs
 
-    with torch.no_grad(), fake_mode_of(leaves):
+    with _literally(leaves):
         module = make_fx(flat, decomposition_table=decompositions, tracing_mode="fake" if fake else "real")(*[leaves[i] for i in positions])
     module.graph.eliminate_dead_code()
     traced = Traced(module, structure[-1])
@@ -76,9 +77,12 @@ def trace(
     return traced
 
 
-def fake_mode_of(leaves: list[Any]) -> contextlib.AbstractContextManager:
+@contextlib.contextmanager
+def _literally(leaves: list[Any]) -> Iterator[None]:
+    """In the leaves' fake mode, without autograd; composite operators by their Python bodies, which know symbolic sizes."""
     modes = [leaf.fake_mode for leaf in leaves if isinstance(leaf, torch._subclasses.FakeTensor)]
-    return modes[0] if modes else contextlib.nullcontext()
+    with torch.no_grad(), enable_python_dispatcher(), modes[0] if modes else contextlib.nullcontext():
+        yield
 
 
 def insert(
@@ -103,8 +107,7 @@ def splice(graph: fx.Graph, traced: fx.GraphModule, inputs: list[fx.Node], label
     """Copy a traced graph behind ``inputs``; returns the nodes of its outputs. Shapes are inferred anew."""
     environment: dict[fx.Node, Any] = {}
     arguments = iter(inputs)
-    fake_mode = fake_mode_of([fake_value(node) for node in inputs])
-    with torch.no_grad(), fake_mode:
+    with _literally([fake_value(node) for node in inputs]):
         for node in traced.graph.nodes:
             if node.op == "placeholder":
                 environment[node] = next(arguments)

@@ -1,5 +1,4 @@
-"""Eager MKOR on hooks, written from the equations alone: the compiled programs are compared with it, step by step.
-Shapes: N rows, O out, I in (with bias="joint" one more); a convolution's weight is seen as [O, C*kh*kw]."""
+"""Eager MKOR on hooks, from the equations alone. N rows, O out, I in (one more if joint); convolution [O, C*kh*kw]."""
 import torch
 import torch.nn.functional as nnf
 
@@ -34,19 +33,22 @@ class Reference:
             elif isinstance(use, torch.nn.Embedding):  # its rows a_NI are one-hots
                 keep = x != (-1 if use.padding_idx is None else use.padding_idx)
                 x, g = nnf.one_hot(x[keep], len(use.weight)), g[keep]
-            x, g = (t.clamp(-self.clamp, self.clamp) if t.is_floating_point() else t for t in (x, g))
-            rows = [t.reshape(-1, t.shape[-1]).to(self.math) for t in (x, g)]
-            self.rows.setdefault((name, isinstance(use, torch.nn.Embedding)), []).append(rows)
+            rows = [(t.clamp(-self.clamp, self.clamp) if t.is_floating_point() else t).flatten(0, -2) for t in (x, g)]
+            self.rows.setdefault((name, isinstance(use, torch.nn.Embedding)), []).append([r.to(self.math) for r in rows])
         y.requires_grad and y.register_hook(record)
 
     def vectors(self, name, G_OI):  # yields pairs: one for the left factor, one for the right
         for embedding in [e for e in (False, True) if (name, e) in self.rows and self.statistic != "gradient"]:
-            a_NI, g_NO = map(torch.cat, zip(*self.rows[name, embedding], strict=True))
-            a_I, g_O = a_NI.sum(0) / max(len(a_NI), 1), g_NO.sum(0)
+            rows = [torch.cat(r) for r in zip(*self.rows[name, embedding], strict=True)]  # a_NI, g_NO
+            a_I, g_O = (self.unless_noise(r.sum(0), r) / n for r, n in zip(rows, (max(len(rows[0]), 1), 1), strict=True))
             left, right = (a_I, g_O) if embedding else (g_O, a_I)
             yield left, nnf.pad(right, (0, G_OI.shape[1] - len(right)), value=1 - embedding)  # pads only if joint
         if self.statistic != "mean":
-            yield [M @ rademacher(self.steps, side, M.shape[1]).to(M) for side, M in enumerate((G_OI, G_OI.T))]
+            sketches = ((M, rademacher(self.steps, side, M.shape[1]).to(M)) for side, M in enumerate((G_OI, G_OI.T)))
+            yield [self.unless_noise(M @ signs, M) for M, signs in sketches]
+
+    def unless_noise(self, v, rows):
+        return v * (self.form != "scale_free" or v.norm() > 32 * torch.finfo(v.dtype).eps * rows.norm())
 
     def refreshed(self, F, vs):
         gamma, w, eye = self.gamma, (1 - self.gamma) / len(vs), torch.eye(len(F)).to(F)
