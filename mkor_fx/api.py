@@ -1,28 +1,66 @@
-"""The two doors, and the pipeline behind them on one screen."""
+"""The two doors."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
-import torch.utils._pytree as pytree
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import passes
 from .config import Options, check_model, check_optimizer, check_rule
-from .coverage import Coverage
-from .graphs import Graphs
-from .passes.capture import Naming, WholeStep, capture_whole_step, dynamo_parameters, own_code
-from .passes.lower import compile_graph, plain_tracing
-from .passes.optimizer import trace_update
-from .passes.rewrite import Layout
-from .passes.whole_step import StepWriter
+from .drop_in import DropIn
+from .passes.capture import Naming
 from .rules import MKOR, Rule
-from .runtime.optimizer import tensor_state
 from .runtime.step import CompiledStep
+from .whole_step import build_whole_step, loss_function
+
+
+def compile(
+    model: nn.Module,
+    rule: Rule = MKOR(),  # noqa: B008  (frozen)
+    *,
+    refresh_every: int = 1,
+    skip: Sequence[str] = (),
+    precondition: Literal["step", "backward"] = "step",
+    backend: str = "inductor",
+    dynamic: bool | None = None,
+    fullgraph: bool = False,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> nn.Module:
+    """``torch.compile(model)`` whose optimizer steps are second-order; the training loop stays as it is.
+
+    Returns another handle of the same model: an instance of its class that shares its parameters, buffers and submodules
+    (``state_dict`` keys are the user's own) and runs compiled. The backward graph also sums the statistics; when any
+    ``torch.optim`` optimizer steps parameters of the model, one more compiled program refreshes the factors and hands it
+    preconditioned gradients. ``.grad`` is the raw gradient again afterwards. Under ``no_grad`` nothing is added.
+
+    The handle has ``mkor`` (the factors: ``state_dict()``, ``load_state_dict()``), ``graphs`` and ``coverage``.
+
+    Args:
+        model: any module, graph breaks included.
+        rule: the update rule.
+        refresh_every: steps per factor refresh; the first step refreshes.
+        skip: glob patterns of parameter names that keep their raw gradient.
+        precondition: ``"step"``: at the optimizer's step, on gradients that are accumulated, averaged and clipped.
+            ``"backward"``: inside the backward, so that ``.grad`` arrives preconditioned; for loops without a torch
+            optimizer. It uses the factors from before the step and the last step's norms for the rescale.
+        backend: ``"inductor"``, or ``"eager"`` to run the rewritten graphs uncompiled.
+        dynamic, fullgraph, mode, options: as in torch.compile.
+
+    Raises:
+        ValueError: bad options, or a model with nothing to train; nothing is changed.
+    """
+    chosen = Options.of(skip, refresh_every=refresh_every, backend=backend, dynamic=dynamic, fullgraph=fullgraph, mode=mode,
+                        options=options)
+    check_model(model)
+    check_rule(rule)
+    if precondition not in ("step", "backward"):
+        raise ValueError(f"precondition={precondition!r}: must be 'step' or 'backward'")
+    return DropIn(model, rule, chosen, precondition).handle
 
 
 def compile_step(
@@ -74,86 +112,10 @@ def compile_step(
         check_rule(rule)
     check_optimizer(model, optimizer)
     Naming.of(model, chosen.skip)
-    loss_of = _loss_function(model, loss_fn, return_outputs)
+    loss_of = loss_function(model, loss_fn, return_outputs)
 
     def build(step: CompiledStep, refresh: bool) -> Callable[..., Any]:
-        build_graph = partial(_build_whole_step, step, rule, refresh, chosen, skip_nonfinite)
-        return torch.compile(loss_of, backend=build_graph, fullgraph=True, dynamic=dynamic)
+        capture = partial(build_whole_step, step, rule, refresh, chosen, skip_nonfinite)
+        return torch.compile(loss_of, backend=capture, fullgraph=True, dynamic=dynamic)
 
     return CompiledStep(model, optimizer, build, refresh_every if rule is not None else 1)
-
-
-def _loss_function(model: nn.Module, loss_fn: Callable | None, return_outputs: bool) -> Callable[..., Any]:
-    """What Dynamo captures: the loss first, then whatever else is wanted, detached."""
-
-    def loss_of(*args: Any, **kwargs: Any) -> Any:
-        if loss_fn is None:
-            outputs = model(*args, **kwargs)
-            if isinstance(outputs, Tensor):
-                loss = outputs
-            elif isinstance(outputs, (tuple, list)):
-                loss = outputs[0]
-            else:
-                loss = outputs["loss"] if isinstance(outputs, dict) else outputs.loss
-        else:
-            outputs = model(*args[:-1], **kwargs)
-            loss = loss_fn(outputs, args[-1])
-        if return_outputs:
-            return loss, pytree.tree_map_only(Tensor, Tensor.detach, outputs)
-        return loss
-
-    return own_code(loss_of)
-
-
-def _build_whole_step(
-    step: CompiledStep, rule: Rule | None, refresh: bool, options: Options, skip_nonfinite: bool,
-    gm: fx.GraphModule, example_inputs: Sequence[Any],
-) -> Callable[..., Any]:
-    """The Dynamo backend of a whole step: capture -> canonicalize -> match -> rewrite -> schedule -> lower."""
-    naming = Naming.of(step.model, options.skip)
-    held = {id(p) for group in step.optimizer.param_groups for p in group["params"]}
-    params = {index: p for index, (_, p) in dynamo_parameters(gm, naming).items()}
-    variant = "plain" if rule is None else "refresh" if refresh else "reuse"
-    graphs, coverage = Graphs(f"{type(step.model).__name__}: {variant} step"), Coverage(step.model, rule)
-
-    whole = capture_whole_step(gm, example_inputs, naming)
-    for index, parameter in whole.parameters.items():
-        if rule is None:
-            parameter.excluded = "no rule: the plain step"
-        elif id(params[index]) not in held:
-            parameter.excluded = "the optimizer does not hold it"
-    trained = {i: params[i] for i, p in whole.parameters.items() if p.grad is not None and id(params[i]) in held}
-    if not trained:
-        raise ValueError("no parameter that the optimizer holds gets a gradient from this loss")
-
-    with plain_tracing():
-        passes.analyse(whole, rule, graphs)
-        coverage.add(whole)
-        states = {
-            index: step.mkor.create(params[index], partial(rule.init, Layout.of(site).shape))
-            for index, site in whole.sites.items()
-        }
-        step.prepare_optimizer(list(trained.values()))
-        update = trace_update(step.optimizer, list(trained.values()))
-        device = next(iter(trained.values())).device
-        writer = StepWriter(whole, params)
-
-        def rewrite(_: WholeStep) -> None:
-            writer.seed_with_one()
-            directions = writer.precondition(rule, refresh, states, step.mkor.step_tensor(device))
-            optimizer_states = {i: tensor_state(step.optimizer, p) for i, p in trained.items()}
-            writer.apply(update, directions, optimizer_states, step.numbers(device))
-            writer.finish(skip_nonfinite, step.skip_counter(device))
-
-        passes.synthesise(whole, rewrite, graphs, inductor=False)
-        compiled = compile_graph(whole.module, options.backend, options.inductor)
-
-    step.follow_branches(update.branches)
-    step.variants[variant], step.coverage = graphs, coverage
-    step.compilations += 1
-
-    def run(*args: Any) -> list[Any]:
-        with plain_tracing():
-            return compiled(*args, *(step.tensor(slot, args, device) for slot in writer.slots))
-
-    return run

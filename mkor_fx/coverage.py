@@ -45,8 +45,12 @@ class Coverage:
             name: Entry(name, tuple(p.shape), declined=reason) for name, p in model.named_parameters() if p.requires_grad
         }
 
-    def add(self, step: StepGraph) -> None:
-        """Take over the roles found in one captured graph. A parameter declined in any graph is declined."""
+    def add(self, step: StepGraph, names: dict[int, str] | None = None) -> None:
+        """Take over the roles found in one captured graph. A parameter declined in any graph is declined.
+
+        ``names`` by input position where the graph serves another instance than the one it was captured from.
+        """
+        names = names or {index: parameter.name for index, parameter in step.parameters.items()}
         for site in step.sites.values():
             layout = Layout.of(site)
             assert self._rule is not None
@@ -54,15 +58,15 @@ class Coverage:
             sent = statistics_size(self._rule, site.matrix) * len(site.kinds)
             ops = "+".join(dict.fromkeys(tap.op for tap in site.taps))
             self._merge(Entry(
-                site.parameter.name, site.parameter.shape, ops, len(site.taps),
+                names[site.parameter.index], site.parameter.shape, ops, len(site.taps),
                 {key: tuple(t.shape) for key, t in state.items()},
                 sum(t.numel() * t.element_size() for t in state.values()), sent,
             ))
             if site.bias is not None:
-                self._merge(Entry(site.bias.name, site.bias.shape, "bias", len(site.taps), bias_of=site.parameter.name))
+                self._merge(Entry(names[site.bias.index], site.bias.shape, "bias", len(site.taps),
+                                  bias_of=names[site.parameter.index]))
         for index, decline in step.declines.items():
-            parameter = step.parameters[index]
-            self._merge(Entry(parameter.name, parameter.shape, declined=decline))
+            self._merge(Entry(names[index], step.parameters[index].shape, declined=decline))
 
     def _merge(self, entry: Entry) -> None:
         known = self._entries.get(entry.name)

@@ -159,14 +159,14 @@ def check_loss(gm: fx.GraphModule, named: dict[int, str]) -> None:
                          "detached or integer tensor, or are all parameters frozen?")
 
 
-def with_carriers(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], sizes: Sequence[tuple[int, ...]], dtypes: Sequence[torch.dtype],
-    devices: Sequence[torch.device],
+def with_inputs(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], added: Sequence[Tensor]
 ) -> tuple[fx.GraphModule, list[Any]]:
-    """A copy of Dynamo's graph with one more, unused, differentiable input for each of ``sizes``.
+    """A copy of Dynamo's graph with one more, unused, input for each tensor in ``added``.
 
-    Such a carrier's gradient is free for the backward graph to define: it carries statistics out of it, and autograd
-    adds them up over micro-batches, uses and graphs as it does any gradient.
+    The gradient of an input that the forward does not use is free for the backward graph to define. So a leaf among them
+    can carry statistics out of the backward, and autograd adds them up over micro-batches, uses and graphs as it does any
+    gradient.
     """
     graph, environment = fx.Graph(), {}
     graph.output(graph.graph_copy(gm.graph, environment))
@@ -175,14 +175,12 @@ def with_carriers(
             copy._dynamo_source = node._dynamo_source  # type: ignore[attr-defined]
     fake_mode = torch._guards.TracingContext.get().fake_mode
     last = graph.find_nodes(op="placeholder")[-1]
-    carriers = []
-    for i, (size, dtype, device) in enumerate(zip(sizes, dtypes, devices)):
-        carrier = torch.zeros(size, dtype=dtype, device=device, requires_grad=True)
-        carriers.append(fake_mode.from_tensor(carrier, static_shapes=True))
+    fakes = [fake_mode.from_tensor(tensor, static_shapes=True) for tensor in added]
+    for i, fake in enumerate(fakes):
         with graph.inserting_after(last):
-            last = graph.placeholder(f"mkor_statistics_{i}")
-        last.meta["example_value"] = carriers[-1]
+            last = graph.placeholder(f"mkor_input_{i}")
+        last.meta["example_value"] = fake
         last._dynamo_source = None  # type: ignore[attr-defined]
     copied = fx.GraphModule(gm, graph)
     copied.meta.update(gm.meta)
-    return copied, [*example_inputs, *carriers]
+    return copied, [*example_inputs, *fakes]

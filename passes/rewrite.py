@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -41,6 +42,9 @@ class Layout:
         outputs, inputs = self.matrix[::-1] if self.stored_inputs_first else self.matrix
         return Shape(outputs, inputs, self.bias)
 
+    def fresh_state(self, rule: Rule) -> Callable[[torch.device], dict[str, Tensor]]:
+        return partial(rule.init, self.shape)
+
 
 @graph_pass(stage="match", exact=True)
 def decline_without_factors(step: StepGraph, *, rule: Rule) -> None:
@@ -53,6 +57,20 @@ def decline_without_factors(step: StepGraph, *, rule: Rule) -> None:
                                            "both sides exceed max_factor", str(site.taps[0].node.target))
             if site.bias is not None:
                 step.declines[site.bias.index] = Decline(f"its weight {site.parameter.name} is declined")
+
+
+def merge_layouts(first: Layout, second: Layout) -> Layout:
+    """A weight used in two graphs: the orientations of both. The bias stays only where both have it."""
+    if first.matrix != second.matrix:
+        raise ValueError(f"one weight is read as a matrix of {first.matrix} and of {second.matrix} in two graphs")
+    return Layout(first.matrix, tuple(sorted({*first.kinds, *second.kinds})), first.bias and second.bias)
+
+
+class Scales(NamedTuple):
+    """What a loss scaler has left in the statistics and in the gradient, 0-dim each; not finite: touch nothing."""
+
+    statistics: Tensor
+    gradient: Tensor
 
 
 def summary_shapes(rule: Rule, inputs: int, outputs: int) -> list[torch.Size]:
@@ -104,6 +122,7 @@ def update_site(
     vectors: dict[int, Tensor],
     state: dict[str, Tensor],
     step: Tensor,
+    scales: Scales | None = None,
 ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
     """The whole update of one parameter: ``(direction, bias direction, new state)``.
 
@@ -114,7 +133,12 @@ def update_site(
     oriented = Gradient(matrix.t() if layout.stored_inputs_first else matrix, bias_grad)
     if refresh:
         finite = _finite(rule, oriented, vectors)
-        updated = rule.update(state, _uses(rule, layout, vectors), oriented, step)
+        uses, read = _uses(rule, layout, vectors), oriented
+        if scales is not None:
+            finite = finite & torch.isfinite(scales.statistics) & torch.isfinite(scales.gradient)
+            uses = [use._replace(summary=rule.unscale(use.summary, scales.statistics)) for use in uses]
+            read = Gradient(*(None if g is None else g / scales.gradient.to(g.dtype) for g in oriented))
+        updated = rule.update(state, uses, read, step)
         state = {name: torch.where(finite, updated[name], old) for name, old in state.items()}
     direction, bias_direction = rule.precondition(state, oriented)
     stored = direction.t() if layout.stored_inputs_first else direction

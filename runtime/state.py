@@ -24,6 +24,8 @@ class FactorState:
         self._pending: dict[str, Tensor] = {}
         self._step_tensors: dict[torch.device, Tensor] = {}
         self._step = 0
+        #: how often the state was replaced from outside, and the step it was then at
+        self.generation, self.loaded_step = 0, 0
 
     # ---- steps ------------------------------------------------------------------------------------------------------
 
@@ -143,7 +145,8 @@ class FactorState:
         self._set_step(int(state["step"]))
 
     def _set_step(self, step: int) -> None:
-        self._step = step
+        self._step = self.loaded_step = step
+        self.generation += 1
         for tensor in self._step_tensors.values():
             tensor.fill_(step)
 

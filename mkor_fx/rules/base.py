@@ -68,3 +68,10 @@ class Rule(ABC):
     @abstractmethod
     def precondition(self, state: State, grad: Gradient) -> Gradient:
         """The direction that the base optimizer gets in place of the gradient; every step."""
+
+    def unscale(self, summary: tuple[Tensor, ...], scale: Tensor) -> tuple[Tensor, ...]:
+        """The summary without a loss scale: what ``summarize`` would have returned for ``g_NO / scale``."""
+        raise NotImplementedError(
+            f"{type(self).__name__} does not say how its statistics depend on the scale of the loss: define "
+            "unscale(summary, scale) to use it with a gradient scaler"
+        )

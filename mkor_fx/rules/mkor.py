@@ -121,6 +121,11 @@ class MKOR(Rule):
             return sums
         return *sums, _rounding(a_NI), _rounding(g_NO)
 
+    def unscale(self, summary: tuple[Tensor, ...], scale: Tensor) -> tuple[Tensor, ...]:
+        """``g`` is linear in the scale, its rounding quadratic, the inputs do not depend on it."""
+        factors = (1.0, scale, 1.0, scale * scale)
+        return tuple(s / factor for s, factor in zip(summary, factors))
+
     def update(self, state: State, uses: list[Use], grad: Gradient, step: Tensor) -> State:
         left, right = [], []
         dtype = accumulation_dtype(self.factor_dtype)

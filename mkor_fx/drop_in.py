@@ -1,0 +1,163 @@
+"""Behind ``compile``: the Dynamo backend that adds statistics to each graph, and the handle that the user gets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from .config import Options
+from .coverage import Coverage
+from .graphs import Graphs
+from .passes.capture import Naming, dynamo_parameters, own_code, with_inputs
+from .passes.drop_in import Job, StatisticsPass, build_update, compile_with_statistics
+from .passes.rewrite import merge_layouts, statistics_size
+from .prims import accumulation_dtype
+from .rules import Rule
+from .runtime.module import Preconditioner
+
+
+class DropIn:
+    """One compiled model: captures its graphs, keeps their stages, owns the preconditioner. ``handle`` is the user's."""
+
+    def __init__(self, model: nn.Module, rule: Rule, options: Options, precondition: str) -> None:
+        self.model, self.rule, self.options = model, rule, options
+        self.naming = Naming.of(model, options.skip)
+        self.coverage = Coverage(model, rule)
+        self.captured: list[Graphs] = []
+        self.updates: list[Graphs] = []
+        self.runtime = Preconditioner(model, rule, options.refresh_every, self._build_update, Job, merge_layouts)
+        self._ran = False
+        self.handle = self._make_handle()
+
+    def _make_handle(self) -> nn.Module:
+        """Another instance of the model's class over the same parameters, buffers and submodules, that runs compiled."""
+        handle = object.__new__(type(self.model))
+        handle.__dict__.update(self.model.__dict__)
+        call = own_code(_call_of(handle))
+        compiled = torch.compile(call, backend=self._backend, fullgraph=self.options.fullgraph, dynamic=self.options.dynamic)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            try:
+                result = compiled(*args, **kwargs)
+            except torch._dynamo.exc.BackendCompilerFailed as failure:
+                if isinstance(failure.inner_exception, ValueError):
+                    raise failure.inner_exception from None
+                raise
+            if not self._ran:
+                raise RuntimeError(f"no graph was captured from {type(self.model).__name__}: its forward runs outside of "
+                                   "what torch.compile can see (torch._dynamo.explain tells why)")
+            return result
+
+        handle.__dict__.update(_compiled_call_impl=run, mkor=self.runtime.mkor, graphs=ModelGraphs(self),
+                               coverage=self.coverage)
+        return handle
+
+    def _backend(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        """Dynamo's backend: carriers in, statistics pass on the joint graph, roles resolved at each call."""
+        self._ran = True
+        if self.naming.names.keys() != {id(p) for p in self.model.parameters()}:
+            self.naming = Naming.of(self.model, self.options.skip)
+        params = dynamo_parameters(gm, self.naming)
+        if not params or not torch.is_grad_enabled():
+            return compile_with_statistics(gm, inputs, None, self.options.backend, self.options.inductor)
+        shapes = {
+            index: (2, statistics_size(self.rule, (p.shape[0], p[0].numel())), accumulation_dtype(p.dtype))
+            for index, (_, p) in params.items()
+            if p.dim() >= 2 and p.numel() and p.is_floating_point()
+        }
+        order = list(shapes)
+        examples = [self.runtime.carrier(params[index][1], shapes[index][:2], shapes[index][2]) for index in order]
+        carriers = {index: len(inputs) + i for i, index in enumerate(order)}
+        graphs = Graphs(f"{type(self.model).__name__}: graph {len(self.captured)}, forward and backward")
+        named = {index: name for index, (name, _) in params.items()}
+        statistics = StatisticsPass(self.rule, self.naming, named, carriers, graphs, self.options.backend == "inductor")
+        extended, extended_inputs = with_inputs(gm, inputs, examples)
+        compiled = compile_with_statistics(extended, extended_inputs, statistics, self.options.backend, self.options.inductor)
+        self.captured.append(graphs)
+        seen: set[tuple[int, ...]] = set()
+
+        def run(*args: Any) -> Any:
+            own = {index: args[index] for index in params}
+            key = tuple(map(id, own.values()))
+            if key not in seen:
+                seen.add(key)
+                self._register(statistics, own)
+            outputs = compiled(*args, *(self.runtime.carrier(args[i], shapes[i][:2], shapes[i][2]) for i in order))
+            if torch.is_grad_enabled():
+                self.runtime.watch_backward(outputs, [p for p in own.values() if isinstance(p, nn.Parameter)])
+            return outputs
+
+        return run
+
+    def _register(self, statistics: StatisticsPass, params: dict[int, Tensor]) -> None:
+        """Tell the runtime and the coverage what this graph says of the parameters it is called with."""
+        capture = statistics.capture
+        if capture.step is None:
+            return
+        biases = set(capture.biases.values())
+        for index, param in params.items():
+            if index not in biases:
+                bias = capture.biases.get(index)
+                self.runtime.register(param, capture.layouts.get(index), None if bias is None else params[bias])
+        self.coverage.add(capture.step, {index: self.runtime.mkor.name(param) for index, param in params.items()})
+
+    def _build_update(self, jobs: list[Job], examples: list[dict], step: Tensor, scales: Sequence[Tensor]) -> Callable:
+        graphs = Graphs(f"{type(self.model).__name__}: update of {len(jobs)} weights")
+        program = build_update(self.rule, jobs, examples, step, tuple(scales), self.options.backend, self.options.inductor,
+                               graphs)
+        self.updates.append(graphs)
+        return program
+
+
+def _call_of(handle: nn.Module) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return handle._call_impl(*args, **kwargs)
+
+    return call
+
+
+class ModelGraphs:
+    """The programs of a drop-in model: ``list(model.graphs)``, or the stages of the first captured one by name."""
+
+    def __init__(self, owner: DropIn) -> None:
+        self._owner = owner
+
+    @property
+    def captured(self) -> list[Graphs]:
+        """Forward and backward, one a graph."""
+        return self._owner.captured
+
+    @property
+    def updates(self) -> list[Graphs]:
+        """The programs that run at the optimizer's step."""
+        return self._owner.updates
+
+    def __iter__(self):
+        return iter([*self.captured, *self.updates])
+
+    def __getitem__(self, stage: str):
+        return self._first[stage]
+
+    def op_counts(self, stage: str):
+        return self._first.op_counts(stage)
+
+    def diff(self, before: str, after: str) -> str:
+        return self._first.diff(before, after)
+
+    @property
+    def _first(self) -> Graphs:
+        if not self.captured:
+            raise RuntimeError("nothing is compiled yet: call the model once with gradients enabled")
+        return self.captured[0]
+
+    def __str__(self) -> str:
+        return "\n\n".join(map(str, self)) or "nothing is compiled yet"
+
+    def __deepcopy__(self, memo: dict) -> None:
+        """A copied model is a plain one."""
+
+    def __reduce__(self) -> tuple:
+        return type(None), ()

@@ -1,0 +1,99 @@
+"""Behind ``compile_step``: the Dynamo backend whose callable is the training step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch.utils._pytree as pytree
+from torch import Tensor, fx, nn
+
+from .config import Options
+from .coverage import Coverage
+from .graphs import Graphs
+from .passes.capture import Naming, WholeStep, capture_whole_step, dynamo_parameters, own_code
+from .passes.lower import compile_graph, plain_tracing
+from .passes.optimizer import trace_update
+from .passes.pipeline import analyse, synthesise
+from .passes.rewrite import Layout
+from .passes.whole_step import StepWriter
+from .rules import Rule
+from .runtime.optimizer import tensor_state
+from .runtime.step import CompiledStep
+
+
+def loss_function(model: nn.Module, loss_fn: Callable | None, return_outputs: bool) -> Callable[..., Any]:
+    """What Dynamo captures: the loss first, then whatever else is wanted, detached."""
+
+    def loss_of(*args: Any, **kwargs: Any) -> Any:
+        if loss_fn is None:
+            outputs = model(*args, **kwargs)
+            if isinstance(outputs, Tensor):
+                loss = outputs
+            elif isinstance(outputs, (tuple, list)):
+                loss = outputs[0]
+            else:
+                loss = outputs["loss"] if isinstance(outputs, dict) else outputs.loss
+        else:
+            outputs = model(*args[:-1], **kwargs)
+            loss = loss_fn(outputs, args[-1])
+        if return_outputs:
+            return loss, pytree.tree_map_only(Tensor, Tensor.detach, outputs)
+        return loss
+
+    return own_code(loss_of)
+
+
+def build_whole_step(
+    step: CompiledStep, rule: Rule | None, refresh: bool, options: Options, skip_nonfinite: bool,
+    gm: fx.GraphModule, example_inputs: Sequence[Any],
+) -> Callable[..., Any]:
+    """The Dynamo backend of a whole step: capture -> canonicalize -> match -> rewrite -> schedule -> lower."""
+    naming = Naming.of(step.model, options.skip)
+    held = {id(p) for group in step.optimizer.param_groups for p in group["params"]}
+    params = {index: p for index, (_, p) in dynamo_parameters(gm, naming).items()}
+    variant = "plain" if rule is None else "refresh" if refresh else "reuse"
+    graphs, coverage = Graphs(f"{type(step.model).__name__}: {variant} step"), Coverage(step.model, rule)
+
+    whole = capture_whole_step(gm, example_inputs, naming)
+    for index, parameter in whole.parameters.items():
+        if rule is None:
+            parameter.excluded = "no rule: the plain step"
+        elif id(params[index]) not in held:
+            parameter.excluded = "the optimizer does not hold it"
+    trained = {i: params[i] for i, p in whole.parameters.items() if p.grad is not None and id(params[i]) in held}
+    if not trained:
+        raise ValueError("no parameter that the optimizer holds gets a gradient from this loss")
+
+    with plain_tracing():
+        analyse(whole, rule, graphs)
+        coverage.add(whole)
+        states = {
+            index: step.mkor.create(params[index], partial(rule.init, Layout.of(site).shape))
+            for index, site in whole.sites.items()
+        }
+        step.prepare_optimizer(list(trained.values()))
+        update = trace_update(step.optimizer, list(trained.values()))
+        device = next(iter(trained.values())).device
+        writer = StepWriter(whole, params)
+
+        def rewrite(_: WholeStep) -> None:
+            writer.seed_with_one()
+            directions = writer.precondition(rule, refresh, states, step.mkor.step_tensor(device))
+            optimizer_states = {i: tensor_state(step.optimizer, p) for i, p in trained.items()}
+            writer.apply(update, directions, optimizer_states, step.numbers(device))
+            writer.finish(skip_nonfinite, step.skip_counter(device))
+
+        synthesise(whole, rewrite, graphs, inductor=False)
+        compiled = compile_graph(whole.module, options.backend, options.inductor)
+
+    step.follow_branches(update.branches)
+    step.variants[variant], step.coverage = graphs, coverage
+    step.compilations += 1
+
+    def run(*args: Any) -> list[Any]:
+        with plain_tracing():
+            return compiled(*args, *(step.tensor(slot, args, device) for slot in writer.slots))
+
+    return run

@@ -1,0 +1,191 @@
+"""The two programs of the drop-in door: statistics inside the backward graph, and the update at the optimizer's step."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._functorch._aot_autograd.descriptors import GradAOTOutput, TangentAOTInput
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ..graphs import Graphs
+from ..ir import StepGraph
+from ..rules import Rule
+from .capture import Naming, decompositions, described_outputs, read_joint
+from .lower import compile_graph, plain_tracing
+from .pipeline import analyse, synthesise
+from .rewrite import Layout, Scales, update_site, write_statistics
+from .trace import insert
+
+
+@dataclass
+class Capture:
+    """What the pass learns about one graph: roles by input position, kept for every call of the compiled code."""
+
+    step: StepGraph | None = None
+    layouts: dict[int, Layout] | None = None
+    biases: dict[int, int] | None = None
+
+
+class StatisticsPass(CustomGraphPass):
+    """Runs on the joint graph before Inductor's own passes: writes each site's statistics into its carrier's gradient.
+
+    ``carriers`` maps a parameter's input position to its carrier's.
+    """
+
+    def __init__(self, rule: Rule, naming: Naming, named: dict[int, str], carriers: dict[int, int], graphs: Graphs,
+                 inductor: bool) -> None:
+        self.rule, self.naming, self.named, self.carriers = rule, naming, named, carriers
+        self.graphs, self.inductor, self.capture = graphs, inductor, Capture()
+
+    def uuid(self) -> str:
+        content = repr((self.rule, self.naming.skip, self.named, self.carriers, self.inductor))
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    def __call__(self, graph: fx.Graph) -> None:
+        placeholders = graph.find_nodes(op="placeholder")
+        if not any(isinstance(n.meta.get("desc"), TangentAOTInput) for n in placeholders):
+            return
+        assert graph.owning_module is not None
+        step = read_joint(graph.owning_module, self.named, self.naming)
+        with plain_tracing():
+            analyse(step, self.rule, self.graphs)
+            synthesise(step, self._rewrite, self.graphs, inductor=self.inductor, partitioned=True)
+        layouts = {index: Layout.of(site) for index, site in step.sites.items()}
+        biases = {index: site.bias.index for index, site in step.sites.items() if site.bias is not None}
+        self.capture = Capture(step, layouts, biases)
+
+    def _rewrite(self, step: StepGraph) -> None:
+        positions = {
+            d.grad_of.idx: position
+            for position, (_, d) in enumerate(described_outputs(step.graph))
+            if isinstance(d, GradAOTOutput)
+        }
+        outputs = list(step.output.args[0])  # type: ignore[arg-type]
+        for index, site in step.sites.items():
+            carrier = step.inputs[self.carriers[index]].meta["val"]
+            with step.graph.inserting_before(step.output):
+                vectors = write_statistics(step.graph, self.rule, site, carrier.dtype)
+                outputs[positions[self.carriers[index]]] = insert(
+                    step.graph, carry, vectors, carrier.shape[1], label=f"{site.parameter.name}: statistics"
+                )
+        step.output.args = (type(step.output.args[0])(outputs),)
+
+
+def carry(vectors: dict[int, Tensor], size: int) -> Tensor:
+    """Statistics vectors by orientation as the rows of a carrier, ``[2, size]``; an unused row is zero."""
+    first = next(iter(vectors.values()))
+    rows = [vectors.get(kind, torch.zeros_like(first)) for kind in (0, 1)]
+    return torch.stack([torch.nn.functional.pad(row, (0, size - row.numel())) for row in rows])
+
+
+def compile_with_statistics(
+    gm: fx.GraphModule, inputs: Sequence[Any], statistics: StatisticsPass | None, backend: str, options: dict[str, Any]
+) -> Callable[..., Any]:
+    """Compile Dynamo's graph, its joint graph rewritten by ``statistics``; plainly without.
+
+    AOTAutograd's cache is left out, since it would skip the pass; Inductor's own cache stays in.
+    """
+    with torch._functorch.config.patch(enable_autograd_cache=False):
+        if backend == "eager":
+            return _aot_eager(gm, inputs, statistics)
+        from torch._inductor import config
+        from torch._inductor.compile_fx import compile_fx
+
+        if statistics is None:
+            return compile_fx(gm, list(inputs), config_patches=options)
+        chosen = options.get("joint_custom_pre_pass", config.joint_custom_pre_pass) or []
+        users = list(chosen) if isinstance(chosen, (list, tuple)) else [chosen]
+        patches = {**options, "joint_custom_pre_pass": [*users, statistics]}
+        return compile_fx(gm, list(inputs), config_patches=patches, decompositions=decompositions())
+
+
+def _aot_eager(gm: fx.GraphModule, inputs: Sequence[Any], statistics: StatisticsPass | None) -> Callable[..., Any]:
+    from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+    from torch._dynamo.backends.common import aot_autograd
+
+    def partition(joint: fx.GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
+        if statistics is not None:
+            statistics(joint.graph)
+        return min_cut_rematerialization_partition(joint, joint_inputs, **kwargs)
+
+    def run(module: fx.GraphModule, _: Any) -> Callable[..., Any]:
+        return make_boxed_func(module.forward)
+
+    compiler = aot_autograd(fw_compiler=run, bw_compiler=run, partition_fn=partition, decompositions=decompositions(),
+                            keep_inference_input_mutations=True)
+    return compiler(gm, list(inputs))
+
+
+# ---- the update at the optimizer's step ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """One parameter in an update program: its stored shape and layout, and whether its factors are refreshed."""
+
+    name: str
+    layout: Layout
+    refresh: bool
+
+
+def build_update(
+    rule: Rule, jobs: Sequence[Job], examples: Sequence[dict[str, Any]], step: Tensor, scales: tuple[Tensor, Tensor],
+    backend: str, options: dict[str, Any], graphs: Graphs,
+) -> Callable[..., list[Tensor]]:
+    """One program that refreshes and preconditions all of ``jobs``.
+
+    ``examples`` hold each job's ``grad``, ``bias`` (or None), ``carrier`` (refreshed jobs) and ``state`` tensors. The
+    program takes ``[step, *scales, *the tensors of each job in that order]``, copies new state into the state inputs and
+    returns each job's direction and, where it has a bias, its direction.
+    """
+    mode = FakeTensorMode()
+    graph = fx.Graph()
+
+    def input(name: str, example: Tensor) -> fx.Node:
+        node = graph.placeholder(name)
+        with mode:
+            node.meta["val"] = torch.empty_strided(example.shape, example.stride(), dtype=example.dtype,
+                                                   device=example.device)
+        return node
+
+    with plain_tracing():
+        step_node, scale_nodes = input("step", step), Scales(*map(input, ("statistics_scale", "gradient_scale"), scales))
+        nodes = []
+        for i, example in enumerate(examples):
+            tensors = {k: t for k, t in example.items() if k != "state"}
+            own = {k: None if t is None else input(f"{k}_{i}", t) for k, t in tensors.items()}
+            state = {k: input(f"state_{i}_{k}", t) for k, t in example["state"].items()}
+            nodes.append((own, state))
+        outputs: list[fx.Node] = []
+        writes: list[tuple[fx.Node, fx.Node]] = []
+        for job, (own, state) in zip(jobs, nodes):
+            vectors = {}
+            if job.refresh:
+                vectors = {k: insert(graph, torch.select, own["carrier"], 0, k, label=job.name) for k in job.layout.kinds}
+            grad, bias, new = insert(graph, partial_update(rule, job), own["grad"], own["bias"], vectors, state, step_node,
+                                     scale_nodes, label=f"{job.name}: update")
+            outputs += [grad] if bias is None else [grad, bias]
+            writes += [(state[key], new[key]) for key in state] if job.refresh else []
+        for target, value in writes:
+            copy = graph.call_function(torch.ops.aten.copy_.default, (target, value))
+            copy.meta = {"val": target.meta["val"], "mkor_fx": "write"}
+        graph.output(outputs)
+        program = StepGraph(fx.GraphModule({}, graph), graph.find_nodes(op="placeholder"), {}, [])
+        synthesise(program, lambda _: None, graphs, inductor=False)
+        return compile_graph(program.module, backend, options)
+
+
+def partial_update(rule: Rule, job: Job) -> Callable:
+    """``update_site`` of this job, one object per distinct (rule, layout, variant) so that its trace is shared."""
+    key = (rule, job.layout, job.refresh)
+    return _updates.setdefault(key, partial(update_site, *key))
+
+
+_updates: dict[tuple, Callable] = {}

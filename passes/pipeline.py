@@ -1,0 +1,39 @@
+"""The pipeline: the literal order of what happens to a captured graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from ..graphs import Graphs
+from ..ir import StepGraph
+from ..rules import Rule
+from .canonicalize import cancel_double_transpose, drop_detach, spell_transposes
+from .core import run_passes
+from .lower import expand, shortcut_row_sums
+from .match import find_sites
+from .rewrite import decline_without_factors
+from .schedule import recompute_checkpoints, update_when_ready
+
+CANONICALIZE = [spell_transposes, drop_detach, cancel_double_transpose]
+SCHEDULE = [recompute_checkpoints, update_when_ready]
+
+
+def analyse(step: StepGraph, rule: Rule, graphs: Graphs) -> None:
+    """capture -> canonicalize -> match: every trainable parameter gets its role."""
+    run_passes(step, [], "capture", graphs)
+    run_passes(step, CANONICALIZE, "canonicalize", graphs)
+    run_passes(step, [find_sites, partial(decline_without_factors, rule=rule)], "match", graphs)
+
+
+def synthesise(
+    step: StepGraph, rewrite: Callable[[StepGraph], None], graphs: Graphs, *, inductor: bool, partitioned: bool = False
+) -> None:
+    """rewrite -> schedule -> lower: ``rewrite`` writes statistics and updates, aten comes out.
+
+    ``inductor``: expand what Inductor wants decomposed, too. ``partitioned``: torch will split the graph into forward and
+    backward and honour checkpoints itself.
+    """
+    run_passes(step, [rewrite], "rewrite", graphs)
+    run_passes(step, [update_when_ready] if partitioned else SCHEDULE, "schedule", graphs)
+    run_passes(step, [shortcut_row_sums, partial(expand, inductor=inductor)], "lower", graphs)

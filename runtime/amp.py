@@ -1,0 +1,41 @@
+"""What a gradient scaler has done to the gradients, found where torch keeps it."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.amp import grad_scaler
+from torch.optim import Optimizer
+
+
+def loss_scales(optimizer: Optimizer, device: torch.device) -> tuple[Tensor, Tensor]:
+    """``(in the statistics, in .grad)``, 0-dim each, 1 without a scaler; NaN where the scaler has found an inf.
+
+    Inside a fused optimizer's step the scaler has left its scale and verdict on the optimizer, and ``.grad`` is still
+    scaled. Any other optimizer is stepped with unscaled gradients and only when they are finite; the statistics were
+    taken in the backward, under the scale.
+    """
+    one = torch.ones((), device=device)
+    scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+    if found_inf is not None:
+        scale = one if scale is None else scale.to(device).reshape(())
+        scale = torch.where(found_inf.to(device).reshape(()) > 0, torch.full_like(one, float("nan")), scale)
+        return scale, scale
+    scaler = _stepping_scaler()
+    return (one if scaler is None else scaler._get_scale_async().to(device).reshape(())), one
+
+
+def _stepping_scaler() -> Any:
+    """The ``GradScaler`` in whose ``step`` we are being called, or None. It tells optimizers that are not fused nothing."""
+    frame = sys._getframe(1)
+    for _ in range(24):
+        if frame is None:
+            return None
+        if frame.f_code is grad_scaler.GradScaler.step.__code__:
+            scaler = frame.f_locals["self"]
+            return scaler if scaler.is_enabled() else None
+        frame = frame.f_back  # type: ignore[assignment]
+    return None

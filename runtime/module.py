@@ -1,0 +1,224 @@
+"""The drop-in door at run time: carriers of statistics, and the update at the optimizer's step."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from .amp import loss_scales
+from .state import FactorState
+
+#: every live preconditioner; the two hooks below serve them all
+_live: weakref.WeakSet[Preconditioner] = weakref.WeakSet()
+
+
+class Known:
+    """What the graphs so far say about one parameter: its layout and bias, or that it is declined."""
+
+    def __init__(self, param: nn.Parameter) -> None:
+        self.param = param
+        self.layout: Any = None
+        self.bias: nn.Parameter | None = None
+        self.declined = False
+
+
+class Preconditioner:
+    """Statistics and updates of one compiled model, resolved from the parameters of each call.
+
+    Statistics arrive as the gradient of a leaf that no one else sees, the parameter's carrier: autograd adds them up over
+    micro-batches, uses and graphs, as it does ``.grad``.
+    """
+
+    def __init__(
+        self, model: nn.Module, rule: Any, refresh_every: int, build_update: Callable[..., Callable], job: Callable[..., Any],
+        merge: Callable[[Any, Any], Any],
+    ) -> None:
+        self.rule, self.refresh_every = rule, refresh_every
+        self.mkor = FactorState(model)
+        self.known: dict[int, Known] = {}
+        self._build_update, self._job, self._merge = build_update, job, merge
+        self._carriers: dict[int, tuple[nn.Parameter, Tensor]] = {}
+        self._programs: dict[tuple, Callable[..., list[Tensor]]] = {}
+        self._raw: list[tuple[nn.Parameter, Tensor]] = []
+        self._iteration = 0
+        self._stepped: set[str] = set()
+        self._windows: dict[str, int] = {}
+        self._generation = 0
+        _install_hooks()
+        _live.add(self)
+
+    # ---- the forward's side -------------------------------------------------------------------------------------------
+
+    def carrier(self, param: nn.Parameter, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """The leaf whose gradient holds the statistics of ``param``."""
+        entry = self._carriers.get(id(param))
+        if entry is None or entry[0] is not param or entry[1].device != param.device:
+            entry = (param, torch.zeros(shape, dtype=dtype, device=param.device, requires_grad=True))
+            self._carriers[id(param)] = entry
+        return entry[1]
+
+    def register(self, param: nn.Parameter, layout: Any, bias: nn.Parameter | None) -> None:
+        """``param`` is a site (``layout``) or declined (None) in a graph. Declined in one graph is declined."""
+        known = self.known.get(id(param))
+        if known is None or known.param is not param:
+            known = self.known[id(param)] = Known(param)
+            if layout is not None:
+                known.layout, known.bias = layout, bias
+        elif layout is not None and known.layout is not None:
+            known.layout = self._merge(known.layout, layout)
+            known.bias = bias if known.bias is bias else None
+        known.declined |= layout is None
+
+    def watch_backward(self, outputs: Any, params: Sequence[nn.Parameter]) -> None:
+        """Start the statistics of ``params`` afresh when a backward begins that finds no accumulated gradient."""
+        for output in outputs if isinstance(outputs, (list, tuple)) else (outputs,):
+            node = _compiled_backward(output)
+            if node is not None:
+                node.register_prehook(lambda _: self._restart(params))
+                return
+
+    def _restart(self, params: Sequence[nn.Parameter]) -> None:
+        for param in params:
+            if param.grad is None and (entry := self._carriers.get(id(param))) is not None:
+                entry[1].grad = None
+
+    # ---- the optimizer's side -----------------------------------------------------------------------------------------
+
+    def precondition(self, optimizer: Optimizer) -> None:
+        """Replace ``.grad`` of the optimizer's sites by their directions, until ``restore``."""
+        self.restore()
+        sites = [
+            known
+            for group in optimizer.param_groups
+            for p in group["params"]
+            if (known := self.known.get(id(p))) is not None and known.param is p
+            and known.layout is not None and not known.declined and p.grad is not None
+        ]
+        if not sites:
+            return
+        fresh = {self.mkor.name(known.param) for known in sites if self._statistics(known.param) is not None}
+        self._advance(fresh)
+        jobs, examples = [], []
+        for known in sites:
+            name = self.mkor.name(known.param)
+            window = self._iteration // self.refresh_every
+            refresh = name in fresh and window > self._windows.get(name, self._loaded_window)
+            if refresh:
+                self._windows[name] = window
+            jobs.append(self._job(name, known.layout, refresh))
+            bias = known.bias.grad if known.bias is not None and known.layout.bias else None
+            state = self.mkor.create(known.param, known.layout.fresh_state(self.rule))
+            examples.append({"grad": known.param.grad, "bias": bias, "state": state}
+                            | ({"carrier": self._statistics(known.param)} if refresh else {}))
+        self._run(optimizer, jobs, examples, sites)
+
+    def _statistics(self, param: nn.Parameter) -> Tensor | None:
+        entry = self._carriers.get(id(param))
+        return entry[1].grad if entry is not None and entry[0] is param else None
+
+    def _advance(self, fresh: set[str]) -> None:
+        """One step for all optimizers of an iteration: it ends when statistics come that it has used already."""
+        if self._generation != self.mkor.generation:
+            self._generation, self._stepped, self._windows = self.mkor.generation, set(), {}
+        if fresh and (not self._stepped or fresh & self._stepped):
+            self._iteration, self._stepped = self.mkor.step, set()
+            self.mkor.advance()
+        self._stepped |= fresh
+
+    @property
+    def _loaded_window(self) -> int:
+        """The last window of ``refresh_every`` steps in which factors of unknown history were refreshed."""
+        return (self.mkor.loaded_step - 1) // self.refresh_every
+
+    def _run(self, optimizer: Optimizer, jobs: list, examples: list[dict], sites: list[Known]) -> None:
+        device = sites[0].param.device
+        tensors: list[Tensor] = [torch.full((), self._iteration, dtype=torch.int64, device=device)]
+        tensors += loss_scales(optimizer, device)
+        for example in examples:
+            state = example.pop("state")
+            tensors += [t for t in example.values() if t is not None] + list(state.values())
+            example["state"] = state
+        key = (tuple(jobs), tuple((t.shape, t.stride(), t.dtype, t.device) for t in tensors))
+        if key not in self._programs:
+            self._programs[key] = self._build_update(jobs, examples, tensors[0], tensors[1:3])
+        with torch.no_grad(), torch._C._DisableAutocast():
+            directions = iter(self._programs[key](*tensors))
+        for known, example in zip(sites, examples):
+            self._swap(known.param, next(directions))
+            if example["bias"] is not None:
+                assert known.bias is not None
+                self._swap(known.bias, next(directions))
+            self._carriers[id(known.param)][1].grad = None
+
+    def _swap(self, param: nn.Parameter, direction: Tensor) -> None:
+        assert param.grad is not None
+        self._raw.append((param, param.grad))
+        param.grad = direction
+
+    def restore(self) -> None:
+        """Give the user's raw gradients back."""
+        for param, raw in self._raw:
+            param.grad = raw
+        self._raw.clear()
+
+    def __deepcopy__(self, memo: dict) -> None:
+        """A copied model is a plain one."""
+
+    def __reduce__(self) -> tuple:
+        return type(None), ()
+
+
+def _compiled_backward(output: Any, depth: int = 4) -> Any:
+    """AOTAutograd's node behind an output, a few views away at most."""
+    nodes = [output.grad_fn] if isinstance(output, Tensor) and output.grad_fn is not None else []
+    for _ in range(depth):
+        for node in nodes:
+            if "CompiledFunction" in type(node).__name__:
+                return node
+        nodes = [parent for node in nodes for parent, _ in node.next_functions if parent is not None]
+    return None
+
+
+# ---- hooks on torch optimizers --------------------------------------------------------------------------------------
+
+_handles: list[Any] = []
+
+
+def _install_hooks() -> None:
+    if not _handles:
+        _handles.append(register_optimizer_step_pre_hook(_before_step))
+        _handles.append(register_optimizer_step_post_hook(_after_step))
+
+
+def _before_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    """Precondition what live models own; behind the closure where the user passes one."""
+    owners = [p for p in list(_live) if any(id(q) in p.known for g in optimizer.param_groups for q in g["params"])]
+    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    if not callable(closure):
+        for owner in owners:
+            owner.precondition(optimizer)
+        return None
+
+    def wrapped() -> Any:
+        for owner in list(_live):
+            owner.restore()
+        with torch.enable_grad():
+            loss = closure()
+        for owner in list(_live):
+            owner.precondition(optimizer)
+        return loss
+
+    return (args[0], wrapped, *args[2:]) if "closure" not in kwargs else args, (
+        {**kwargs, "closure": wrapped} if "closure" in kwargs else kwargs
+    )
+
+
+def _after_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+    for owner in list(_live):
+        owner.restore()
