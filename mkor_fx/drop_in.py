@@ -11,12 +11,24 @@ from torch import Tensor, fx, nn
 from .config import Options
 from .coverage import Coverage
 from .graphs import Graphs
+from .passes.backward import BackwardPass, build_refresh, find_layouts
 from .passes.capture import Naming, dynamo_parameters, own_code, with_inputs
 from .passes.drop_in import Job, StatisticsPass, build_update, compile_with_statistics
 from .passes.rewrite import merge_layouts, statistics_size
 from .prims import accumulation_dtype
 from .rules import Rule
+from .runtime.backward import BackwardPreconditioner
 from .runtime.module import Preconditioner
+
+
+#: trainable parameters of one graph: input position -> (name, parameter)
+Params = dict[int, tuple[str, nn.Parameter]]
+#: the compiled graph, the pass that has rewritten it, and what to pass behind Dynamo's inputs
+Program = tuple[Callable[..., Any], StatisticsPass, Callable[[dict[int, Any]], list[Tensor]]]
+
+
+def _tensors(params: Params) -> dict[int, Tensor]:
+    return {index: param for index, (_, param) in params.items()}
 
 
 class DropIn:
@@ -28,7 +40,14 @@ class DropIn:
         self.coverage = Coverage(model, rule)
         self.captured: list[Graphs] = []
         self.updates: list[Graphs] = []
-        self.runtime = Preconditioner(model, rule, options.refresh_every, self._build_update, Job, merge_layouts)
+        self.runtime: Preconditioner | BackwardPreconditioner
+        if precondition == "backward":
+            if rule.reads_gradient:
+                raise ValueError("a rule that reads the gradient at its refresh (statistic='gradient') cannot precondition in "
+                                 "the backward, where the refresh comes later: use precondition='step'")
+            self.runtime = BackwardPreconditioner(model, rule, options.refresh_every, self._build_refresh, Job)
+        else:
+            self.runtime = Preconditioner(model, rule, options.refresh_every, self._build_update, Job, merge_layouts)
         self._ran = False
         self.handle = self._make_handle()
 
@@ -63,19 +82,9 @@ class DropIn:
         params = dynamo_parameters(gm, self.naming)
         if not params or not torch.is_grad_enabled():
             return compile_with_statistics(gm, inputs, None, self.options.backend, self.options.inductor)
-        shapes = {
-            index: (2, statistics_size(self.rule, (p.shape[0], p[0].numel())), accumulation_dtype(p.dtype))
-            for index, (_, p) in params.items()
-            if p.dim() >= 2 and p.numel() and p.is_floating_point()
-        }
-        order = list(shapes)
-        examples = [self.runtime.carrier(params[index][1], shapes[index][:2], shapes[index][2]) for index in order]
-        carriers = {index: len(inputs) + i for i, index in enumerate(order)}
         graphs = Graphs(f"{type(self.model).__name__}: graph {len(self.captured)}, forward and backward")
-        named = {index: name for index, (name, _) in params.items()}
-        statistics = StatisticsPass(self.rule, self.naming, named, carriers, graphs, self.options.backend == "inductor")
-        extended, extended_inputs = with_inputs(gm, inputs, examples)
-        compiled = compile_with_statistics(extended, extended_inputs, statistics, self.options.backend, self.options.inductor)
+        build = self._backward_program if isinstance(self.runtime, BackwardPreconditioner) else self._statistics_program
+        compiled, statistics, added = build(gm, inputs, params, graphs)
         self.captured.append(graphs)
         seen: set[tuple[int, ...]] = set()
 
@@ -85,12 +94,58 @@ class DropIn:
             if key not in seen:
                 seen.add(key)
                 self._register(statistics, own)
-            outputs = compiled(*args, *(self.runtime.carrier(args[i], shapes[i][:2], shapes[i][2]) for i in order))
+            outputs = compiled(*args, *added(own))
             if torch.is_grad_enabled():
-                self.runtime.watch_backward(outputs, [p for p in own.values() if isinstance(p, nn.Parameter)])
+                self.runtime.watch_backward(outputs, list(own.values()))
             return outputs
 
         return run
+
+    def _statistics_program(self, gm: fx.GraphModule, inputs: Sequence[Any], params: Params, graphs: Graphs) -> Program:
+        """Forward and backward with a carrier for every parameter that may turn out to be a site."""
+        shapes = {
+            index: ((2, statistics_size(self.rule, (p.shape[0], p[0].numel()))), accumulation_dtype(p.dtype))
+            for index, (_, p) in params.items()
+            if p.dim() >= 2 and p.numel() and p.is_floating_point()
+        }
+        carriers = {index: len(inputs) + i for i, index in enumerate(shapes)}
+
+        def added(own: dict[int, Any]) -> list[Tensor]:
+            return [self.runtime.carriers.of(own[index], *shape) for index, shape in shapes.items()]
+
+        statistics = StatisticsPass(*self._about(params, carriers, graphs))
+        return self._compile(gm, inputs, added(_tensors(params)), statistics), statistics, added
+
+    def _backward_program(self, gm: fx.GraphModule, inputs: Sequence[Any], params: Params, graphs: Graphs) -> Program:
+        """Forward and backward with a carrier and the state of every site, which are found beforehand."""
+        runtime = self.runtime
+        assert isinstance(runtime, BackwardPreconditioner)
+        named = {index: name for index, (name, _) in params.items()}
+        layouts = find_layouts(gm, inputs, named, self.naming, self.rule)
+        shapes = {
+            index: ((3, max(4, statistics_size(self.rule, layout.matrix))), accumulation_dtype(params[index][1].dtype))
+            for index, layout in layouts.items()
+        }
+
+        def added(own: dict[int, Any]) -> list[Tensor]:
+            runtime.begin(list(own.values()))
+            return [t for index, layout in layouts.items() for t in runtime.inputs(own[index], layout, *shapes[index])]
+
+        carriers, states, position = {}, {}, len(inputs)
+        for index, layout in layouts.items():
+            state = layout.fresh_state_with_scale(self.rule)(torch.device("meta"))
+            carriers[index], states[index] = position, list(state)
+            position += 1 + len(state)
+        statistics = BackwardPass(*self._about(params, carriers, graphs), states=states)
+        return self._compile(gm, inputs, added(_tensors(params)), statistics), statistics, added
+
+    def _about(self, params: Params, carriers: dict[int, int], graphs: Graphs) -> tuple:
+        named = {index: name for index, (name, _) in params.items()}
+        return self.rule, self.naming, named, carriers, graphs, self.options.backend == "inductor"
+
+    def _compile(self, gm: fx.GraphModule, inputs: Sequence[Any], added: list[Tensor], statistics: StatisticsPass) -> Callable:
+        extended, extended_inputs = with_inputs(gm, inputs, added)
+        return compile_with_statistics(extended, extended_inputs, statistics, self.options.backend, self.options.inductor)
 
     def _register(self, statistics: StatisticsPass, params: dict[int, Tensor]) -> None:
         """Tell the runtime and the coverage what this graph says of the parameters it is called with."""
@@ -99,10 +154,16 @@ class DropIn:
             return
         biases = set(capture.biases.values())
         for index, param in params.items():
-            if index not in biases:
+            if index not in biases and isinstance(self.runtime, Preconditioner):
                 bias = capture.biases.get(index)
                 self.runtime.register(param, capture.layouts.get(index), None if bias is None else params[bias])
         self.coverage.add(capture.step, {index: self.runtime.mkor.name(param) for index, param in params.items()})
+
+    def _build_refresh(self, jobs: list[Job], carriers: list[Tensor], states: list[dict], step: Tensor) -> Callable:
+        graphs = Graphs(f"{type(self.model).__name__}: refresh of {len(jobs)} weights")
+        program = build_refresh(self.rule, jobs, carriers, states, step, self.options.backend, self.options.inductor, graphs)
+        self.updates.append(graphs)
+        return program
 
     def _build_update(self, jobs: list[Job], examples: list[dict], step: Tensor, scales: Sequence[Tensor]) -> Callable:
         graphs = Graphs(f"{type(self.model).__name__}: update of {len(jobs)} weights")

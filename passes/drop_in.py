@@ -62,11 +62,7 @@ class StatisticsPass(CustomGraphPass):
         self.capture = Capture(step, layouts, biases)
 
     def _rewrite(self, step: StepGraph) -> None:
-        positions = {
-            d.grad_of.idx: position
-            for position, (_, d) in enumerate(described_outputs(step.graph))
-            if isinstance(d, GradAOTOutput)
-        }
+        positions = described_gradients(step.graph)
         outputs = list(step.output.args[0])  # type: ignore[arg-type]
         for index, site in step.sites.items():
             carrier = step.inputs[self.carriers[index]].meta["val"]
@@ -76,6 +72,15 @@ class StatisticsPass(CustomGraphPass):
                     step.graph, carry, vectors, carrier.shape[1], label=f"{site.parameter.name}: statistics"
                 )
         step.output.args = (type(step.output.args[0])(outputs),)
+
+
+def described_gradients(graph: fx.Graph) -> dict[int, int]:
+    """Input position -> where the joint graph returns its gradient."""
+    return {
+        d.grad_of.idx: position  # type: ignore[attr-defined]
+        for position, (_, d) in enumerate(described_outputs(graph))
+        if isinstance(d, GradAOTOutput)
+    }
 
 
 def carry(vectors: dict[int, Tensor], size: int) -> Tensor:
@@ -145,16 +150,8 @@ def build_update(
     program takes ``[step, *scales, *the tensors of each job in that order]``, copies new state into the state inputs and
     returns each job's direction and, where it has a bias, its direction.
     """
-    mode = FakeTensorMode()
     graph = fx.Graph()
-
-    def input(name: str, example: Tensor) -> fx.Node:
-        node = graph.placeholder(name)
-        with mode:
-            node.meta["val"] = torch.empty_strided(example.shape, example.stride(), dtype=example.dtype,
-                                                   device=example.device)
-        return node
-
+    input = partial(placeholder, graph, FakeTensorMode())
     with plain_tracing():
         step_node, scale_nodes = input("step", step), Scales(*map(input, ("statistics_scale", "gradient_scale"), scales))
         nodes = []
@@ -176,10 +173,25 @@ def build_update(
         for target, value in writes:
             copy = graph.call_function(torch.ops.aten.copy_.default, (target, value))
             copy.meta = {"val": target.meta["val"], "mkor_fx": "write"}
-        graph.output(outputs)
-        program = StepGraph(fx.GraphModule({}, graph), graph.find_nodes(op="placeholder"), {}, [])
-        synthesise(program, lambda _: None, graphs, inductor=False)
-        return compile_graph(program.module, backend, options)
+        return compile_flat(graph, outputs, backend, options, graphs)
+
+
+def placeholder(graph: fx.Graph, mode: FakeTensorMode, name: str, example: Tensor) -> fx.Node:
+    """A new input shaped as ``example``."""
+    node = graph.placeholder(name)
+    with mode:
+        node.meta["val"] = torch.empty_strided(example.shape, example.stride(), dtype=example.dtype, device=example.device)
+    return node
+
+
+def compile_flat(
+    graph: fx.Graph, outputs: list[fx.Node], backend: str, options: dict[str, Any], graphs: Graphs
+) -> Callable[..., list[Tensor]]:
+    """Finish a graph that was written from nothing: the later half of the pipeline, then the compiler."""
+    graph.output(outputs)
+    program = StepGraph(fx.GraphModule({}, graph), graph.find_nodes(op="placeholder"), {}, [])
+    synthesise(program, lambda _: None, graphs, inductor=False)
+    return compile_graph(program.module, backend, options)
 
 
 def partial_update(rule: Rule, job: Job) -> Callable:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -44,6 +44,10 @@ class Layout:
 
     def fresh_state(self, rule: Rule) -> Callable[[torch.device], dict[str, Tensor]]:
         return partial(rule.init, self.shape)
+
+    def fresh_state_with_scale(self, rule: Rule) -> Callable[[torch.device], dict[str, Tensor]]:
+        """With the factors the ``scale`` that brings weight and bias direction to the last step's gradient norms, ``[2]``."""
+        return lambda device: {**rule.init(self.shape, device), "scale": torch.ones(2, device=device)}
 
 
 @graph_pass(stage="match", exact=True)
@@ -160,7 +164,60 @@ def _uses(rule: Rule, layout: Layout, vectors: dict[int, Tensor]) -> list[Use]:
     for kind, vector in vectors.items():
         outputs, inputs = layout.matrix if kind == INPUTS_LAST else layout.matrix[::-1]
         shapes = summary_shapes(rule, inputs, outputs)
-        parts = vector[:-1].split([*(s.numel() for s in shapes), vector.numel() - 1 - sum(s.numel() for s in shapes)])
+        sizes = [s.numel() for s in shapes]
+        *parts, rows, _ = vector.split([*sizes, 1, vector.numel() - sum(sizes) - 1])
         summary = tuple(part.reshape(shape) for part, shape in zip(parts, shapes))
-        uses.append(Use(summary, vector[-1], opposite=kind != layout.kinds[0]))
+        uses.append(Use(summary, rows[0], opposite=kind != layout.kinds[0]))
     return uses
+
+
+# ---- preconditioning inside the backward ----------------------------------------------------------------------------
+
+
+def precondition_in_backward(
+    rule: Rule, layout: Layout, grad: Tensor, bias_grad: Tensor | None, vectors: dict[int, Tensor], state: dict[str, Tensor],
+    scale: Tensor, size: int,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """``(direction, bias direction, carrier gradient)`` with the factors and norms from before this step.
+
+    The carrier's third row holds ``|G|^2, |D|^2`` of the weight and of the bias: additive, so micro-batches and ranks can
+    be summed. Linear in the gradient, given factors and ``scale``.
+    """
+    matrix = grad.reshape(layout.matrix)
+    oriented = Gradient(matrix.t() if layout.stored_inputs_first else matrix, bias_grad)
+    direction, bias_direction = without_rescale(rule).precondition(state, oriented)
+    dtype = scale.dtype
+    pairs = ((oriented.weight, direction), (bias_grad, bias_direction))
+    zero = scale.new_zeros(())
+    norms = [zero if t is None else (t.to(dtype) * t.to(dtype)).sum() for pair in pairs for t in pair]
+    if getattr(rule, "rescale", False):
+        direction = direction * scale[0].to(grad.dtype)
+        bias_direction = None if bias_direction is None else bias_direction * scale[1].to(grad.dtype)
+    stored = direction.t() if layout.stored_inputs_first else direction
+    rows = [vectors.get(kind) for kind in (INPUTS_LAST, INPUTS_FIRST)] + [torch.stack(norms)]
+    padded = [scale.new_zeros(size) if r is None else torch.nn.functional.pad(r.to(dtype), (0, size - r.numel())) for r in rows]
+    return stored.reshape(grad.shape), bias_direction, torch.stack(padded)
+
+
+def refresh_after_backward(
+    rule: Rule, layout: Layout, refresh: bool, carrier: Tensor, state: dict[str, Tensor], step: Tensor
+) -> dict[str, Tensor]:
+    """New state from a step's carrier: factors where ``refresh``, the scale always; unchanged where not finite."""
+    state = dict(state)
+    scale = state.pop("scale")
+    finite = torch.isfinite(carrier).all()
+    new = state
+    if refresh:
+        nothing = Gradient(carrier.new_zeros(layout.shape.O, layout.shape.I),
+                           carrier.new_zeros(layout.shape.O) if layout.bias else None)
+        uses = _uses(rule, layout, {kind: carrier[kind] for kind in layout.kinds})
+        updated = rule.update(state, uses, nothing, step)
+        new = {name: torch.where(finite, updated[name], old) for name, old in state.items()}
+    before, after = carrier[2, 0:4:2], carrier[2, 1:4:2]
+    quotient = (before / after).sqrt().to(scale.dtype)
+    usable = torch.isfinite(quotient) & (quotient > 0) & finite
+    return {**new, "scale": torch.where(usable, quotient, scale)}
+
+
+def without_rescale(rule: Rule) -> Rule:
+    return replace(rule, rescale=False) if getattr(rule, "rescale", False) else rule  # type: ignore[type-var]

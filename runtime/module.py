@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from .amp import loss_scales
+from .carriers import Carriers, before_backward
 from .state import FactorState
 
 #: every live preconditioner; the two hooks below serve them all
@@ -29,11 +30,7 @@ class Known:
 
 
 class Preconditioner:
-    """Statistics and updates of one compiled model, resolved from the parameters of each call.
-
-    Statistics arrive as the gradient of a leaf that no one else sees, the parameter's carrier: autograd adds them up over
-    micro-batches, uses and graphs, as it does ``.grad``.
-    """
+    """Statistics and updates of one compiled model, resolved from the parameters of each call."""
 
     def __init__(
         self, model: nn.Module, rule: Any, refresh_every: int, build_update: Callable[..., Callable], job: Callable[..., Any],
@@ -41,9 +38,9 @@ class Preconditioner:
     ) -> None:
         self.rule, self.refresh_every = rule, refresh_every
         self.mkor = FactorState(model)
+        self.carriers = Carriers()
         self.known: dict[int, Known] = {}
         self._build_update, self._job, self._merge = build_update, job, merge
-        self._carriers: dict[int, tuple[nn.Parameter, Tensor]] = {}
         self._programs: dict[tuple, Callable[..., list[Tensor]]] = {}
         self._raw: list[tuple[nn.Parameter, Tensor]] = []
         self._iteration = 0
@@ -54,14 +51,6 @@ class Preconditioner:
         _live.add(self)
 
     # ---- the forward's side -------------------------------------------------------------------------------------------
-
-    def carrier(self, param: nn.Parameter, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """The leaf whose gradient holds the statistics of ``param``."""
-        entry = self._carriers.get(id(param))
-        if entry is None or entry[0] is not param or entry[1].device != param.device:
-            entry = (param, torch.zeros(shape, dtype=dtype, device=param.device, requires_grad=True))
-            self._carriers[id(param)] = entry
-        return entry[1]
 
     def register(self, param: nn.Parameter, layout: Any, bias: nn.Parameter | None) -> None:
         """``param`` is a site (``layout``) or declined (None) in a graph. Declined in one graph is declined."""
@@ -77,16 +66,12 @@ class Preconditioner:
 
     def watch_backward(self, outputs: Any, params: Sequence[nn.Parameter]) -> None:
         """Start the statistics of ``params`` afresh when a backward begins that finds no accumulated gradient."""
-        for output in outputs if isinstance(outputs, (list, tuple)) else (outputs,):
-            node = _compiled_backward(output)
-            if node is not None:
-                node.register_prehook(lambda _: self._restart(params))
-                return
+        before_backward(outputs, lambda: self._restart(params))
 
     def _restart(self, params: Sequence[nn.Parameter]) -> None:
         for param in params:
-            if param.grad is None and (entry := self._carriers.get(id(param))) is not None:
-                entry[1].grad = None
+            if param.grad is None:
+                self.carriers.clear(param)
 
     # ---- the optimizer's side -----------------------------------------------------------------------------------------
 
@@ -102,7 +87,7 @@ class Preconditioner:
         ]
         if not sites:
             return
-        fresh = {self.mkor.name(known.param) for known in sites if self._statistics(known.param) is not None}
+        fresh = {self.mkor.name(known.param) for known in sites if self.carriers.gradient(known.param) is not None}
         self._advance(fresh)
         jobs, examples = [], []
         for known in sites:
@@ -115,12 +100,8 @@ class Preconditioner:
             bias = known.bias.grad if known.bias is not None and known.layout.bias else None
             state = self.mkor.create(known.param, known.layout.fresh_state(self.rule))
             examples.append({"grad": known.param.grad, "bias": bias, "state": state}
-                            | ({"carrier": self._statistics(known.param)} if refresh else {}))
+                            | ({"carrier": self.carriers.gradient(known.param)} if refresh else {}))
         self._run(optimizer, jobs, examples, sites)
-
-    def _statistics(self, param: nn.Parameter) -> Tensor | None:
-        entry = self._carriers.get(id(param))
-        return entry[1].grad if entry is not None and entry[0] is param else None
 
     def _advance(self, fresh: set[str]) -> None:
         """One step for all optimizers of an iteration: it ends when statistics come that it has used already."""
@@ -154,7 +135,7 @@ class Preconditioner:
             if example["bias"] is not None:
                 assert known.bias is not None
                 self._swap(known.bias, next(directions))
-            self._carriers[id(known.param)][1].grad = None
+            self.carriers.clear(known.param)
 
     def _swap(self, param: nn.Parameter, direction: Tensor) -> None:
         assert param.grad is not None
@@ -172,17 +153,6 @@ class Preconditioner:
 
     def __reduce__(self) -> tuple:
         return type(None), ()
-
-
-def _compiled_backward(output: Any, depth: int = 4) -> Any:
-    """AOTAutograd's node behind an output, a few views away at most."""
-    nodes = [output.grad_fn] if isinstance(output, Tensor) and output.grad_fn is not None else []
-    for _ in range(depth):
-        for node in nodes:
-            if "CompiledFunction" in type(node).__name__:
-                return node
-        nodes = [parent for node in nodes for parent, _ in node.next_functions if parent is not None]
-    return None
 
 
 # ---- hooks on torch optimizers --------------------------------------------------------------------------------------

@@ -16,8 +16,9 @@ class FactorState:
     follow their parameter's device, and no cast of the model touches them.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, before_save: Callable[[], None] = lambda: None) -> None:
         self._model = model
+        self._before_save = before_save
         self._names: dict[int, tuple[str, nn.Parameter]] = {}
         self._factors: dict[str, dict[str, Tensor]] = {}
         self._fresh: dict[str, Callable[[torch.device], dict[str, Tensor]]] = {}
@@ -106,6 +107,7 @@ class FactorState:
 
     def state_dict(self) -> dict[str, Tensor]:
         """``{"<parameter>.L": [O, O], "<parameter>.R": [I, I], ..., "step": []}``, copies; plain tensors only."""
+        self._before_save()
         state = {f"{name}.{key}": t.clone() for name, factors in self._factors.items() for key, t in factors.items()}
         state.update({key: tensor.clone() for key, tensor in self._pending.items()})
         return {**state, "step": torch.tensor(self._step)}
