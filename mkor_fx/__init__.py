@@ -1,7 +1,8 @@
 """Second-order optimizers as a compiler pass: MKOR inside torch.compile's own graphs."""
 
 from .api import compile, compile_step
+from .explain import explain
 from .ops import op_rule
 from .rules import MKOR, Rule
 
-__all__ = ["MKOR", "Rule", "compile", "compile_step", "op_rule"]
+__all__ = ["MKOR", "Rule", "compile", "compile_step", "explain", "op_rule"]

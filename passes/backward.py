@@ -22,12 +22,18 @@ from .rewrite import Layout, precondition_in_backward, refresh_after_backward, w
 from .trace import insert
 
 
-def find_layouts(gm: fx.GraphModule, inputs: Sequence[Any], named: dict[int, str], naming: Naming, rule: Rule) -> dict[int, Layout]:
-    """The sites of a graph before it is compiled: what inputs the preconditioned one will need."""
+def capture_joint(gm: fx.GraphModule, inputs: Sequence[Any], named: dict[int, str], naming: Naming) -> StepGraph | None:
+    """The joint graph of Dynamo's graph, to look at; None where nothing in it is differentiated."""
     with contextlib.ExitStack() as stack:
         joint = aot_export_joint_with_descriptors(stack, gm, tuple(inputs), decompositions=decompositions())
         step = read_joint(joint.graph_module, named, naming)
-    if not step.seeds:
+    return step if step.seeds else None
+
+
+def find_layouts(gm: fx.GraphModule, inputs: Sequence[Any], named: dict[int, str], naming: Naming, rule: Rule) -> dict[int, Layout]:
+    """The sites of a graph before it is compiled: what inputs the preconditioned one will need."""
+    step = capture_joint(gm, inputs, named, naming)
+    if step is None:
         return {}
     with plain_tracing():
         analyse(step, rule, Graphs("analysis"))

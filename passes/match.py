@@ -76,7 +76,7 @@ def read_weight(parameter: Parameter, backward: set[fx.Node]) -> list[Tap] | Dec
     if parameter.grad is None:
         return Decline("no gradient reaches it in this graph")
     if len(parameter.shape) < 2:
-        return Decline("not a matrix, and no matched weight shares its output gradient", *_where(parameter.grad))
+        return Decline("a vector, and not the bias of a matched weight", *_where(parameter.grad))
     taps: list[Tap] = []
     for summand in summands(parameter.grad):
         tap = read_summand(summand, parameter.shape)
