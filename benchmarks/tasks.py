@@ -202,7 +202,7 @@ TASKS = {
             steps=300,
             evaluate_every=5,
             evaluation_size=2000,
-            rates={"baseline": 4e-3, "mkor": 1.6e-2},
+            rates={"baseline": 8e-3, "mkor": 8e-3},
         ),
         Task(
             name="fashion-ae",
@@ -215,7 +215,7 @@ TASKS = {
             steps=300,
             evaluate_every=5,
             evaluation_size=1000,
-            rates={"baseline": 4e-3, "mkor": 1.6e-2},
+            rates={"baseline": 4e-3, "mkor": 8e-3},
         ),
         Task(
             name="lm",
@@ -227,8 +227,8 @@ TASKS = {
             batch=16,
             steps=400,
             evaluate_every=10,
-            evaluation_size=64,
-            rates={"baseline": 4e-3, "mkor": 1.6e-2},
+            evaluation_size=32,
+            rates={"baseline": 2e-3, "mkor": 4e-3},
         ),
     )
 }

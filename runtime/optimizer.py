@@ -72,7 +72,7 @@ def initialise_state(optimizer: Optimizer, params: list[nn.Parameter]) -> None:
     """Create the state of ``params`` as the optimizer's first step would, without stepping.
 
     Every torch.optim optimizer does so in ``_init_group`` for parameters that have a gradient. SGD makes its momentum
-    buffer in the first update; a zero buffer is that update's starting point (see ``first_step_numbers``).
+    buffer in the first update; a zero buffer is that update's starting point (see ``PackedNumbers.update``).
 
     Raises:
         ValueError: for an optimizer without ``_init_group`` whose state is not there yet, or one with Python numbers in it.
@@ -121,11 +121,14 @@ class PackedNumbers:
         self.tensor = self._host if device.type == "cpu" else torch.zeros_like(self._host, device=device)
         self._last: list[float] | None = None
 
-    def update(self, first_step: bool) -> Tensor:
-        """Take over the optimizer's present numbers; ``first_step`` undoes SGD's dampening, which starts one step later."""
-        values = [read_number(self.optimizer, number) for number in self.numbers]
-        if first_step:
-            values = [0.0 if n.key == "dampening" else v for n, v in zip(self.numbers, values)]
+    def update(self, fresh_groups: set[int]) -> Tensor:
+        """Take over the optimizer's present numbers.
+
+        SGD's first momentum buffer is the gradient itself: dampening starts one step after a group's buffers are made.
+        """
+        values = [
+            0.0 if n.key == "dampening" and n.group in fresh_groups else read_number(self.optimizer, n) for n in self.numbers
+        ]
         plain = [0.0 if isinstance(v, Tensor) else float(v) for v in values]
         if plain != self._last:
             self._last = plain

@@ -40,7 +40,7 @@ class CompiledStep:
         self._structure: tuple = ()
         self._branches: tuple = ()
         self._numbers: PackedNumbers | None = None
-        self._fresh_buffers = False
+        self._fresh_groups: set[int] = set()
         self._skipped: Tensor | None = None
 
     @property
@@ -69,7 +69,7 @@ class CompiledStep:
                 raise failure.inner_exception from None
             raise
         self.mkor.advance()
-        self._fresh_buffers = False
+        self._fresh_groups.clear()
         self.optimizer._opt_called = True  # type: ignore[attr-defined]  # what learning-rate schedulers look at
         return result
 
@@ -84,8 +84,10 @@ class CompiledStep:
 
     def prepare_optimizer(self, params: Sequence[nn.Parameter]) -> None:
         """Create missing optimizer state of ``params``."""
-        if any(not self.optimizer.state.get(p) for p in params):
-            self._fresh_buffers = True
+        missing = {id(p) for p in params if not self.optimizer.state.get(p)}
+        for index, group in enumerate(self.optimizer.param_groups):
+            if any(id(p) in missing for p in group["params"]):
+                self._fresh_groups.add(index)
         initialise_state(self.optimizer, list(params))
 
     def follow_branches(self, branches: tuple) -> None:
@@ -94,7 +96,7 @@ class CompiledStep:
     def numbers(self, device: torch.device) -> Tensor:
         if self._numbers is None:
             self._numbers = PackedNumbers(self.optimizer, device)
-        return self._numbers.update(self._fresh_buffers)
+        return self._numbers.update(self._fresh_groups)
 
     def skip_counter(self, device: torch.device) -> Tensor:
         if self._skipped is None:
@@ -107,6 +109,8 @@ class CompiledStep:
             case "factor":
                 return self.mkor.of(args[slot.index])[slot.key]
             case "optimizer":
+                if slot.key not in self.optimizer.state[args[slot.index]]:  # emptied by load_state_dict, say
+                    self.prepare_optimizer([args[slot.index]])
                 return self.optimizer.state[args[slot.index]][slot.key]
             case "numbers":
                 return self.numbers(device)

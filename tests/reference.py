@@ -33,19 +33,19 @@ class Reference:
             elif isinstance(use, torch.nn.Embedding):  # its rows a_NI are one-hots
                 keep = x != (-1 if use.padding_idx is None else use.padding_idx)
                 x, g = nnf.one_hot(x[keep], len(use.weight)), g[keep]
-            rows = [(t.clamp(-self.clamp, self.clamp) if t.is_floating_point() else t).flatten(0, -2) for t in (x, g)]
-            self.rows.setdefault((name, isinstance(use, torch.nn.Embedding)), []).append([r.to(self.math) for r in rows])
+            rows = [t.flatten(0, -2).to(self.math).clamp(-self.clamp, self.clamp) for t in (x, g)]
+            self.rows.setdefault((name, type(use) is torch.nn.Embedding), []).append(rows)
         y.requires_grad and y.register_hook(record)
 
     def vectors(self, name, G_OI):  # yields pairs: one for the left factor, one for the right
         for embedding in [e for e in (False, True) if (name, e) in self.rows and self.statistic != "gradient"]:
             rows = [torch.cat(r) for r in zip(*self.rows[name, embedding], strict=True)]  # a_NI, g_NO
-            a_I, g_O = (self.unless_noise(r.sum(0), r) / n for r, n in zip(rows, (max(len(rows[0]), 1), 1), strict=True))
-            left, right = (a_I, g_O) if embedding else (g_O, a_I)
+            a_I, g_O = (self.unless_noise(r.sum(0), r) for r in rows)
+            left, right = (a_I / max(len(rows[0]), 1), g_O)[:: 1 if embedding else -1]
             yield left, nnf.pad(right, (0, G_OI.shape[1] - len(right)), value=1 - embedding)  # pads only if joint
         if self.statistic != "mean":
-            sketches = ((M, rademacher(self.steps, side, M.shape[1]).to(M)) for side, M in enumerate((G_OI, G_OI.T)))
-            yield [self.unless_noise(M @ signs, M) for M, signs in sketches]
+            signed = ((M, rademacher(self.steps, side, M.shape[1]).to(M)) for side, M in enumerate((G_OI, G_OI.T)))
+            yield [self.unless_noise(M @ signs, M) for M, signs in signed]
 
     def unless_noise(self, v, rows):
         return v * (self.form != "scale_free" or v.norm() > 32 * torch.finfo(v.dtype).eps * rows.norm())
@@ -56,8 +56,8 @@ class Reference:
         if self.form == "paper":
             return gamma * F + sum(w / (gamma**2 * (1 + gamma * w * v.dot(F @ v))) * (F @ v).outer(F @ v) for v in vs)
         B, w = (F / gamma, w) if self.form == "exact" else (gamma * F + (1 - gamma) * eye, 1 / len(vs))
-        for v_raw in vs:
-            v = v_raw * (self.kappa**0.5 / v_raw.norm()) if self.form == "scale_free" and v_raw.any() else v_raw
+        for v in vs:
+            v = v * (self.kappa**0.5 / v.norm()) if self.form == "scale_free" and v.any() else v
             B = B - w / (1 + w * v.dot(B @ v)) * (B @ v).outer(B @ v)
         return B
 
@@ -75,8 +75,6 @@ class Reference:
             L_OO, R_II = (self.state.get(key, torch.eye(n)).to(G_OI) for key, n in zip(keys, G_OI.shape, strict=True))
             D_OI = self.rescaled(L_OO @ G_OI @ R_II, G_OI)
             W.grad.copy_((D_OI[:, :-1] if joint else D_OI).reshape(W.shape))
-            if b is not None:
-                b.grad.copy_(D_OI[:, -1] if joint else self.rescaled(L_OO @ b.grad.to(L_OO), b.grad.to(L_OO)))
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+            b is None or b.grad.copy_(D_OI[:, -1] if joint else self.rescaled(L_OO @ b.grad.to(L_OO), b.grad.to(L_OO)))
         self.rows, self.steps = {}, self.steps + 1
+        self.optimizer.step(), self.optimizer.zero_grad()

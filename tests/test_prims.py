@@ -1,0 +1,183 @@
+"""Semantic operators: each body against a naive formula, and against itself as a lowered graph."""
+
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+import torch.utils._pytree as pytree
+from joint import program
+
+from mkor_fx import prims
+from mkor_fx.ir import verify
+from mkor_fx.passes.lower import expand, shortcut_row_sums
+
+STEP = torch.tensor(3)
+GEOMETRIES = [  # kernel, stride, padding, dilation
+    ([3, 2], [1, 1], [0, 0], [1, 1]),
+    ([3, 2], [2, 1], [1, 0], [1, 2]),
+    ([1, 1], [2, 2], [0, 0], [1, 1]),
+    ([2, 3], [3, 2], [2, 1], [2, 1]),
+    ([3, 3], [1, 2], [2, 2], [2, 2]),
+]
+
+
+def randn(*shape, dtype=torch.float64, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def spd(size, seed=0):
+    root = randn(size, size, seed=seed)
+    return root @ root.T / size + torch.eye(size, dtype=torch.float64) / 2
+
+
+IMAGES, INDICES = randn(2, 3, 9, 8), torch.tensor([[4, 1, 1, 0], [2, 4, 4, 1]])
+EXAMPLES = {
+    prims.column_sum: [(randn(7, 3),)],
+    prims.column_square_sum: [(randn(7, 3),)],
+    prims.unfold_rows: [(IMAGES, *geometry) for geometry in GEOMETRIES],
+    prims.patch_sum: [(IMAGES, *geometry) for geometry in GEOMETRIES],
+    prims.one_hot_rows: [(INDICES, 6, padding, torch.float64) for padding in (-1, 1)],
+    prims.histogram: [(INDICES, 6, padding, torch.float64) for padding in (-1, 1)],
+    prims.inverse_update: [(spd(5), [randn(5, seed=j) for j in range(k)], 0.9, 0.1, 0.5) for k in (1, 2, 3)],
+    prims.precondition: [
+        (left, randn(4, 5), right) for left in (spd(4), None) for right in (spd(5), None)
+    ],
+    prims.rescale: [(randn(4, 5), randn(4, 5, seed=1)), (torch.zeros(4, 5), torch.ones(4, 5))],
+    prims.rademacher: [(STEP, 1, 17, torch.float64)],
+}
+CALLS = [pytest.param(op, args, id=f"{op}-{i}") for op in prims.BODIES for i, args in enumerate(EXAMPLES[op])]
+
+
+@pytest.mark.parametrize("inductor", [False, True])
+@pytest.mark.parametrize("op, args", CALLS)
+def test_lowered_graph_computes_what_the_operator_does(op, args, inductor):
+    leaves, spec = pytree.tree_flatten(args)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+    def call(*given):
+        given = iter(given)
+        filled = [next(given) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        return op(*pytree.tree_unflatten(filled, spec))
+
+    step = program(call, *tensors)
+    assert [n.target for n in step.graph.nodes if n.op == "call_function"] == [op]
+    expand(step, inductor=inductor)
+    verify(step, "lower")
+    step.module.recompile()
+    torch.testing.assert_close(step.module(*tensors), op(*args), rtol=0, atol=1e-13 if inductor else 0)
+
+
+@pytest.mark.parametrize("op, args", CALLS)
+def test_operator_is_what_its_schema_and_fake_results_say(op, args):
+    torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_unfold_rows_are_what_a_convolution_multiplies_with_its_weight(geometry):
+    kernel, stride, padding, dilation = geometry
+    weight = randn(5, 3, *kernel, seed=1)
+    expected = F.conv2d(IMAGES, weight, None, stride, padding, dilation)
+    rows_NI = prims.unfold_rows(IMAGES, *geometry)
+    actual = (rows_NI @ weight.flatten(1).T).unflatten(0, (2, *expected.shape[2:])).movedim(-1, 1)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("padding_idx", [-1, 1])
+def test_one_hot_rows_are_what_an_embedding_multiplies_with_its_weight(padding_idx):
+    expected = F.one_hot(INDICES.flatten(), 6).double()
+    expected[INDICES.flatten() == padding_idx] = 0
+    rows = prims.one_hot_rows(INDICES, 6, padding_idx, torch.float64)
+    assert torch.equal(rows, expected)
+
+
+ROW_CASES = [
+    pytest.param(reduction, producer, args, id=f"{reduction.__name__}-{producer.__name__}-{i}")
+    for reduction, producer in prims.ROW_SUMS
+    for i, args in enumerate(EXAMPLES[producer])
+]
+
+
+@pytest.mark.parametrize("reduction, producer, args", ROW_CASES)
+def test_row_sum_shortcut_equals_the_sum_over_its_rows(reduction, producer, args):
+    expected = reduction(producer(*args))
+    actual = prims.ROW_SUMS[reduction, producer](*args)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+    step = program(lambda x: reduction(producer(x, *args[1:])), args[0])
+    shortcut_row_sums(step)
+    assert not step.graph.find_nodes(op="call_function", target=producer), "the rows are still made"
+    expand(step)
+    verify(step, "lower")
+    step.module.recompile()
+    assert torch.equal(step.module(args[0]), actual)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_inverse_update_is_the_inverse(k):
+    factor, vectors = spd(6), [randn(6, seed=10 + j) for j in range(k)]
+    scale, shift, weight = 0.9, 0.3, 0.7
+    start = scale * factor + shift * torch.eye(6, dtype=torch.float64)
+    expected = torch.linalg.inv(torch.linalg.inv(start) + weight * sum(torch.outer(v, v) for v in vectors))
+    actual = prims.inverse_update(factor, vectors, scale, shift, weight)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    assert torch.equal(prims.inverse_update(factor, vectors, 1.0, 0.0, 0.0), factor)
+
+
+def test_inverse_update_computes_in_the_dtype_of_the_vectors_and_keeps_that_of_the_factor():
+    factor, vector = spd(6).to(torch.bfloat16), randn(6, dtype=torch.float32)
+    actual = prims.inverse_update(factor, [vector], 0.9, 0.1, 1.0)
+    assert actual.dtype == torch.bfloat16
+    assert torch.equal(actual, prims.inverse_update(factor.float(), [vector], 0.9, 0.1, 1.0).to(torch.bfloat16))
+
+
+def test_sums_over_bfloat16_rows_accumulate_in_float32():
+    ones = torch.ones(1000, 3, dtype=torch.bfloat16)  # a bfloat16 sum of ones stops at 256
+    images = torch.ones(1000, 1, 2, 2, dtype=torch.bfloat16)
+    geometry = ([1, 1], [1, 1], [0, 0], [1, 1])
+    indices = torch.zeros(1000, dtype=torch.int64)
+    shortcuts = [shortcut for (_, producer), shortcut in prims.ROW_SUMS.items() if producer is prims.unfold_rows]
+    sums = [
+        (prims.column_sum(ones), 1000.0),
+        (prims.column_square_sum(ones), 1000.0),
+        (prims.patch_sum(images, *geometry), 4000.0),
+        (prims.histogram(indices, 1, -1, torch.bfloat16), 1000.0),
+        *((shortcut(images, *geometry), 4000.0) for shortcut in shortcuts),
+    ]
+    for actual, expected in sums:
+        assert actual.dtype == torch.float32
+        assert (actual == expected).all()
+    assert prims.column_sum(ones.double()).dtype == torch.float64
+
+
+def test_precondition_multiplies_each_side_that_is_there():
+    left, grad, right = randn(4, 4), randn(4, 5), randn(5, 5)
+    torch.testing.assert_close(prims.precondition(left, grad, right), left @ grad @ right, rtol=1e-14, atol=1e-14)
+    assert torch.equal(prims.precondition(left, grad, None), left @ grad)
+    assert torch.equal(prims.precondition(None, grad, right), grad @ right)
+    alone = prims.precondition(None, grad, None)
+    assert torch.equal(alone, grad) and alone.data_ptr() != grad.data_ptr()
+    assert prims.precondition(left, grad.bfloat16(), right).dtype == torch.bfloat16
+
+
+def test_rescale_keeps_the_direction_and_takes_the_norm():
+    direction, grad = randn(4, 5), randn(4, 5, seed=1)
+    torch.testing.assert_close(prims.rescale(direction, grad), direction * grad.norm() / direction.norm())
+    for broken in (torch.zeros(4, 5), torch.full((4, 5), float("nan")), torch.full((4, 5), float("inf"))):
+        assert torch.equal(prims.rescale(broken.double(), grad), grad)
+    zero = torch.zeros_like(grad)
+    assert torch.equal(prims.rescale(direction, zero), zero)
+
+
+def test_rademacher_signs_are_balanced_and_depend_on_step_and_side():
+    def signs(step, side, size=4096):
+        return prims.rademacher(torch.tensor(step), side, size, torch.float64)
+
+    rows = torch.stack([signs(step, side) for step in range(8) for side in (0, 1)])
+    assert (rows.abs() == 1).all()
+    assert rows.mean(1).abs().max() < 5 / 64  # five standard deviations
+    correlations = rows @ rows.T / 4096 - torch.eye(16)
+    assert correlations.abs().max() < 5 / 64
+    columns = torch.stack([signs(step, 0, 12) for step in range(4096)])
+    assert (columns.T @ columns / 4096 - torch.eye(12)).abs().max() < 5 / 64, "indices are correlated over steps"
+    assert torch.equal(signs(5, 1, 9), signs(5, 1, 4096)[:9])
+    assert torch.equal(signs(5, 1).long(), reference.rademacher(5, 1, 4096))
