@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from ..graphs import Graphs
 from ..ir import StepGraph
@@ -79,7 +80,7 @@ def build_refresh(
     backend: str, options: dict[str, Any], graphs: Graphs,
 ) -> Callable[..., list[Tensor]]:
     """A program ``[step, *(carrier, *state) of each job] -> new state of each job``, flat; nothing is written in place."""
-    mode, graph = FakeTensorMode(), fx.Graph()
+    mode, graph = FakeTensorMode(shape_env=ShapeEnv()), fx.Graph()
     with plain_tracing():
         step_node = placeholder(graph, mode, "step", step)
         nodes = [

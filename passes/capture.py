@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import types
 from collections.abc import Callable, Sequence
@@ -26,12 +25,18 @@ from ..ir import Parameter, StepGraph
 from ..ops import TABLE
 
 
-@functools.cache
-def decompositions() -> dict[torch._ops.OpOverload, Callable]:
+class DecompositionTable(dict):
+    """Pickles as the name of what makes it: Inductor's cache hashes its options, and function tables cannot be hashed."""
+
+    def __reduce__(self) -> tuple:
+        return decompositions, ()
+
+
+def decompositions() -> DecompositionTable:
     """Inductor's table without the ops that the op table matches: it would lose embeddings and small products."""
     from torch._inductor.decomposition import select_decomp_table
 
-    return {op: body for op, body in select_decomp_table().items() if op not in TABLE}
+    return DecompositionTable({op: body for op, body in select_decomp_table().items() if op not in TABLE})
 
 
 _copies = itertools.count()

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from torch._functorch._aot_autograd.descriptors import GradAOTOutput, TangentAOTInput
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from ..graphs import Graphs
 from ..ir import StepGraph
@@ -151,7 +152,7 @@ def build_update(
     returns each job's direction and, where it has a bias, its direction.
     """
     graph = fx.Graph()
-    input = partial(placeholder, graph, FakeTensorMode())
+    input = partial(placeholder, graph, FakeTensorMode(shape_env=ShapeEnv()))
     with plain_tracing():
         step_node, scale_nodes = input("step", step), Scales(*map(input, ("statistics_scale", "gradient_scale"), scales))
         nodes = []

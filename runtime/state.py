@@ -154,9 +154,10 @@ class FactorState:
 
 
 def _fits(factor: Tensor, param: Tensor) -> bool:
-    """Whether a square factor can belong to a parameter: its side divides the number of elements, bias column or not."""
-    side = factor.shape[0]
-    return factor.shape[0] == factor.shape[-1] and any(s and param.numel() % s == 0 for s in (side, side - 1))
+    """Whether a square factor can belong to a parameter: its side is one of a matrix view's, a bias column more or not."""
+    splits = [param.shape[:k].numel() for k in range(param.dim() + 1)]
+    sides = {side for rows in splits if rows for side in (rows, param.numel() // rows)}
+    return factor.shape[0] == factor.shape[-1] and bool({factor.shape[0], factor.shape[0] - 1} & sides)
 
 
 def _check_shapes(own: dict[str, Tensor], loaded: dict[str, Tensor]) -> None:

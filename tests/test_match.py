@@ -1,4 +1,4 @@
-"""What becomes of each trainable parameter: found roles equal hand-made labels, and every decline says why and where."""
+"""What becomes of each trainable parameter: roles equal hand-made labels, and every decline says why and where."""
 
 import inspect
 import re
@@ -46,35 +46,39 @@ def weight(*shape):
     return nn.Parameter(torch.randn(shape))
 
 
-CONVOLUTION = "aten.convolution_backward.default"
+def two_matrices(m, x):
+    return F.linear(x[:, :4], m.w.view(6, 4)).sum(1) + F.linear(x, m.w.view(2, 12)).sum(1)
+
+
+CONVOLUTION, LOOKUP = "aten.convolution_backward.default", "aten.embedding_dense_backward.default"
 DECLINED = {
-    # name: (model, input, parameter, words of the reason, words of the op)
-    "grouped": (lambda: Calls(lambda m, x: m.conv(x), conv=nn.Conv2d(4, 6, 3, groups=2)), (2, 4, 5, 5),
+    # name: (function, parts, shape of the input, parameter, words of the reason, words of the op)
+    "grouped": (lambda m, x: m.conv(x), {"conv": lambda: nn.Conv2d(4, 6, 3, groups=2)}, (2, 4, 5, 5),
                 "conv.weight", "groups=2", CONVOLUTION),
-    "transposed": (lambda: Calls(lambda m, x: m.conv(x), conv=nn.ConvTranspose2d(4, 6, 3)), (2, 4, 5, 5),
+    "transposed": (lambda m, x: m.conv(x), {"conv": lambda: nn.ConvTranspose2d(4, 6, 3)}, (2, 4, 5, 5),
                    "conv.weight", "transposed", CONVOLUTION),
-    "conv1d": (lambda: Calls(lambda m, x: m.conv(x), conv=nn.Conv1d(4, 6, 3)), (2, 4, 5), "conv.weight", "1-d", CONVOLUTION),
-    "bias of a declined convolution": (lambda: Calls(lambda m, x: m.conv(x), conv=nn.Conv1d(4, 6, 3)), (2, 4, 5),
-                                       "conv.bias", "bias", CONVOLUTION),
-    "norm scale": (lambda: Calls(lambda m, x: m.norm(x), norm=nn.LayerNorm(5)), (3, 5), "norm.weight", "vector", "aten."),
-    "elementwise": (lambda: Calls(lambda m, x: x * m.p, p=weight(3, 5)), (3, 5), "p", "no row", "aten.mul"),
-    "untied embedding": (lambda: Calls(lambda m, x: m.table(x.long().abs()), table=nn.Embedding(9, 5)), (3, 5),
-                         "table.weight", "embedding", "aten.embedding_dense_backward.default"),
-    "3-d permutation": (lambda: Calls(lambda m, x: torch.einsum("bi,oki->bok", x, m.w), w=weight(4, 2, 5)), (3, 5),
+    "conv1d": (lambda m, x: m.conv(x), {"conv": lambda: nn.Conv1d(4, 6, 3)}, (2, 4, 5),
+               "conv.weight", "1-d", CONVOLUTION),
+    "bias of conv1d": (lambda m, x: m.conv(x), {"conv": lambda: nn.Conv1d(4, 6, 3)}, (2, 4, 5),
+                       "conv.bias", "bias", CONVOLUTION),
+    "norm scale": (lambda m, x: m.norm(x), {"norm": lambda: nn.LayerNorm(5)}, (3, 5), "norm.weight", "vector", "aten."),
+    "elementwise": (lambda m, x: x * m.p, {"p": lambda: weight(3, 5)}, (3, 5), "p", "no row", "aten.mul"),
+    "untied embedding": (lambda m, x: m.table(x.long().abs()), {"table": lambda: nn.Embedding(9, 5)}, (3, 5),
+                         "table.weight", "embedding", LOOKUP),
+    "3-d permutation": (lambda m, x: torch.einsum("bi,oki->bok", x, m.w), {"w": lambda: weight(4, 2, 5)}, (3, 5),
                         "w", "", "aten."),
-    "slice": (lambda: Calls(lambda m, x: F.linear(x, m.w[:3]), w=weight(6, 5)), (3, 5), "w", "no row", "slice"),
-    "one summand elementwise": (lambda: Calls(lambda m, x: F.linear(x, m.w) + (m.w * m.w).sum(), w=weight(6, 5)), (3, 5),
-                                "w", "no row", "aten.mul"),
-    "as two different matrices": (lambda: Calls(lambda m, x: x @ m.w.view(5, 8) @ m.w.view(8, 5), w=weight(5, 8, 1)), (3, 5),
-                                  "w", "", ""),
+    "slice": (lambda m, x: F.linear(x, m.w[:3]), {"w": lambda: weight(6, 5)}, (3, 5), "w", "no row", "slice"),
+    "one of two": (lambda m, x: F.linear(x, m.w) + (m.w * m.w).sum(), {"w": lambda: weight(6, 5)}, (3, 5),
+                   "w", "no row", "aten.mul"),
+    "two matrices": (two_matrices, {"w": lambda: weight(2, 3, 4)}, (3, 12), "w", "different matrices", "aten.mm"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", DECLINED)
 def test_decline_carries_reason_op_and_source_line(case):
     torch.manual_seed(0)
-    make, shape, name, reason, op = DECLINED[case]
-    model = make()
+    function, parts, shape, name, reason, op = DECLINED[case]
+    model = Calls(function, **{part: make() for part, make in parts.items()})
     decline = explain(model, 3 * torch.randn(shape))[name].declined
     assert decline is not None
     assert decline.reason and reason in decline.reason
@@ -98,7 +102,8 @@ def test_excluded_frozen_and_unused_parameters_are_told_apart():
     model.frozen.requires_grad_(False)
     coverage = explain(model, torch.randn(3, 4), skip=["left.*"])
     assert roles(coverage) == {
-        "left.weight": "declined", "left.bias": "declined", "taken.weight": "site", "taken.bias": "bias of taken.weight",
+        "left.weight": "declined", "left.bias": "declined",
+        "taken.weight": "site", "taken.bias": "bias of taken.weight",
         "unused.weight": "declined", "unused.bias": "declined",
     }  # fmt: skip
     assert all("left.*" in coverage[name].declined.reason for name in ("left.weight", "left.bias"))
