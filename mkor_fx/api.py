@@ -54,8 +54,15 @@ def compile(
     Raises:
         ValueError: bad options, or a model with nothing to train; nothing is changed.
     """
-    chosen = Options.of(skip, refresh_every=refresh_every, backend=backend, dynamic=dynamic, fullgraph=fullgraph, mode=mode,
-                        options=options)
+    chosen = Options.of(
+        skip,
+        refresh_every=refresh_every,
+        backend=backend,
+        dynamic=dynamic,
+        fullgraph=fullgraph,
+        mode=mode,
+        options=options,
+    )
     check_model(model)
     check_rule(rule)
     if precondition not in ("step", "backward"):
@@ -103,10 +110,19 @@ def compile_step(
     Raises:
         ValueError: bad options, an optimizer over another model, a loss that is not a scalar; nothing is changed.
     """
-    chosen = Options.of(skip, refresh_every=refresh_every, backend=backend, dynamic=dynamic, fullgraph=fullgraph, mode=mode,
-                        options=options)
+    chosen = Options.of(
+        skip,
+        refresh_every=refresh_every,
+        backend=backend,
+        dynamic=dynamic,
+        fullgraph=fullgraph,
+        mode=mode,
+        options=options,
+    )
     if not fullgraph:
-        raise ValueError("compile_step compiles one graph and needs fullgraph=True; mkor_fx.compile handles graph breaks")
+        raise ValueError(
+            "compile_step compiles one graph and needs fullgraph=True; mkor_fx.compile handles graph breaks"
+        )
     check_model(model)
     if rule is not None:
         check_rule(rule)

@@ -29,10 +29,14 @@ class Options:
 
     def __post_init__(self) -> None:
         if not isinstance(self.refresh_every, int) or isinstance(self.refresh_every, bool) or self.refresh_every < 1:
-            raise ValueError(f"refresh_every={self.refresh_every!r}: must be an integer of at least 1, steps per refresh")
+            raise ValueError(
+                f"refresh_every={self.refresh_every!r}: must be an integer of at least 1, steps per refresh"
+            )
         if self.backend not in BACKENDS:
-            raise ValueError(f"backend={self.backend!r}: must be one of {', '.join(BACKENDS)} ('eager' runs the rewritten "
-                             "graph without compiling it)")
+            raise ValueError(
+                f"backend={self.backend!r}: must be one of {', '.join(BACKENDS)} ('eager' runs the rewritten "
+                "graph without compiling it)"
+            )
         if isinstance(self.skip, str):
             object.__setattr__(self, "skip", (self.skip,))
         if self.mode is not None and self.options is not None:
@@ -49,8 +53,10 @@ def check_model(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise ValueError(f"expected an nn.Module, got {type(model).__name__}")
     if not any(p.requires_grad for p in model.parameters()):
-        raise ValueError(f"{type(model).__name__} has no trainable parameter: nothing to precondition. Set requires_grad, "
-                         "or use torch.compile for inference")
+        raise ValueError(
+            f"{type(model).__name__} has no trainable parameter: nothing to precondition. Set requires_grad, "
+            "or use torch.compile for inference"
+        )
 
 
 def check_rule(rule: object) -> None:
@@ -63,15 +69,21 @@ def check_optimizer(model: nn.Module, optimizer: object) -> None:
     if not isinstance(optimizer, Optimizer):
         raise ValueError(f"optimizer={type(optimizer).__name__}: must be a torch.optim.Optimizer instance")
     if isinstance(optimizer, (torch.optim.LBFGS, torch.optim.SparseAdam)):
-        raise ValueError(f"{type(optimizer).__name__} cannot be compiled into a step; use mkor_fx.compile with your loop")
+        raise ValueError(
+            f"{type(optimizer).__name__} cannot be compiled into a step; use mkor_fx.compile with your loop"
+        )
     hooks = len(optimizer._optimizer_step_pre_hooks) + len(optimizer._optimizer_step_post_hooks)
     if hooks:
-        raise ValueError(f"the optimizer has {hooks} step hooks, which a compiled step cannot run: remove them, or use "
-                         "mkor_fx.compile(model) with your own loop")
+        raise ValueError(
+            f"the optimizer has {hooks} step hooks, which a compiled step cannot run: remove them, or use "
+            "mkor_fx.compile(model) with your own loop"
+        )
     own = {id(p) for p in model.parameters()}
     held = [p for group in optimizer.param_groups for p in group["params"]]
     foreign = [tuple(p.shape) for p in held if id(p) not in own]
     if foreign:
-        raise ValueError(f"{len(foreign)} of the optimizer's {len(held)} parameters are not this model's (shapes "
-                         f"{foreign[:3]}{', ...' if len(foreign) > 3 else ''}): was it built over another model, or before "
-                         "the parameters were replaced? Build it from model.parameters()")
+        raise ValueError(
+            f"{len(foreign)} of the optimizer's {len(held)} parameters are not this model's (shapes "
+            f"{foreign[:3]}{', ...' if len(foreign) > 3 else ''}): was it built over another model, or before "
+            "the parameters were replaced? Build it from model.parameters()"
+        )

@@ -12,6 +12,9 @@ from .ir import Decline, StepGraph
 from .passes.rewrite import Layout, statistics_size
 from .rules import Rule
 
+#: of a parameter that no captured graph has shown yet
+UNSEEN = Decline("not seen in a graph with gradients")
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -40,9 +43,10 @@ class Coverage:
 
     def __init__(self, model: nn.Module, rule: Rule | None) -> None:
         self._rule = rule
-        reason = Decline("not seen in a graph with gradients")
         self._entries = {
-            name: Entry(name, tuple(p.shape), declined=reason) for name, p in model.named_parameters() if p.requires_grad
+            name: Entry(name, tuple(p.shape), declined=UNSEEN)
+            for name, p in model.named_parameters()
+            if p.requires_grad
         }
 
     def add(self, step: StepGraph, names: dict[int, str] | None = None) -> None:
@@ -57,21 +61,33 @@ class Coverage:
             state = self._rule.init(layout.shape, torch.device("meta"))
             sent = statistics_size(self._rule, site.matrix) * len(site.kinds)
             ops = "+".join(dict.fromkeys(tap.op for tap in site.taps))
-            self._merge(Entry(
-                names[site.parameter.index], site.parameter.shape, ops, len(site.taps),
-                {key: tuple(t.shape) for key, t in state.items()},
-                sum(t.numel() * t.element_size() for t in state.values()), sent,
-            ))
+            self._merge(
+                Entry(
+                    names[site.parameter.index],
+                    site.parameter.shape,
+                    ops,
+                    len(site.taps),
+                    {key: tuple(t.shape) for key, t in state.items()},
+                    sum(t.numel() * t.element_size() for t in state.values()),
+                    sent,
+                )
+            )
             if site.bias is not None:
-                self._merge(Entry(names[site.bias.index], site.bias.shape, "bias", len(site.taps),
-                                  bias_of=names[site.parameter.index]))
+                self._merge(
+                    Entry(
+                        names[site.bias.index],
+                        site.bias.shape,
+                        "bias",
+                        len(site.taps),
+                        bias_of=names[site.parameter.index],
+                    )
+                )
         for index, decline in step.declines.items():
             self._merge(Entry(names[index], step.parameters[index].shape, declined=decline))
 
     def _merge(self, entry: Entry) -> None:
         known = self._entries.get(entry.name)
-        first = known is None or known.declined is not None and known.declined.reason.startswith("not seen")
-        if first or (entry.declined is not None and known.declined is None):
+        if known is None or known.declined is UNSEEN or (entry.declined is not None and known.declined is None):
             self._entries[entry.name] = entry
 
     def __iter__(self):
@@ -105,8 +121,13 @@ class Coverage:
         headers = ["parameter", "shape", "op", "uses", "state bytes", "sent", "factors, or why not"]
         by_number, by_element = self.share()
         return (
-            tabulate.tabulate(rows, headers, tablefmt="simple", disable_numparse=True,
-                              colalign=("left", "left", "left", "right", "right", "right", "left"))
+            tabulate.tabulate(
+                rows,
+                headers,
+                tablefmt="simple",
+                disable_numparse=True,
+                colalign=("left", "left", "left", "right", "right", "right", "left"),
+            )
             + f"\n{len(self.covered)} of {len(self._entries)} trainable parameters preconditioned ({by_number:.0%}), "
             f"{by_element:.1%} of their elements; state {sum(e.state_bytes for e in self):,} bytes, "
             f"{sum(e.sent for e in self):,} numbers of statistics a refresh"

@@ -20,7 +20,6 @@ from .rules import Rule
 from .runtime.backward import BackwardPreconditioner
 from .runtime.module import Preconditioner
 
-
 #: trainable parameters of one graph: input position -> (name, parameter)
 Params = dict[int, tuple[str, nn.Parameter]]
 #: the compiled graph, the pass that has rewritten it, and what to pass behind Dynamo's inputs
@@ -43,8 +42,10 @@ class DropIn:
         self.runtime: Preconditioner | BackwardPreconditioner
         if precondition == "backward":
             if rule.reads_gradient:
-                raise ValueError("a rule that reads the gradient at its refresh (statistic='gradient') cannot precondition in "
-                                 "the backward, where the refresh comes later: use precondition='step'")
+                raise ValueError(
+                    "a rule that reads the gradient at its refresh (statistic='gradient') cannot precondition in "
+                    "the backward, where the refresh comes later: use precondition='step'"
+                )
             self.runtime = BackwardPreconditioner(model, rule, options.refresh_every, self._build_refresh, Job)
         else:
             self.runtime = Preconditioner(model, rule, options.refresh_every, self._build_update, Job, merge_layouts)
@@ -56,7 +57,9 @@ class DropIn:
         handle = object.__new__(type(self.model))
         handle.__dict__.update(self.model.__dict__)
         call = own_code(_call_of(handle))
-        compiled = torch.compile(call, backend=self._backend, fullgraph=self.options.fullgraph, dynamic=self.options.dynamic)
+        compiled = torch.compile(
+            call, backend=self._backend, fullgraph=self.options.fullgraph, dynamic=self.options.dynamic
+        )
 
         def run(*args: Any, **kwargs: Any) -> Any:
             try:
@@ -66,12 +69,15 @@ class DropIn:
                     raise failure.inner_exception from None
                 raise
             if not self._ran:
-                raise RuntimeError(f"no graph was captured from {type(self.model).__name__}: its forward runs outside of "
-                                   "what torch.compile can see (torch._dynamo.explain tells why)")
+                raise RuntimeError(
+                    f"no graph was captured from {type(self.model).__name__}: its forward runs outside of "
+                    "what torch.compile can see (torch._dynamo.explain tells why)"
+                )
             return result
 
-        handle.__dict__.update(_compiled_call_impl=run, mkor=self.runtime.mkor, graphs=ModelGraphs(self),
-                               coverage=self.coverage)
+        handle.__dict__.update(
+            _compiled_call_impl=run, mkor=self.runtime.mkor, graphs=ModelGraphs(self), coverage=self.coverage
+        )
         return handle
 
     def _backend(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -133,7 +139,7 @@ class DropIn:
 
         carriers, states, position = {}, {}, len(inputs)
         for index, layout in layouts.items():
-            state = layout.fresh_state_with_scale(self.rule)(torch.device("meta"))
+            state = layout.fresh_state_with_scale(self.rule, shapes[index][1])(torch.device("meta"))
             carriers[index], states[index] = position, list(state)
             position += 1 + len(state)
         statistics = BackwardPass(*self._about(params, carriers, graphs), states=states)
@@ -143,11 +149,15 @@ class DropIn:
         named = {index: name for index, (name, _) in params.items()}
         return self.rule, self.naming, named, carriers, graphs, self.options.backend == "inductor"
 
-    def _compile(self, gm: fx.GraphModule, inputs: Sequence[Any], added: list[Tensor], statistics: StatisticsPass) -> Callable:
+    def _compile(
+        self, gm: fx.GraphModule, inputs: Sequence[Any], added: list[Tensor], statistics: StatisticsPass
+    ) -> Callable:
         extended, extended_inputs = with_inputs(gm, inputs, added)
-        return compile_with_statistics(extended, extended_inputs, statistics, self.options.backend, self.options.inductor)
+        return compile_with_statistics(
+            extended, extended_inputs, statistics, self.options.backend, self.options.inductor
+        )
 
-    def _register(self, statistics: StatisticsPass, params: dict[int, Tensor]) -> None:
+    def _register(self, statistics: StatisticsPass, params: dict[int, nn.Parameter]) -> None:
         """Tell the runtime and the coverage what this graph says of the parameters it is called with."""
         capture = statistics.capture
         if capture.step is None:
@@ -161,14 +171,19 @@ class DropIn:
 
     def _build_refresh(self, jobs: list[Job], carriers: list[Tensor], states: list[dict], step: Tensor) -> Callable:
         graphs = Graphs(f"{type(self.model).__name__}: refresh of {len(jobs)} weights")
-        program = build_refresh(self.rule, jobs, carriers, states, step, self.options.backend, self.options.inductor, graphs)
+        program = build_refresh(
+            self.rule, jobs, carriers, states, step, self.options.backend, self.options.inductor, graphs
+        )
         self.updates.append(graphs)
         return program
 
-    def _build_update(self, jobs: list[Job], examples: list[dict], step: Tensor, scales: Sequence[Tensor]) -> Callable:
+    def _build_update(
+        self, jobs: list[Job], examples: list[dict], step: Tensor, scales: tuple[Tensor, Tensor]
+    ) -> Callable:
         graphs = Graphs(f"{type(self.model).__name__}: update of {len(jobs)} weights")
-        program = build_update(self.rule, jobs, examples, step, tuple(scales), self.options.backend, self.options.inductor,
-                               graphs)
+        program = build_update(
+            self.rule, jobs, examples, step, scales, self.options.backend, self.options.inductor, graphs
+        )
         self.updates.append(graphs)
         return program
 

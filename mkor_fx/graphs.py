@@ -58,8 +58,8 @@ class Graphs:
 
     def diff(self, before: str, after: str) -> str:
         """Unified diff of two stages' readable graphs."""
-        texts = [self[name].print_readable(print_output=False).splitlines() for name in (before, after)]
-        return "\n".join(difflib.unified_diff(*texts, before, after, lineterm=""))
+        old, new = (self[name].print_readable(print_output=False).splitlines() for name in (before, after))
+        return "\n".join(difflib.unified_diff(old, new, before, after, lineterm=""))
 
     def __str__(self) -> str:
         rows, previous = [], 0

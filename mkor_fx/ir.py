@@ -173,5 +173,7 @@ def verify(step: StepGraph, stage: str) -> None:
         biases = {site.bias.index for site in step.sites.values() if site.bias is not None}
         roles = [set(step.sites), biases, set(step.declines)]
         if set().union(*roles) != set(step.parameters) or sum(map(len, roles)) != len(step.parameters):
-            raise AssertionError(f"after {stage}: sites {roles[0]}, biases {roles[1]} and declines {roles[2]} do not "
-                                 f"divide the parameters {set(step.parameters)}")
+            raise AssertionError(
+                f"after {stage}: sites {roles[0]}, biases {roles[1]} and declines {roles[2]} do not "
+                f"divide the parameters {set(step.parameters)}"
+            )

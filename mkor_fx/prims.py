@@ -52,7 +52,9 @@ def column_square_sum(rows_NM: Tensor) -> Tensor:
 
 
 @prim("unfold_rows(Tensor images, SymInt[] kernel, SymInt[] stride, SymInt[] padding, SymInt[] dilation) -> Tensor")
-def unfold_rows(images: Tensor, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int]) -> Tensor:
+def unfold_rows(
+    images: Tensor, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int]
+) -> Tensor:
     """Rows that a convolution multiplies with its weight: ``[B*H_out*W_out, C*kh*kw]`` patches of ``[B, C, H, W]``."""
     patches = torch.ops.aten.im2col(images, kernel, dilation, padding, stride)
     return patches.transpose(1, 2).reshape(-1, patches.shape[1])
@@ -107,8 +109,10 @@ def inverse_update(factor_DD: Tensor, vectors: list[Tensor], scale: float, shift
 def precondition(left_OO: Tensor | None, grad_OI: Tensor, right_II: Tensor | None) -> Tensor:
     """``left @ grad @ right``; ``None`` is the identity. Products run in the dtype of the gradient."""
     direction = grad_OI if left_OO is None else left_OO.to(grad_OI.dtype) @ grad_OI
-    return direction.clone() if right_II is None and left_OO is None else (
-        direction if right_II is None else direction @ right_II.to(grad_OI.dtype)
+    return (
+        direction.clone()
+        if right_II is None and left_OO is None
+        else (direction if right_II is None else direction @ right_II.to(grad_OI.dtype))
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch.utils._pytree as pytree
@@ -46,8 +45,13 @@ def loss_function(model: nn.Module, loss_fn: Callable | None, return_outputs: bo
 
 
 def build_whole_step(
-    step: CompiledStep, rule: Rule | None, refresh: bool, options: Options, skip_nonfinite: bool,
-    gm: fx.GraphModule, example_inputs: Sequence[Any],
+    step: CompiledStep,
+    rule: Rule | None,
+    refresh: bool,
+    options: Options,
+    skip_nonfinite: bool,
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
 ) -> Callable[..., Any]:
     """The Dynamo backend of a whole step: capture -> canonicalize -> match -> rewrite -> schedule -> lower."""
     naming = Naming.of(step.model, options.skip)
@@ -70,8 +74,9 @@ def build_whole_step(
         analyse(whole, rule, graphs)
         coverage.add(whole)
         states = {
-            index: step.mkor.create(params[index], partial(rule.init, Layout.of(site).shape))
+            index: step.mkor.create(params[index], Layout.of(site).fresh_state(rule))
             for index, site in whole.sites.items()
+            if rule is not None
         }
         step.prepare_optimizer(list(trained.values()))
         update = trace_update(step.optimizer, list(trained.values()))
@@ -80,7 +85,9 @@ def build_whole_step(
 
         def rewrite(_: WholeStep) -> None:
             writer.seed_with_one()
-            directions = writer.precondition(rule, refresh, states, step.mkor.step_tensor(device))
+            directions = writer.raw_gradients()
+            if rule is not None:
+                directions |= writer.precondition(rule, refresh, states, step.mkor.step_tensor(device))
             optimizer_states = {i: tensor_state(step.optimizer, p) for i, p in trained.items()}
             writer.apply(update, directions, optimizer_states, step.numbers(device))
             writer.finish(skip_nonfinite, step.skip_counter(device))

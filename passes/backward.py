@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -31,7 +30,9 @@ def capture_joint(gm: fx.GraphModule, inputs: Sequence[Any], named: dict[int, st
     return step if step.seeds else None
 
 
-def find_layouts(gm: fx.GraphModule, inputs: Sequence[Any], named: dict[int, str], naming: Naming, rule: Rule) -> dict[int, Layout]:
+def find_layouts(
+    gm: fx.GraphModule, inputs: Sequence[Any], named: dict[int, str], naming: Naming, rule: Rule
+) -> dict[int, Layout]:
     """The sites of a graph before it is compiled: what inputs the preconditioned one will need."""
     step = capture_joint(gm, inputs, named, naming)
     if step is None:
@@ -56,7 +57,7 @@ class BackwardPass(StatisticsPass):
 
     def _rewrite(self, step: StepGraph) -> None:
         positions = described_gradients(step.graph)
-        outputs = list(step.output.args[0])  # type: ignore[arg-type]
+        outputs = list(step.output.args[0])
         for index, site in step.sites.items():
             at = self.carriers[index]
             carrier = step.inputs[at].meta["val"]
@@ -66,31 +67,57 @@ class BackwardPass(StatisticsPass):
             with step.graph.inserting_before(step.output):
                 vectors = write_statistics(step.graph, self.rule, site, carrier.dtype)
                 direction, bias, outputs[positions[at]] = insert(
-                    step.graph, precondition_in_backward, self.rule, Layout.of(site), site.parameter.grad,
-                    site.bias.grad if site.bias is not None else None, vectors, state, scale, carrier.shape[1], label=label,
+                    step.graph,
+                    precondition_in_backward,
+                    self.rule,
+                    Layout.of(site),
+                    site.parameter.grad,
+                    site.bias.grad if site.bias is not None else None,
+                    vectors,
+                    state,
+                    scale,
+                    carrier.shape[1],
+                    label=label,
                 )
             outputs[positions[index]] = direction
             if site.bias is not None:
                 outputs[positions[site.bias.index]] = bias
-        step.output.args = (type(step.output.args[0])(outputs),)
+        step.output.args = (tuple(outputs),)
 
 
 def build_refresh(
-    rule: Rule, jobs: Sequence[Job], carriers: Sequence[Tensor], states: Sequence[dict[str, Tensor]], step: Tensor,
-    backend: str, options: dict[str, Any], graphs: Graphs,
+    rule: Rule,
+    jobs: Sequence[Job],
+    carriers: Sequence[Tensor],
+    states: Sequence[dict[str, Tensor]],
+    step: Tensor,
+    backend: str,
+    options: dict[str, Any],
+    graphs: Graphs,
 ) -> Callable[..., list[Tensor]]:
     """A program ``[step, *(carrier, *state) of each job] -> new state of each job``, flat; nothing is written in place."""
     mode, graph = FakeTensorMode(shape_env=ShapeEnv()), fx.Graph()
     with plain_tracing():
         step_node = placeholder(graph, mode, "step", step)
         nodes = [
-            (placeholder(graph, mode, f"carrier_{i}", carrier),
-             {key: placeholder(graph, mode, f"state_{i}_{key}", t) for key, t in state.items()})
+            (
+                placeholder(graph, mode, f"carrier_{i}", carrier),
+                {key: placeholder(graph, mode, f"state_{i}_{key}", t) for key, t in state.items()},
+            )
             for i, (carrier, state) in enumerate(zip(carriers, states))
         ]
         outputs: list[fx.Node] = []
         for job, (carrier_node, state_nodes) in zip(jobs, nodes):
-            new = insert(graph, refresh_after_backward, rule, job.layout, job.refresh, carrier_node, state_nodes, step_node,
-                         label=f"{job.name}: refresh")
+            new = insert(
+                graph,
+                refresh_after_backward,
+                rule,
+                job.layout,
+                job.refresh,
+                carrier_node,
+                state_nodes,
+                step_node,
+                label=f"{job.name}: refresh",
+            )
             outputs += [new[key] for key in state_nodes]
         return compile_flat(graph, outputs, backend, options, graphs)

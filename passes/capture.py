@@ -64,8 +64,10 @@ class Naming:
         names = {id(p): name for name, p in model.named_parameters()}
         for pattern in skip:
             if not any(fnmatchcase(name, pattern) for name in names.values()):
-                raise ValueError(f"skip pattern {pattern!r} matches no parameter. Parameters: "
-                                 f"{', '.join(list(names.values())[:8])}{', ...' if len(names) > 8 else ''}")
+                raise ValueError(
+                    f"skip pattern {pattern!r} matches no parameter. Parameters: "
+                    f"{', '.join(list(names.values())[:8])}{', ...' if len(names) > 8 else ''}"
+                )
         return cls(names, tuple(skip))
 
     def name(self, tensor: object) -> str | None:
@@ -108,11 +110,19 @@ def read_joint(module: fx.GraphModule, named: dict[int, str], naming: Naming) ->
     grads = {
         description.grad_of.idx: position
         for position, (value, description) in enumerate(described_outputs(graph))
-        if value is not None and isinstance(description, GradAOTOutput) and isinstance(description.grad_of, PlainAOTInput)
+        if value is not None
+        and isinstance(description, GradAOTOutput)
+        and isinstance(description.grad_of, PlainAOTInput)
     }
     parameters = {
-        index: Parameter(index, name, tuple(by_index[index].meta["val"].shape), by_index[index], grads.get(index),
-                         naming.excluded(name))
+        index: Parameter(
+            index,
+            name,
+            tuple(by_index[index].meta["val"].shape),
+            by_index[index],
+            grads.get(index),
+            naming.excluded(name),
+        )
         for index, name in named.items()
     }
     seeds = [n for n in placeholders if isinstance(n.meta.get("desc"), TangentAOTInput)]
@@ -156,12 +166,16 @@ def check_loss(gm: fx.GraphModule, named: dict[int, str]) -> None:
     if not isinstance(loss, Tensor):
         raise ValueError("the loss is not a tensor of the captured graph: loss_fn must compute it from the outputs")
     if loss.dim() != 0:
-        raise ValueError(f"the loss has shape {tuple(loss.shape)}, it must be a scalar: return loss.mean() or loss.sum()")
+        raise ValueError(
+            f"the loss has shape {tuple(loss.shape)}, it must be a scalar: return loss.mean() or loss.sum()"
+        )
     if not loss.dtype.is_floating_point:
         raise ValueError(f"the loss has dtype {loss.dtype}: integers have no gradient, return a floating-point loss")
     if not named or not loss.requires_grad:
-        raise ValueError("the loss depends on no trainable parameter of the model: is it computed under no_grad, from a "
-                         "detached or integer tensor, or are all parameters frozen?")
+        raise ValueError(
+            "the loss depends on no trainable parameter of the model: is it computed under no_grad, from a "
+            "detached or integer tensor, or are all parameters frozen?"
+        )
 
 
 def with_inputs(
@@ -173,7 +187,8 @@ def with_inputs(
     can carry statistics out of the backward, and autograd adds them up over micro-batches, uses and graphs as it does any
     gradient.
     """
-    graph, environment = fx.Graph(), {}
+    graph = fx.Graph()
+    environment: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(gm.graph, environment))
     for node, copy in environment.items():
         if node.op == "placeholder":

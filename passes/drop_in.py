@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -30,8 +30,8 @@ class Capture:
     """What the pass learns about one graph: roles by input position, kept for every call of the compiled code."""
 
     step: StepGraph | None = None
-    layouts: dict[int, Layout] | None = None
-    biases: dict[int, int] | None = None
+    layouts: dict[int, Layout] = field(default_factory=dict)
+    biases: dict[int, int] = field(default_factory=dict)
 
 
 class StatisticsPass(CustomGraphPass):
@@ -40,8 +40,15 @@ class StatisticsPass(CustomGraphPass):
     ``carriers`` maps a parameter's input position to its carrier's.
     """
 
-    def __init__(self, rule: Rule, naming: Naming, named: dict[int, str], carriers: dict[int, int], graphs: Graphs,
-                 inductor: bool) -> None:
+    def __init__(
+        self,
+        rule: Rule,
+        naming: Naming,
+        named: dict[int, str],
+        carriers: dict[int, int],
+        graphs: Graphs,
+        inductor: bool,
+    ) -> None:
         self.rule, self.naming, self.named, self.carriers = rule, naming, named, carriers
         self.graphs, self.inductor, self.capture = graphs, inductor, Capture()
 
@@ -64,7 +71,7 @@ class StatisticsPass(CustomGraphPass):
 
     def _rewrite(self, step: StepGraph) -> None:
         positions = described_gradients(step.graph)
-        outputs = list(step.output.args[0])  # type: ignore[arg-type]
+        outputs = list(step.output.args[0])
         for index, site in step.sites.items():
             carrier = step.inputs[self.carriers[index]].meta["val"]
             with step.graph.inserting_before(step.output):
@@ -72,7 +79,7 @@ class StatisticsPass(CustomGraphPass):
                 outputs[positions[self.carriers[index]]] = insert(
                     step.graph, carry, vectors, carrier.shape[1], label=f"{site.parameter.name}: statistics"
                 )
-        step.output.args = (type(step.output.args[0])(outputs),)
+        step.output.args = (tuple(outputs),)
 
 
 def described_gradients(graph: fx.Graph) -> dict[int, int]:
@@ -124,8 +131,13 @@ def _aot_eager(gm: fx.GraphModule, inputs: Sequence[Any], statistics: Statistics
     def run(module: fx.GraphModule, _: Any) -> Callable[..., Any]:
         return make_boxed_func(module.forward)
 
-    compiler = aot_autograd(fw_compiler=run, bw_compiler=run, partition_fn=partition, decompositions=decompositions(),
-                            keep_inference_input_mutations=True)
+    compiler = aot_autograd(
+        fw_compiler=run,
+        bw_compiler=run,
+        partition_fn=partition,
+        decompositions=decompositions(),
+        keep_inference_input_mutations=True,
+    )
     return compiler(gm, list(inputs))
 
 
@@ -142,8 +154,14 @@ class Job:
 
 
 def build_update(
-    rule: Rule, jobs: Sequence[Job], examples: Sequence[dict[str, Any]], step: Tensor, scales: tuple[Tensor, Tensor],
-    backend: str, options: dict[str, Any], graphs: Graphs,
+    rule: Rule,
+    jobs: Sequence[Job],
+    examples: Sequence[dict[str, Any]],
+    step: Tensor,
+    scales: tuple[Tensor, Tensor],
+    backend: str,
+    options: dict[str, Any],
+    graphs: Graphs,
 ) -> Callable[..., list[Tensor]]:
     """One program that refreshes and preconditions all of ``jobs``.
 
@@ -154,7 +172,10 @@ def build_update(
     graph = fx.Graph()
     input = partial(placeholder, graph, FakeTensorMode(shape_env=ShapeEnv()))
     with plain_tracing():
-        step_node, scale_nodes = input("step", step), Scales(*map(input, ("statistics_scale", "gradient_scale"), scales))
+        step_node, scale_nodes = (
+            input("step", step),
+            Scales(*map(input, ("statistics_scale", "gradient_scale"), scales)),
+        )
         nodes = []
         for i, example in enumerate(examples):
             tensors = {k: t for k, t in example.items() if k != "state"}
@@ -166,9 +187,20 @@ def build_update(
         for job, (own, state) in zip(jobs, nodes):
             vectors = {}
             if job.refresh:
-                vectors = {k: insert(graph, torch.select, own["carrier"], 0, k, label=job.name) for k in job.layout.kinds}
-            grad, bias, new = insert(graph, partial_update(rule, job), own["grad"], own["bias"], vectors, state, step_node,
-                                     scale_nodes, label=f"{job.name}: update")
+                vectors = {
+                    k: insert(graph, torch.select, own["carrier"], 0, k, label=job.name) for k in job.layout.kinds
+                }
+            grad, bias, new = insert(
+                graph,
+                partial_update(rule, job),
+                own["grad"],
+                own["bias"],
+                vectors,
+                state,
+                step_node,
+                scale_nodes,
+                label=f"{job.name}: update",
+            )
             outputs += [grad] if bias is None else [grad, bias]
             writes += [(state[key], new[key]) for key in state] if job.refresh else []
         for target, value in writes:
@@ -181,7 +213,9 @@ def placeholder(graph: fx.Graph, mode: FakeTensorMode, name: str, example: Tenso
     """A new input shaped as ``example``."""
     node = graph.placeholder(name)
     with mode:
-        node.meta["val"] = torch.empty_strided(example.shape, example.stride(), dtype=example.dtype, device=example.device)
+        node.meta["val"] = torch.empty_strided(
+            example.shape, example.stride(), dtype=example.dtype, device=example.device
+        )
     return node
 
 

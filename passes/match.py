@@ -27,7 +27,12 @@ log = logging.getLogger("mkor_fx")
 aten = torch.ops.aten
 
 #: a gradient passes through these unchanged but for its dtype or memory
-CASTS = {aten._to_copy.default, aten.clone.default, aten.contiguous.default, torch.ops.prims.convert_element_type.default}
+CASTS = {
+    aten._to_copy.default,
+    aten.clone.default,
+    aten.contiguous.default,
+    torch.ops.prims.convert_element_type.default,
+}
 #: these keep the order of the elements
 VIEWS = {
     aten.view.default,
@@ -95,8 +100,10 @@ def read_weight(parameter: Parameter, backward: set[fx.Node]) -> list[Tap] | Dec
 def summands(grad: fx.Node) -> list[fx.Node]:
     """The terms of a gradient: split at every addition of equal shapes, looking through casts."""
     node = through(grad, CASTS)
-    if node.target is aten.add.Tensor and not node.kwargs and all(
-        isinstance(arg, fx.Node) and fake_value(arg).shape == fake_value(node).shape for arg in node.args
+    if (
+        node.target is aten.add.Tensor
+        and not node.kwargs
+        and all(isinstance(arg, fx.Node) and fake_value(arg).shape == fake_value(node).shape for arg in node.args)
     ):
         return [term for arg in node.args for term in summands(arg)]
     return [node]
@@ -128,7 +135,7 @@ def read_summand(node: fx.Node, shape: tuple[int, ...]) -> Tap | Decline:
     producer, output = node, None
     if node.op == "call_function" and getattr(node.target, "__name__", "") == "getitem":
         producer, output = node.args
-    row = TABLE.get(producer.target) if producer.op == "call_function" else None
+    row = TABLE.get(producer.target) if isinstance(producer.target, torch._ops.OpOverload) else None
     if row is None or row.output != output:
         return Decline("no row of the op table reads the operation that makes its gradient", *_where(node))
     tap = row.read(producer)
@@ -138,8 +145,16 @@ def read_summand(node: fx.Node, shape: tuple[int, ...]) -> Tap | Decline:
         return Decline("its gradient is transposed between reshapes", *_where(node))
     if flipped:
         swap = {INPUTS_LAST: INPUTS_FIRST, INPUTS_FIRST: INPUTS_LAST, None: None}
-        tap = Tap(tap.node, tap.op, tap.matrix[::-1], tap.rows_last, tap.rows_first, swap[tap.inputs], tap.count,
-                  tap.bias_grads)
+        tap = Tap(
+            tap.node,
+            tap.op,
+            tap.matrix[::-1],
+            tap.rows_last,
+            tap.rows_first,
+            swap[tap.inputs],
+            tap.count,
+            tap.bias_grads,
+        )
     leading = {_product(shape[:split]) for split in range(len(shape) + 1)}
     if tap.matrix[0] not in leading or _product(shape) != _product(tap.matrix):
         return Decline(f"its gradient is made as {tap.matrix}, which is no matrix view of {shape}", *_where(producer))
@@ -199,7 +214,9 @@ def _same_rows(summed: fx.Node, g: Operand) -> bool:
 def _behind_row_views(node: fx.Node) -> fx.Node:
     """The node behind reshapes that only flatten or split leading dimensions, and casts."""
     while node.target in CASTS or (
-        node.target in VIEWS and fake_value(node).dim() and fake_value(node.args[0]).dim()
+        node.target in VIEWS
+        and fake_value(node).dim()
+        and fake_value(node.args[0]).dim()
         and fake_value(node.args[0]).shape[-1] == fake_value(node).shape[-1]
     ):
         node = node.args[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from ..graphs import Graphs
 from ..ir import StepGraph
@@ -19,15 +20,16 @@ CANONICALIZE = [spell_transposes, drop_detach, cancel_double_transpose]
 SCHEDULE = [recompute_checkpoints, update_when_ready]
 
 
-def analyse(step: StepGraph, rule: Rule, graphs: Graphs) -> None:
+def analyse(step: StepGraph, rule: Rule | None, graphs: Graphs) -> None:
     """capture -> canonicalize -> match: every trainable parameter gets its role."""
     run_passes(step, [], "capture", graphs)
     run_passes(step, CANONICALIZE, "canonicalize", graphs)
-    run_passes(step, [find_sites, partial(decline_without_factors, rule=rule)], "match", graphs)
+    matching = [find_sites] if rule is None else [find_sites, partial(decline_without_factors, rule=rule)]
+    run_passes(step, matching, "match", graphs)
 
 
 def synthesise(
-    step: StepGraph, rewrite: Callable[[StepGraph], None], graphs: Graphs, *, inductor: bool, partitioned: bool = False
+    step: StepGraph, rewrite: Callable[[Any], None], graphs: Graphs, *, inductor: bool, partitioned: bool = False
 ) -> None:
     """rewrite -> schedule -> lower: ``rewrite`` writes statistics and updates, aten comes out.
 

@@ -45,9 +45,9 @@ class Layout:
     def fresh_state(self, rule: Rule) -> Callable[[torch.device], dict[str, Tensor]]:
         return partial(rule.init, self.shape)
 
-    def fresh_state_with_scale(self, rule: Rule) -> Callable[[torch.device], dict[str, Tensor]]:
-        """With the factors the ``scale`` that brings weight and bias direction to the last step's gradient norms, ``[2]``."""
-        return lambda device: {**rule.init(self.shape, device), "scale": torch.ones(2, device=device)}
+    def fresh_state_with_scale(self, rule: Rule, dtype: torch.dtype) -> Callable[[torch.device], dict[str, Tensor]]:
+        """With the ``scale`` that brings weight and bias direction to the last step's gradient norms, ``[2]``."""
+        return lambda device: {**rule.init(self.shape, device), "scale": torch.ones(2, dtype=dtype, device=device)}
 
 
 @graph_pass(stage="match", exact=True)
@@ -57,8 +57,11 @@ def decline_without_factors(step: StepGraph, *, rule: Rule) -> None:
         shape = Layout.of(site).shape
         if not rule.init(shape, torch.device("meta")):
             del step.sites[index]
-            step.declines[index] = Decline(f"{type(rule).__name__} keeps no factor for a weight of {shape.O} x {shape.I}: "
-                                           "both sides exceed max_factor", str(site.taps[0].node.target))
+            step.declines[index] = Decline(
+                f"{type(rule).__name__} keeps no factor for a weight of {shape.O} x {shape.I}: "
+                "both sides exceed max_factor",
+                str(site.taps[0].node.target),
+            )
             if site.bias is not None:
                 step.declines[site.bias.index] = Decline(f"its weight {site.parameter.name} is declined")
 
@@ -89,7 +92,9 @@ def statistics_size(rule: Rule, matrix: tuple[int, int]) -> int:
     return max(sizes) + 1
 
 
-def summarize_use(rule: Rule, a_view: Callable, a: tuple, g_view: Callable, g: tuple, count: Any, dtype: torch.dtype) -> Tensor:
+def summarize_use(
+    rule: Rule, a_view: Callable, a: tuple, g_view: Callable, g: tuple, count: Any, dtype: torch.dtype
+) -> Tensor:
     """One use's statistics vector, ``[S]``: the flat summary, the number of rows last."""
     a_NI, g_NO = a_view(*a), g_view(*g)
     rows = torch.ones_like(g_NO[:, 0], dtype=dtype).sum() if count is None else count[0](*count[1:]).to(dtype)
@@ -175,8 +180,14 @@ def _uses(rule: Rule, layout: Layout, vectors: dict[int, Tensor]) -> list[Use]:
 
 
 def precondition_in_backward(
-    rule: Rule, layout: Layout, grad: Tensor, bias_grad: Tensor | None, vectors: dict[int, Tensor], state: dict[str, Tensor],
-    scale: Tensor, size: int,
+    rule: Rule,
+    layout: Layout,
+    grad: Tensor,
+    bias_grad: Tensor | None,
+    vectors: dict[int, Tensor],
+    state: dict[str, Tensor],
+    scale: Tensor,
+    size: int,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """``(direction, bias direction, carrier gradient)`` with the factors and norms from before this step.
 
@@ -195,7 +206,10 @@ def precondition_in_backward(
         bias_direction = None if bias_direction is None else bias_direction * scale[1].to(grad.dtype)
     stored = direction.t() if layout.stored_inputs_first else direction
     rows = [vectors.get(kind) for kind in (INPUTS_LAST, INPUTS_FIRST)] + [torch.stack(norms)]
-    padded = [scale.new_zeros(size) if r is None else torch.nn.functional.pad(r.to(dtype), (0, size - r.numel())) for r in rows]
+    padded = [
+        scale.new_zeros(size) if r is None else torch.nn.functional.pad(r.to(dtype), (0, size - r.numel()))
+        for r in rows
+    ]
     return stored.reshape(grad.shape), bias_direction, torch.stack(padded)
 
 
@@ -208,8 +222,10 @@ def refresh_after_backward(
     finite = torch.isfinite(carrier).all()
     new = state
     if refresh:
-        nothing = Gradient(carrier.new_zeros(layout.shape.O, layout.shape.I),
-                           carrier.new_zeros(layout.shape.O) if layout.bias else None)
+        nothing = Gradient(
+            carrier.new_zeros(layout.shape.O, layout.shape.I),
+            carrier.new_zeros(layout.shape.O) if layout.bias else None,
+        )
         uses = _uses(rule, layout, {kind: carrier[kind] for kind in layout.kinds})
         updated = rule.update(state, uses, nothing, step)
         new = {name: torch.where(finite, updated[name], old) for name, old in state.items()}

@@ -17,7 +17,6 @@ from ..ir import fake_value
 Decompositions = Mapping[torch._ops.OpOverload, Callable]
 
 
-
 class Traced(NamedTuple):
     """A graph over the tensor leaves of a function's arguments, and how its flat outputs were nested."""
 
@@ -69,7 +68,9 @@ def trace(
         return outputs
 
     with _literally(leaves):
-        module = make_fx(flat, decomposition_table=decompositions, tracing_mode="fake" if fake else "real")(*[leaves[i] for i in positions])
+        module = make_fx(flat, decomposition_table=decompositions, tracing_mode="fake" if fake else "real")(
+            *[leaves[i] for i in positions]
+        )
     module.graph.eliminate_dead_code()
     traced = Traced(module, structure[-1])
     if memo_key is not None:

@@ -69,11 +69,16 @@ class StepWriter:
         self.step.graph.erase_node(seed)
         self.step.seeds = [one]
 
-    def precondition(self, rule: Rule, refresh: bool, states: dict[int, dict[str, Tensor]], step: Tensor) -> dict[int, fx.Node]:
-        """What the optimizer gets for each parameter: a direction for sites and their biases, else the raw gradient."""
+    def raw_gradients(self) -> dict[int, fx.Node]:
+        return {i: p.grad for i, p in self.step.parameters.items() if p.grad is not None}
+
+    def precondition(
+        self, rule: Rule, refresh: bool, states: dict[int, dict[str, Tensor]], step: Tensor
+    ) -> dict[int, fx.Node]:
+        """The directions of sites and their biases, by input position."""
         graph, output = self.step.graph, self.step.output
-        directions = {i: p.grad for i, p in self.step.parameters.items() if p.grad is not None}
-        step_node = self.input(Slot("step"), step) if self.step.sites else None
+        directions: dict[int, fx.Node] = {}
+        step_node = self.input(Slot("step"), step)
         for index, site in self.step.sites.items():
             state = {key: self.input(Slot("factor", index, key), t) for key, t in states[index].items()}
             with graph.inserting_before(output):
@@ -81,8 +86,17 @@ class StepWriter:
                 vectors = write_statistics(graph, rule, site, dtype) if refresh else {}
                 bias_grad = site.bias.grad if site.bias is not None else None
                 directions[index], bias_direction, new = insert(
-                    graph, update_site, rule, Layout.of(site), refresh, site.parameter.grad, bias_grad, vectors, state,
-                    step_node, label=f"{site.parameter.name}: {'refresh and ' if refresh else ''}precondition",
+                    graph,
+                    update_site,
+                    rule,
+                    Layout.of(site),
+                    refresh,
+                    site.parameter.grad,
+                    bias_grad,
+                    vectors,
+                    state,
+                    step_node,
+                    label=f"{site.parameter.name}: {'refresh and ' if refresh else ''}precondition",
                 )
             if site.bias is not None:
                 directions[site.bias.index] = bias_direction
@@ -90,7 +104,9 @@ class StepWriter:
                 self.writes += [(state[key], new[key]) for key in state]
         return directions
 
-    def apply(self, update: Update, directions: dict[int, fx.Node], states: dict[int, dict[str, Tensor]], numbers: Tensor) -> None:
+    def apply(
+        self, update: Update, directions: dict[int, fx.Node], states: dict[int, dict[str, Tensor]], numbers: Tensor
+    ) -> None:
         """The optimizer's own step on the directions."""
         graph = self.step.graph
         order = list(states)
@@ -110,7 +126,9 @@ class StepWriter:
         with graph.inserting_before(step.output):
             if skip_nonfinite:
                 keep = insert(graph, all_finite, outputs[0], grads, label="skip_nonfinite")
-                self.writes = [(t, insert(graph, torch.where, keep, v, t, label="skip_nonfinite")) for t, v in self.writes]
+                self.writes = [
+                    (t, insert(graph, torch.where, keep, v, t, label="skip_nonfinite")) for t, v in self.writes
+                ]
                 self.writes.append((counter, insert(graph, count_skip, counter, keep, label="skip_nonfinite")))
             for target, value in self.writes:
                 if value is not target:

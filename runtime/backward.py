@@ -20,7 +20,12 @@ class BackwardPreconditioner:
     """
 
     def __init__(
-        self, model: nn.Module, rule: Any, refresh_every: int, build_refresh: Callable[..., Callable], job: Callable[..., Any]
+        self,
+        model: nn.Module,
+        rule: Any,
+        refresh_every: int,
+        build_refresh: Callable[..., Callable],
+        job: Callable[..., Any],
     ) -> None:
         self.rule, self.refresh_every = rule, refresh_every
         self.mkor = FactorState(model, before_save=self.flush)
@@ -32,7 +37,7 @@ class BackwardPreconditioner:
     def inputs(self, param: nn.Parameter, layout: Any, shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
         """What the graph is passed for one site: its carrier, then its state in order."""
         self._sites[id(param)] = (param, layout)
-        state = self.mkor.create(param, layout.fresh_state_with_scale(self.rule))
+        state = self.mkor.create(param, layout.fresh_state_with_scale(self.rule, dtype))
         return [self.carriers.of(param, shape, dtype), *state.values()]
 
     def watch_backward(self, outputs: Any, params: Sequence[nn.Parameter]) -> None:

@@ -33,7 +33,12 @@ class Preconditioner:
     """Statistics and updates of one compiled model, resolved from the parameters of each call."""
 
     def __init__(
-        self, model: nn.Module, rule: Any, refresh_every: int, build_update: Callable[..., Callable], job: Callable[..., Any],
+        self,
+        model: nn.Module,
+        rule: Any,
+        refresh_every: int,
+        build_update: Callable[..., Callable],
+        job: Callable[..., Any],
         merge: Callable[[Any, Any], Any],
     ) -> None:
         self.rule, self.refresh_every = rule, refresh_every
@@ -82,8 +87,11 @@ class Preconditioner:
             known
             for group in optimizer.param_groups
             for p in group["params"]
-            if (known := self.known.get(id(p))) is not None and known.param is p
-            and known.layout is not None and not known.declined and p.grad is not None
+            if (known := self.known.get(id(p))) is not None
+            and known.param is p
+            and known.layout is not None
+            and not known.declined
+            and p.grad is not None
         ]
         if not sites:
             return
@@ -99,8 +107,10 @@ class Preconditioner:
             jobs.append(self._job(name, known.layout, refresh))
             bias = known.bias.grad if known.bias is not None and known.layout.bias else None
             state = self.mkor.create(known.param, known.layout.fresh_state(self.rule))
-            examples.append({"grad": known.param.grad, "bias": bias, "state": state}
-                            | ({"carrier": self.carriers.gradient(known.param)} if refresh else {}))
+            examples.append(
+                {"grad": known.param.grad, "bias": bias, "state": state}
+                | ({"carrier": self.carriers.gradient(known.param)} if refresh else {})
+            )
         self._run(optimizer, jobs, examples, sites)
 
     def _advance(self, fresh: set[str]) -> None:
@@ -127,7 +137,7 @@ class Preconditioner:
             example["state"] = state
         key = (tuple(jobs), tuple((t.shape, t.stride(), t.dtype, t.device) for t in tensors))
         if key not in self._programs:
-            self._programs[key] = self._build_update(jobs, examples, tensors[0], tensors[1:3])
+            self._programs[key] = self._build_update(jobs, examples, tensors[0], (tensors[1], tensors[2]))
         with torch.no_grad(), torch._C._DisableAutocast():
             directions = iter(self._programs[key](*tensors))
         for known, example in zip(sites, examples):

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-
 #: numbers that torch takes as Python floats only (Muon's polynomial); a change of one compiles again
 CONSTANTS = ("ns_coefficients",)
 
@@ -51,7 +50,9 @@ def structure_of(optimizer: Optimizer) -> tuple:
     return tuple(
         (
             tuple(id(p) for p in group["params"]),
-            tuple((k, str(v)) for k, v in group.items() if k != "params" and (i, k) not in numbers and not _scheduled(k)),
+            tuple(
+                (k, str(v)) for k, v in group.items() if k != "params" and (i, k) not in numbers and not _scheduled(k)
+            ),
         )
         for i, group in enumerate(optimizer.param_groups)
     )
@@ -95,8 +96,10 @@ def initialise_state(optimizer: Optimizer, params: list[nn.Parameter]) -> None:
     for p in params:
         for key, value in optimizer.state.get(p, {}).items():
             if isinstance(value, (int, float)) and not isinstance(value, bool):
-                raise ValueError(f"{type(optimizer).__name__} keeps {key!r} as a Python number: the compiled step would "
-                                 "never see it change. Use mkor_fx.compile(model) with your own loop.")
+                raise ValueError(
+                    f"{type(optimizer).__name__} keeps {key!r} as a Python number: the compiled step would "
+                    "never see it change. Use mkor_fx.compile(model) with your own loop."
+                )
 
 
 def _init_group(optimizer: Optimizer, group: dict) -> None:
@@ -127,7 +130,8 @@ class PackedNumbers:
         SGD's first momentum buffer is the gradient itself: dampening starts one step after a group's buffers are made.
         """
         values = [
-            0.0 if n.key == "dampening" and n.group in fresh_groups else read_number(self.optimizer, n) for n in self.numbers
+            0.0 if n.key == "dampening" and n.group in fresh_groups else read_number(self.optimizer, n)
+            for n in self.numbers
         ]
         plain = [0.0 if isinstance(v, Tensor) else float(v) for v in values]
         if plain != self._last:

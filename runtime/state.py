@@ -127,7 +127,9 @@ class FactorState:
             own = {f"{name}.{key}": t for name, factors in self._factors.items() for key, t in factors.items()}
             missing, unexpected = sorted(own.keys() - loaded.keys()), sorted(loaded.keys() - own.keys())
             if missing or unexpected:
-                raise ValueError(f"the state is another model's: missing {_some(missing)}; unexpected {_some(unexpected)}")
+                raise ValueError(
+                    f"the state is another model's: missing {_some(missing)}; unexpected {_some(unexpected)}"
+                )
             _check_shapes(own, loaded)
             for key, tensor in own.items():
                 tensor.copy_(loaded[key])

@@ -56,8 +56,10 @@ class CompiledStep:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
-            raise RuntimeError("a compiled step trains: call it with gradients enabled, outside torch.no_grad() and "
-                               "torch.inference_mode(); to evaluate, call the model itself")
+            raise RuntimeError(
+                "a compiled step trains: call it with gradients enabled, outside torch.no_grad() and "
+                "torch.inference_mode(); to evaluate, call the model itself"
+            )
         self._follow_optimizer()
         refresh = self.mkor.step % self.refresh_every == 0
         if refresh not in self._programs:

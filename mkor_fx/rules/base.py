@@ -17,7 +17,7 @@ from torch import Tensor
 class Shape:
     """One preconditioned weight as a rule sees it: ``O`` outputs, ``I`` inputs, with or without a bias of ``O``."""
 
-    O: int
+    O: int  # noqa: E741
     I: int  # noqa: E741
     bias: bool = False
 

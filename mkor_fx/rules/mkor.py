@@ -77,8 +77,10 @@ class MKOR(Rule):
         if not 0 < self.gamma < 1:
             raise ValueError(f"MKOR(gamma={self.gamma!r}): the factor momentum must lie inside (0, 1), e.g. 0.95")
         if not 0 <= self.zeta < self.gamma:
-            raise ValueError(f"MKOR(zeta={self.zeta!r}): the stabiliser needs 0 <= zeta < gamma={self.gamma}, "
-                             "or it cannot outrun the growth of unseen directions; lower zeta or raise gamma")
+            raise ValueError(
+                f"MKOR(zeta={self.zeta!r}): the stabiliser needs 0 <= zeta < gamma={self.gamma}, "
+                "or it cannot outrun the growth of unseen directions; lower zeta or raise gamma"
+            )
         for name, value in (("kappa", self.kappa), ("epsilon", self.epsilon), ("clamp", self.clamp)):
             if value is not None and not value > 0:
                 raise ValueError(f"MKOR({name}={value!r}): must be positive")
@@ -123,8 +125,8 @@ class MKOR(Rule):
 
     def unscale(self, summary: tuple[Tensor, ...], scale: Tensor) -> tuple[Tensor, ...]:
         """``g`` is linear in the scale, its rounding quadratic, the inputs do not depend on it."""
-        factors = (1.0, scale, 1.0, scale * scale)
-        return tuple(s / factor for s, factor in zip(summary, factors))
+        one = torch.ones_like(scale)
+        return tuple(s / factor for s, factor in zip(summary, (one, scale, one, scale * scale)))
 
     def update(self, state: State, uses: list[Use], grad: Gradient, step: Tensor) -> State:
         left, right = [], []

@@ -1,0 +1,82 @@
+"""``precondition="backward"``: the gradient arrives preconditioned, with the factors and norms from before the step."""
+
+import copy
+
+import pytest
+import torch
+import zoo
+from test_lockstep import reference_for
+
+import mkor_fx
+from mkor_fx import MKOR
+
+RULE = MKOR(factor_dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn", "gpt", "breaks"])
+def test_direction_is_that_of_the_factors_before_the_step(name):
+    """Beside the reference run on the same raw gradients, whose factors are one refresh ahead."""
+    model, loss_fn, batches = zoo.build(name, dtype=torch.float64, steps=5)
+    twin = copy.deepcopy(model)
+    compiled = mkor_fx.compile(model, RULE, backend="eager", precondition="backward")
+    reference = reference_for(twin, RULE, torch.optim.SGD(twin.parameters(), lr=0.0))
+    norms: dict = {}
+    for x, y in batches:
+        model.zero_grad()
+        loss_fn(compiled(x), y).backward()
+        loss_fn(twin(x), y).backward()
+        own, raw = dict(model.named_parameters()), {n: p.grad.clone() for n, p in twin.named_parameters()}
+        for key, weight, bias in reference.sites.values():
+            left, right = reference.state[f"{key}.L"], reference.state[f"{key}.R"]
+            direction = left @ raw[key].flatten(1) @ right
+            expected = direction * norms.get(key, 1.0)
+            torch.testing.assert_close(own[key].grad.flatten(1), expected, rtol=1e-9, atol=1e-12)
+            norms[key] = raw[key].norm() / direction.norm()
+            if bias is not None:
+                name_of_bias = next(n for n, p in twin.named_parameters() if p is bias)
+                torch.testing.assert_close(
+                    own[name_of_bias].grad, left @ raw[name_of_bias] * norms.get(name_of_bias, 1.0), rtol=1e-9, atol=1e-12
+                )
+                norms[name_of_bias] = raw[name_of_bias].norm() / (left @ raw[name_of_bias]).norm()
+        reference.step()
+    state = compiled.mkor.state_dict()
+    for key, factor in reference.state.items():
+        torch.testing.assert_close(state[key], factor, rtol=1e-9, atol=1e-12)
+    assert compiled.mkor.step == len(batches)
+
+
+def test_accumulation_is_exact_without_the_rescale():
+    rule = MKOR(rescale=False, factor_dtype=torch.float64)
+    model, loss_fn, batches = zoo.build("mlp", dtype=torch.float64, steps=4)
+    twin = copy.deepcopy(model)
+    for trained, parts in ((model, 1), (twin, 2)):
+        compiled = mkor_fx.compile(trained, rule, backend="eager", precondition="backward")
+        optimizer = torch.optim.SGD(trained.parameters(), lr=0.1)
+        for x, y in batches:
+            x, y = x[: len(x) // 2 * 2], y[: len(y) // 2 * 2]
+            optimizer.zero_grad()
+            for xs, ys in zip(x.chunk(parts), y.chunk(parts), strict=True):
+                (loss_fn(compiled(xs), ys) / parts).backward()
+            optimizer.step()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
+
+
+def test_a_nan_enters_no_factor():
+    model, loss_fn, batches = zoo.build("mlp")
+    compiled = mkor_fx.compile(model, backend="eager", precondition="backward")
+    for number, (x, y) in enumerate(batches[:4]):
+        model.zero_grad()
+        loss_fn(compiled(x * float("nan") if number == 2 else x), y).backward()
+        state = compiled.mkor.state_dict()
+        assert all(torch.isfinite(value).all() for value in state.values())
+        if number == 2:
+            assert all(torch.equal(state[key], before[key]) for key in before if key != "step")
+        before = state
+    assert any(not torch.equal(state[key], torch.eye(len(state[key]))) for key in state if key.endswith(".L"))
+
+
+def test_rules_that_read_the_gradient_are_refused():
+    model = zoo.build("mlp")[0]
+    with pytest.raises(ValueError, match="precondition='step'"):
+        mkor_fx.compile(model, MKOR(statistic="gradient"), precondition="backward")
