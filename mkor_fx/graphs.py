@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 import tabulate
-from torch import fx
+from torch import Tensor, fx
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,22 @@ class Stage:
     def op_counts(self) -> Counter[str]:
         """How often each operator occurs."""
         return Counter(str(node.target) for node in self.module.graph.nodes if node.op == "call_function")
+
+    def inserted(self, name: str = "") -> str:
+        """What the library has written, block by block: those whose label (``"fc.weight: statistics"``) holds ``name``."""
+        lines, label = [], ""
+        for node in self.module.graph.nodes:
+            own = node.meta.get("mkor_fx", "")
+            if node.op != "call_function" or not own or name not in own:
+                continue
+            if own != label:
+                lines.append(f"# {own}")
+                label = own
+            value = node.meta["val"]
+            shape = f"  # {list(value.shape)}" if isinstance(value, Tensor) else ""
+            arguments = ", ".join([*map(str, node.args), *(f"{key}={value}" for key, value in node.kwargs.items())])
+            lines.append(f"{node.name} = {node.target}({arguments}){shape}".replace(".default(", "("))
+        return "\n".join(lines)
 
     @property
     def nodes(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -142,13 +143,14 @@ class StepGraph:
         return Role.DECLINED
 
 
+_NOT_THE_USERS = tuple(os.path.dirname(file) + os.sep for file in (torch.__file__, __file__))
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
 
 
 def source_line(node: fx.Node | None) -> str:
-    """``file.py:12`` of the user's code that made the node (its innermost frame outside torch), or ''."""
+    """``file.py:12`` of the user's code that made the node (its innermost frame outside torch and this library), or ''."""
     trace = node.meta.get("stack_trace") if node is not None else None
-    frames = [m for m in _FRAME.finditer(trace or "") if "/torch/" not in m["file"]]
+    frames = [m for m in _FRAME.finditer(trace or "") if not m["file"].startswith(_NOT_THE_USERS)]
     return f"{frames[-1]['file'].rsplit('/', 1)[-1]}:{frames[-1]['line']}" if frames else ""
 
 

@@ -105,6 +105,21 @@ def inverse_update(factor_DD: Tensor, vectors: list[Tensor], scale: float, shift
     return updated.to(factor_DD.dtype)
 
 
+@prim("unless_noise(Tensor vector, Tensor noise) -> Tensor")
+def unless_noise(v_D: Tensor, noise: Tensor) -> Tensor:
+    """``v``, or zero where ``|v|^2`` does not exceed ``noise`` (0-dim)."""
+    return torch.where((v_D * v_D).sum() > noise, v_D, torch.zeros_like(v_D))
+
+
+@prim("scale_to(Tensor vector, float squared_length) -> Tensor")
+def scale_to(v_D: Tensor, squared_length: float) -> Tensor:
+    """``v`` brought to ``|v|^2 = squared_length``; zero stays zero. The largest entry is divided out first: no underflow."""
+    largest = v_D.abs().amax()
+    scaled = v_D / torch.where(largest > 0, largest, torch.ones_like(largest))
+    squared = (scaled * scaled).sum()
+    return scaled * torch.where(squared > 0, (squared_length / squared).sqrt(), squared)
+
+
 @prim("precondition(Tensor? left, Tensor grad, Tensor? right) -> Tensor")
 def precondition(left_OO: Tensor | None, grad_OI: Tensor, right_II: Tensor | None) -> Tensor:
     """``left @ grad @ right``; ``None`` is the identity. Products run in the dtype of the gradient."""

@@ -9,7 +9,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..prims import accumulation_dtype, column_square_sum, column_sum, inverse_update, precondition, rademacher, rescale
+from ..prims import (
+    accumulation_dtype,
+    column_square_sum,
+    column_sum,
+    inverse_update,
+    precondition,
+    rademacher,
+    rescale,
+    scale_to,
+    unless_noise,
+)
 from .base import Gradient, Rule, Shape, State, Use
 
 FORMS = ("scale_free", "forgetful", "exact", "paper")
@@ -136,7 +146,7 @@ class MKOR(Rule):
             for use in uses:
                 a_sum, g_O = use.summary[:2]
                 if self.form == "scale_free":
-                    a_sum, g_O = _unless_noise(a_sum, use.summary[2]), _unless_noise(g_O, use.summary[3])
+                    a_sum, g_O = unless_noise(a_sum, use.summary[2]), unless_noise(g_O, use.summary[3])
                 a_I = a_sum / use.rows.clamp_min(1)
                 along_O, along_I = (a_I, g_O) if use.opposite else (g_O, a_I)
                 if joint:  # the bias is a column whose input is always 1, and which the opposite use does not have
@@ -150,7 +160,7 @@ class MKOR(Rule):
             sketches = (grad_OI * signs_I).sum(1), (grad_OI * signs_O[:, None]).sum(0)
             if self.form == "scale_free":
                 noise = (grad_OI * grad_OI).sum() * (NOISE * torch.finfo(grad.weight.dtype).eps) ** 2
-                sketches = _unless_noise(sketches[0], noise), _unless_noise(sketches[1], noise)
+                sketches = unless_noise(sketches[0], noise), unless_noise(sketches[1], noise)
             left.append(sketches[0])
             right.append(sketches[1])
         vectors = {"L": [v.to(dtype) for v in left], "R": [v.to(dtype) for v in right]}
@@ -160,7 +170,7 @@ class MKOR(Rule):
         share = 1 / len(vectors)
         factor = self._stabilise(factor_DD, vectors[0].dtype)
         if self.form == "scale_free":
-            vectors = [_with_squared_length(v, self.kappa) for v in vectors]
+            vectors = [scale_to(v, self.kappa) for v in vectors]
         if self.form == "paper":
             return self._as_printed(factor, vectors).to(factor_DD.dtype)
         if self.form == "exact":
@@ -211,15 +221,3 @@ def _joined(grad: Gradient) -> Tensor:
 def _rounding(rows_NM: Tensor) -> Tensor:
     """Squared length up to which the sum of these rows is taken for rounding, 0-dim."""
     return column_square_sum(rows_NM).sum() * (NOISE * torch.finfo(rows_NM.dtype).eps) ** 2
-
-
-def _unless_noise(v_D: Tensor, noise: Tensor) -> Tensor:
-    return torch.where((v_D * v_D).sum() > noise, v_D, torch.zeros_like(v_D))
-
-
-def _with_squared_length(v_D: Tensor, kappa: float) -> Tensor:
-    """``v`` brought to ``|v|^2 = kappa``; a zero vector stays zero, the largest entry is divided out first."""
-    largest = v_D.abs().amax()
-    scaled = v_D / torch.where(largest > 0, largest, torch.ones_like(largest))
-    squared = (scaled * scaled).sum()
-    return scaled * torch.where(squared > 0, (kappa / squared).sqrt(), squared)
