@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from .config import Options, check_model, check_optimizer, check_rule
 from .drop_in import DropIn
 from .passes.capture import Naming
+from .passes.lower import raising_user_errors
 from .rules import MKOR, Rule
 from .runtime.step import CompiledStep
 from .whole_step import build_whole_step, loss_function
@@ -132,6 +133,6 @@ def compile_step(
 
     def build(step: CompiledStep, refresh: bool) -> Callable[..., Any]:
         capture = partial(build_whole_step, step, rule, refresh, chosen, skip_nonfinite)
-        return torch.compile(loss_of, backend=capture, fullgraph=True, dynamic=dynamic)
+        return raising_user_errors(torch.compile(loss_of, backend=capture, fullgraph=True, dynamic=dynamic))
 
     return CompiledStep(model, optimizer, build, refresh_every if rule is not None else 1)

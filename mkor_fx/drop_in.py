@@ -12,8 +12,9 @@ from .config import Options
 from .coverage import Coverage
 from .graphs import Graphs
 from .passes.backward import BackwardPass, build_refresh, find_layouts
-from .passes.capture import Naming, dynamo_parameters, own_code, with_inputs
-from .passes.drop_in import Job, StatisticsPass, build_update, compile_with_statistics
+from .passes.capture import Naming, decompositions, dynamo_parameters, own_code, with_inputs
+from .passes.drop_in import Job, StatisticsPass, build_update
+from .passes.lower import compile_joint, raising_user_errors
 from .passes.rewrite import merge_layouts, statistics_size
 from .prims import accumulation_dtype
 from .rules import Rule
@@ -57,17 +58,11 @@ class DropIn:
         handle = object.__new__(type(self.model))
         handle.__dict__.update(self.model.__dict__)
         call = own_code(_call_of(handle))
-        compiled = torch.compile(
-            call, backend=self._backend, fullgraph=self.options.fullgraph, dynamic=self.options.dynamic
-        )
+        fullgraph, dynamic = self.options.fullgraph, self.options.dynamic
+        compiled = raising_user_errors(torch.compile(call, backend=self._backend, fullgraph=fullgraph, dynamic=dynamic))
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            try:
-                result = compiled(*args, **kwargs)
-            except torch._dynamo.exc.BackendCompilerFailed as failure:
-                if isinstance(failure.inner_exception, ValueError):
-                    raise failure.inner_exception from None
-                raise
+            result = compiled(*args, **kwargs)
             if not self._ran:
                 raise RuntimeError(
                     f"no graph was captured from {type(self.model).__name__}: its forward runs outside of "
@@ -87,7 +82,7 @@ class DropIn:
             self.naming = Naming.of(self.model, self.options.skip)
         params = dynamo_parameters(gm, self.naming)
         if not params or not torch.is_grad_enabled():
-            return compile_with_statistics(gm, inputs, None, self.options.backend, self.options.inductor)
+            return compile_joint(gm, inputs, None, {}, self.options.backend, self.options.inductor)
         graphs = Graphs(f"{type(self.model).__name__}: graph {len(self.captured)}, forward and backward")
         build = self._backward_program if isinstance(self.runtime, BackwardPreconditioner) else self._statistics_program
         compiled, statistics, added = build(gm, inputs, params, graphs)
@@ -153,9 +148,8 @@ class DropIn:
         self, gm: fx.GraphModule, inputs: Sequence[Any], added: list[Tensor], statistics: StatisticsPass
     ) -> Callable:
         extended, extended_inputs = with_inputs(gm, inputs, added)
-        return compile_with_statistics(
-            extended, extended_inputs, statistics, self.options.backend, self.options.inductor
-        )
+        backend, options = self.options.backend, self.options.inductor
+        return compile_joint(extended, extended_inputs, statistics, decompositions(), backend, options)
 
     def _register(self, statistics: StatisticsPass, params: dict[int, nn.Parameter]) -> None:
         """Tell the runtime and the coverage what this graph says of the parameters it is called with."""

@@ -11,9 +11,8 @@ from torch import Tensor, fx, nn
 from .config import check_model, check_rule
 from .coverage import Coverage
 from .graphs import Graphs
-from .passes.backward import capture_joint
-from .passes.capture import Naming, dynamo_parameters, own_code
-from .passes.lower import plain_tracing
+from .passes.capture import Naming, capture_joint, dynamo_parameters, own_code
+from .passes.lower import plain_tracing, raising_user_errors
 from .passes.pipeline import analyse
 from .rules import MKOR, Rule
 from .runtime.step import CompiledStep
@@ -70,7 +69,7 @@ def explain(
         return loss_fn(type(model)._call_impl(model, *batch[:-1], **named), batch[-1])
 
     with torch.enable_grad():
-        torch.compile(own_code(call), backend=backend, dynamic=False)(*args, **kwargs)
+        raising_user_errors(torch.compile(own_code(call), backend=backend, dynamic=False))(*args, **kwargs)
     return coverage
 
 

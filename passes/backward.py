@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, fx
-from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from ..graphs import Graphs
 from ..ir import StepGraph
 from ..rules import Rule
-from .capture import Naming, decompositions, read_joint
-from .drop_in import Job, StatisticsPass, compile_flat, described_gradients, placeholder
-from .lower import plain_tracing
+from .capture import Naming, capture_joint, described_gradients
+from .drop_in import Job, StatisticsPass, compile_flat, placeholder
+from .lower import new_fake_mode, plain_tracing
 from .pipeline import analyse
 from .rewrite import Layout, precondition_in_backward, refresh_after_backward, write_statistics
 from .trace import insert
-
-
-def capture_joint(gm: fx.GraphModule, inputs: Sequence[Any], named: dict[int, str], naming: Naming) -> StepGraph | None:
-    """The joint graph of Dynamo's graph, to look at; None where nothing in it is differentiated."""
-    with contextlib.ExitStack() as stack:
-        joint = aot_export_joint_with_descriptors(stack, gm, tuple(inputs), decompositions=decompositions())
-        step = read_joint(joint.graph_module, named, naming)
-    return step if step.seeds else None
 
 
 def find_layouts(
@@ -96,7 +84,7 @@ def build_refresh(
     graphs: Graphs,
 ) -> Callable[..., list[Tensor]]:
     """A program ``[step, *(carrier, *state) of each job] -> new state of each job``, flat; nothing is written in place."""
-    mode, graph = FakeTensorMode(shape_env=ShapeEnv()), fx.Graph()
+    mode, graph = new_fake_mode(), fx.Graph()
     with plain_tracing():
         step_node = placeholder(graph, mode, "step", step)
         nodes = [

@@ -135,6 +135,28 @@ def described_outputs(graph: fx.Graph) -> list[tuple[fx.Node | None, Any]]:
     return list(zip(output.args[0], output.meta["desc"]))
 
 
+def described_gradients(graph: fx.Graph) -> dict[int, int]:
+    """Input position -> where the joint graph returns its gradient."""
+    return {
+        d.grad_of.idx: position  # type: ignore[attr-defined]
+        for position, (_, d) in enumerate(described_outputs(graph))
+        if isinstance(d, GradAOTOutput)
+    }
+
+
+def has_backward(graph: fx.Graph) -> bool:
+    """Whether a captured graph differentiates anything."""
+    return any(isinstance(n.meta.get("desc"), TangentAOTInput) for n in graph.find_nodes(op="placeholder"))
+
+
+def capture_joint(gm: fx.GraphModule, inputs: Sequence[Any], named: dict[int, str], naming: Naming) -> StepGraph | None:
+    """The joint graph of Dynamo's graph, to look at; None where nothing in it is differentiated."""
+    with contextlib.ExitStack() as stack:
+        joint = aot_export_joint_with_descriptors(stack, gm, tuple(inputs), decompositions=decompositions())
+        step = read_joint(joint.graph_module, named, naming)
+    return step if step.seeds else None
+
+
 def capture_whole_step(gm: fx.GraphModule, example_inputs: Sequence[Any], naming: Naming) -> WholeStep:
     """The joint graph of a function that returns ``(loss, *detached outputs)``.
 

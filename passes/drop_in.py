@@ -10,16 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._functorch._aot_autograd.descriptors import GradAOTOutput, TangentAOTInput
-from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from ..graphs import Graphs
 from ..ir import StepGraph
 from ..rules import Rule
-from .capture import Naming, decompositions, described_outputs, read_joint
-from .lower import compile_graph, plain_tracing
+from .capture import Naming, described_gradients, has_backward, read_joint
+from .lower import FakeTensorMode, JointPass, compile_graph, new_fake_mode, plain_tracing
 from .pipeline import analyse, synthesise
 from .rewrite import Layout, Scales, update_site, write_statistics
 from .trace import insert
@@ -34,7 +30,7 @@ class Capture:
     biases: dict[int, int] = field(default_factory=dict)
 
 
-class StatisticsPass(CustomGraphPass):
+class StatisticsPass(JointPass):
     """Runs on the joint graph before Inductor's own passes: writes each site's statistics into its carrier's gradient.
 
     ``carriers`` maps a parameter's input position to its carrier's.
@@ -57,8 +53,7 @@ class StatisticsPass(CustomGraphPass):
         return hashlib.sha256(content.encode()).hexdigest()
 
     def __call__(self, graph: fx.Graph) -> None:
-        placeholders = graph.find_nodes(op="placeholder")
-        if not any(isinstance(n.meta.get("desc"), TangentAOTInput) for n in placeholders):
+        if not has_backward(graph):
             return
         assert graph.owning_module is not None
         step = read_joint(graph.owning_module, self.named, self.naming)
@@ -82,63 +77,11 @@ class StatisticsPass(CustomGraphPass):
         step.output.args = (tuple(outputs),)
 
 
-def described_gradients(graph: fx.Graph) -> dict[int, int]:
-    """Input position -> where the joint graph returns its gradient."""
-    return {
-        d.grad_of.idx: position  # type: ignore[attr-defined]
-        for position, (_, d) in enumerate(described_outputs(graph))
-        if isinstance(d, GradAOTOutput)
-    }
-
-
 def carry(vectors: dict[int, Tensor], size: int) -> Tensor:
     """Statistics vectors by orientation as the rows of a carrier, ``[2, size]``; an unused row is zero."""
     first = next(iter(vectors.values()))
     rows = [vectors.get(kind, torch.zeros_like(first)) for kind in (0, 1)]
     return torch.stack([torch.nn.functional.pad(row, (0, size - row.numel())) for row in rows])
-
-
-def compile_with_statistics(
-    gm: fx.GraphModule, inputs: Sequence[Any], statistics: StatisticsPass | None, backend: str, options: dict[str, Any]
-) -> Callable[..., Any]:
-    """Compile Dynamo's graph, its joint graph rewritten by ``statistics``; plainly without.
-
-    AOTAutograd's cache is left out, since it would skip the pass; Inductor's own cache stays in.
-    """
-    with torch._functorch.config.patch(enable_autograd_cache=False):
-        if backend == "eager":
-            return _aot_eager(gm, inputs, statistics)
-        from torch._inductor import config
-        from torch._inductor.compile_fx import compile_fx
-
-        if statistics is None:
-            return compile_fx(gm, list(inputs), config_patches=options)
-        chosen = options.get("joint_custom_pre_pass", config.joint_custom_pre_pass) or []
-        users = list(chosen) if isinstance(chosen, (list, tuple)) else [chosen]
-        patches = {**options, "joint_custom_pre_pass": [*users, statistics]}
-        return compile_fx(gm, list(inputs), config_patches=patches, decompositions=decompositions())
-
-
-def _aot_eager(gm: fx.GraphModule, inputs: Sequence[Any], statistics: StatisticsPass | None) -> Callable[..., Any]:
-    from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
-    from torch._dynamo.backends.common import aot_autograd
-
-    def partition(joint: fx.GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
-        if statistics is not None:
-            statistics(joint.graph)
-        return min_cut_rematerialization_partition(joint, joint_inputs, **kwargs)
-
-    def run(module: fx.GraphModule, _: Any) -> Callable[..., Any]:
-        return make_boxed_func(module.forward)
-
-    compiler = aot_autograd(
-        fw_compiler=run,
-        bw_compiler=run,
-        partition_fn=partition,
-        decompositions=decompositions(),
-        keep_inference_input_mutations=True,
-    )
-    return compiler(gm, list(inputs))
 
 
 # ---- the update at the optimizer's step ---------------------------------------------------------------------------
@@ -170,7 +113,7 @@ def build_update(
     returns each job's direction and, where it has a bias, its direction.
     """
     graph = fx.Graph()
-    input = partial(placeholder, graph, FakeTensorMode(shape_env=ShapeEnv()))
+    input = partial(placeholder, graph, new_fake_mode())
     with plain_tracing():
         step_node, scale_nodes = (
             input("step", step),

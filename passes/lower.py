@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import fx
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from ..ir import StepGraph
 from ..prims import BODIES, ROW_SUMS
@@ -121,3 +124,82 @@ def inductor_options(mode: str | None, options: dict[str, Any] | None) -> dict[s
         if name not in known:
             raise ValueError(f"options: {name!r} is no option of Inductor; torch._inductor.list_options() lists them")
     return patches
+
+
+class JointPass(CustomGraphPass):
+    """A pass over the joint graph of what Dynamo has captured, run before Inductor's own; ``uuid`` is its cache key."""
+
+
+def compile_joint(
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    joint_pass: JointPass | None,
+    decompositions: dict,
+    backend: str,
+    options: dict[str, Any],
+) -> Callable[..., Any]:
+    """Compile Dynamo's graph for training, its joint graph rewritten by ``joint_pass``; plainly without.
+
+    AOTAutograd's cache is left out, since it would skip the pass; Inductor's own cache stays in.
+    """
+    with torch._functorch.config.patch(enable_autograd_cache=False):
+        if backend == "eager":
+            return _aot_eager(gm, inputs, joint_pass, decompositions)
+        from torch._inductor import config
+        from torch._inductor.compile_fx import compile_fx
+
+        if joint_pass is None:
+            return compile_fx(gm, list(inputs), config_patches=options)
+        chosen = options.get("joint_custom_pre_pass", config.joint_custom_pre_pass) or []
+        users = list(chosen) if isinstance(chosen, (list, tuple)) else [chosen]
+        patches = {**options, "joint_custom_pre_pass": [*users, joint_pass]}
+        return compile_fx(gm, list(inputs), config_patches=patches, decompositions=decompositions)
+
+
+def _aot_eager(
+    gm: fx.GraphModule, inputs: Sequence[Any], joint_pass: JointPass | None, decompositions: dict
+) -> Callable[..., Any]:
+    from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+    from torch._dynamo.backends.common import aot_autograd
+
+    def partition(joint: fx.GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
+        if joint_pass is not None:
+            joint_pass(joint.graph)
+        return min_cut_rematerialization_partition(joint, joint_inputs, **kwargs)
+
+    def run(module: fx.GraphModule, _: Any) -> Callable[..., Any]:
+        return make_boxed_func(module.forward)
+
+    compiler = aot_autograd(
+        fw_compiler=run,
+        bw_compiler=run,
+        partition_fn=partition,
+        decompositions=decompositions,
+        keep_inference_input_mutations=True,
+    )
+    return compiler(gm, list(inputs))
+
+
+def new_fake_mode() -> FakeTensorMode:
+    """For graphs written from nothing. It has a shape environment, without which Inductor's cache does not look."""
+    return FakeTensorMode(shape_env=ShapeEnv())
+
+
+def outside_dynamo() -> contextlib.AbstractContextManager:
+    """What is traced inside has static shapes of its own, whatever Dynamo is capturing around it."""
+    return torch._guards.tracing(None)
+
+
+def raising_user_errors(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """Errors that the library raises for the user while Dynamo compiles arrive as themselves, without Dynamo's wrapping."""
+
+    @functools.wraps(compiled)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return compiled(*args, **kwargs)
+        except torch._dynamo.exc.BackendCompilerFailed as failure:
+            if isinstance(failure.inner_exception, ValueError):
+                raise failure.inner_exception from None
+            raise
+
+    return run

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
 from ..runtime.optimizer import Number, numbers_of, read_number, tensor_state
+from .lower import outside_dynamo
 from .trace import trace
 
 #: group options that choose between implementations of one update; the traced one is the plain loop
@@ -144,7 +145,7 @@ def trace_update(optimizer: Optimizer, params: list[nn.Parameter]) -> Update:
         torch.empty(len(numbers), dtype=torch.float64, device=params[0].device),
     )
     try:
-        with torch._guards.tracing(None):  # parameters have static shapes, whatever is being traced around this
+        with outside_dynamo():
             traced = trace(torch.func.functionalize(run, remove="mutations_and_views"), args, fake=True)
     except Exception as error:
         raise ValueError(

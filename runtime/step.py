@@ -64,12 +64,7 @@ class CompiledStep:
         refresh = self.mkor.step % self.refresh_every == 0
         if refresh not in self._programs:
             self._programs[refresh] = self._build(self, refresh)
-        try:
-            result = self._programs[refresh](*args, **kwargs)
-        except torch._dynamo.exc.BackendCompilerFailed as failure:
-            if isinstance(failure.inner_exception, ValueError):
-                raise failure.inner_exception from None
-            raise
+        result = self._programs[refresh](*args, **kwargs)
         self.mkor.advance()
         self._fresh_groups.clear()
         self.optimizer._opt_called = True  # type: ignore[attr-defined]  # what learning-rate schedulers look at
