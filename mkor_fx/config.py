@@ -75,7 +75,7 @@ def check_optimizer(model: nn.Module, optimizer: object) -> None:
     hooks = len(optimizer._optimizer_step_pre_hooks) + len(optimizer._optimizer_step_post_hooks)
     if hooks:
         raise ValueError(
-            f"the optimizer has {hooks} step hooks, which a compiled step cannot run: remove them, or use "
+            f"the optimizer has step hooks ({hooks}), which a compiled step cannot run: remove them, or use "
             "mkor_fx.compile(model) with your own loop"
         )
     own = {id(p) for p in model.parameters()}

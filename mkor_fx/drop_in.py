@@ -172,7 +172,7 @@ class DropIn:
         return program
 
     def _build_update(
-        self, jobs: list[Job], examples: list[dict], step: Tensor, scales: tuple[Tensor, Tensor]
+        self, jobs: list[Job], examples: list[dict], step: Tensor, scales: tuple[Tensor, ...]
     ) -> Callable:
         graphs = Graphs(f"{type(self.model).__name__}: update of {len(jobs)} weights")
         program = build_update(

@@ -82,4 +82,6 @@ class Graphs:
         for stage in self:
             rows.append([stage.name, stage.nodes, f"{stage.nodes - previous:+d}", f"{stage.seconds * 1e3:.1f}"])
             previous = stage.nodes
-        return f"{self.title}\n" + tabulate.tabulate(rows, ["stage", "nodes", "change", "ms"], tablefmt="simple")
+        return f"{self.title}\n" + tabulate.tabulate(
+            rows, ["stage", "nodes", "change", "ms"], tablefmt="simple", disable_numparse=True
+        )

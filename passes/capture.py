@@ -184,7 +184,7 @@ def capture_whole_step(gm: fx.GraphModule, example_inputs: Sequence[Any], naming
 def check_loss(gm: fx.GraphModule, named: dict[int, str]) -> None:
     """Dynamo's graph must return a scalar that has a gradient."""
     returned = gm.graph.output_node().args[0]
-    loss = returned[0].meta.get("example_value") if isinstance(returned[0], fx.Node) else None
+    loss = returned[0].meta.get("example_value") if returned and isinstance(returned[0], fx.Node) else None
     if not isinstance(loss, Tensor):
         raise ValueError("the loss is not a tensor of the captured graph: loss_fn must compute it from the outputs")
     if loss.dim() != 0:

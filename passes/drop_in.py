@@ -101,7 +101,7 @@ def build_update(
     jobs: Sequence[Job],
     examples: Sequence[dict[str, Any]],
     step: Tensor,
-    scales: tuple[Tensor, Tensor],
+    scales: tuple[Tensor, ...],
     backend: str,
     options: dict[str, Any],
     graphs: Graphs,
@@ -115,9 +115,9 @@ def build_update(
     graph = fx.Graph()
     input = partial(placeholder, graph, new_fake_mode())
     with plain_tracing():
-        step_node, scale_nodes = (
-            input("step", step),
-            Scales(*map(input, ("statistics_scale", "gradient_scale"), scales)),
+        step_node = input("step", step)
+        scale_nodes = (
+            Scales(input("statistics_scale", scales[0]), input("gradient_scale", scales[1])) if scales else None
         )
         nodes = []
         for i, example in enumerate(examples):

@@ -117,7 +117,7 @@ def inductor_options(mode: str | None, options: dict[str, Any] | None) -> dict[s
     if mode not in (None, "default"):
         modes = inductor.list_mode_options()
         if mode not in modes:
-            raise ValueError(f"mode={mode!r}: must be one of default, {', '.join(modes)}")
+            raise ValueError(f"mode={mode!r}: must be one of {', '.join(dict.fromkeys(['default', *modes]))}")
         patches = {**modes[mode], **patches}
     known = inductor.list_options()
     for name in patches:

@@ -82,6 +82,8 @@ def read_weight(parameter: Parameter, backward: set[fx.Node]) -> list[Tap] | Dec
         return Decline("no gradient reaches it in this graph")
     if len(parameter.shape) < 2:
         return Decline("a vector, and not the bias of a matched weight", *_where(parameter.grad))
+    if not fake_value(parameter.node).is_floating_point():
+        return Decline(f"no rule for {fake_value(parameter.node).dtype} weights", *_where(parameter.grad))
     taps: list[Tap] = []
     for summand in summands(parameter.grad):
         tap = read_summand(summand, parameter.shape)
@@ -89,11 +91,14 @@ def read_weight(parameter: Parameter, backward: set[fx.Node]) -> list[Tap] | Dec
             tap = assign_roles(tap, backward)
         if isinstance(tap, Decline):
             return tap
+        check_inputs(tap, parameter)
         taps.append(tap)
     if all(tap.op == "embedding" for tap in taps):
         return Decline("an embedding that no matrix product shares", *_where(taps[0].node))
     if len({tap.matrix for tap in taps}) > 1:
-        return Decline(f"its uses read it as different matrices: {sorted({tap.matrix for tap in taps})}")
+        return Decline(
+            f"its uses read it as different matrices: {sorted({tap.matrix for tap in taps})}", *_where(taps[-1].node)
+        )
     return taps
 
 
@@ -171,6 +176,21 @@ def assign_roles(tap: Tap, backward: set[fx.Node]) -> Tap | Decline:
     return Tap(tap.node, tap.op, tap.matrix, tap.rows_first, tap.rows_last, inputs, tap.count, tap.bias_grads)
 
 
+def check_inputs(tap: Tap, parameter: Parameter) -> None:
+    """Fake tensors multiply integers with floats, real ones do not: say it now.
+
+    Raises:
+        ValueError: the layer's input has another dtype than its output's gradient.
+    """
+    a, g = fake_value(tap.a.node).dtype, fake_value(tap.g.node).dtype
+    if tap.op != "embedding" and a != g:
+        where = source_line(tap.node) or str(tap.node.target)
+        raise ValueError(
+            f"{parameter.name} multiplies an input of {a} where {g} is needed, at {where}: gradients need floating-point "
+            f"inputs; convert it, for instance with x.to({g})"
+        )
+
+
 def find_bias_owner(step: StepGraph, parameter: Parameter) -> Site | None:
     """The site whose output gradient this vector's gradient is the row sum of, in every one of its terms."""
     if parameter.grad is None or len(parameter.shape) != 1:
@@ -224,6 +244,8 @@ def _behind_row_views(node: fx.Node) -> fx.Node:
 
 
 def _where(node: fx.Node) -> tuple[str, str]:
+    if getattr(node.target, "__name__", "") == "getitem":
+        node = node.args[0]
     return str(node.target), source_line(node)
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import torch
 from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
 
 from ..ir import StepGraph
 from .core import graph_pass
 from .match import downstream
 
 aten = torch.ops.aten
+#: policies of a (selective) checkpoint that drop the value
+RECOMPUTE = (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE)
 
 
 @graph_pass(stage="schedule", exact=True)
@@ -19,7 +22,7 @@ def recompute_checkpoints(step: StepGraph) -> None:
     Forward nodes inside a checkpoint (``meta["recompute"]``) that backward nodes read are cloned in front of their first
     backward reader. Random values are kept, not drawn again: their mask is all that a checkpointed dropout saves.
     """
-    tagged = {n for n in step.graph.nodes if "recompute" in n.meta and n.op == "call_function"}
+    tagged = {n for n in step.graph.nodes if n.op == "call_function" and n.meta.get("recompute") in RECOMPUTE}
     if not tagged:
         return
     backward = downstream(step.seeds) if step.seeds else set()

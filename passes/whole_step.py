@@ -140,9 +140,10 @@ class StepWriter:
 
 
 def all_finite(loss: Tensor, grads: list[Tensor]) -> Tensor:
-    """Whether the loss and every gradient are finite, 0-dim: the sum of squared norms is, short of overflow."""
-    total = sum((torch.linalg.vector_norm(g, dtype=accumulation_dtype(g.dtype)) for g in grads), loss.detach().abs())
-    return torch.isfinite(total)
+    """Whether the loss and every gradient are finite, 0-dim: the sum of their norms is, short of overflow."""
+    real = [torch.view_as_real(g) if g.is_complex() else g for g in grads]
+    norms = [torch.linalg.vector_norm(g, dtype=accumulation_dtype(g.dtype)) for g in real]
+    return torch.isfinite(sum(norms, loss.detach().abs()))
 
 
 def count_skip(skipped: Tensor, keep: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ from torch.amp import grad_scaler
 from torch.optim import Optimizer
 
 
-def loss_scales(optimizer: Optimizer, device: torch.device) -> tuple[Tensor, Tensor]:
-    """``(in the statistics, in .grad)``, 0-dim each, 1 without a scaler; NaN where the scaler has found an inf.
+def loss_scales(optimizer: Optimizer, device: torch.device) -> tuple[Tensor, Tensor] | tuple[()]:
+    """``(in the statistics, in .grad)``, 0-dim each; NaN where the scaler has found an inf; empty without a scaler.
 
     Inside a fused optimizer's step the scaler has left its scale and verdict on the optimizer, and ``.grad`` is still
     scaled. Any other optimizer is stepped with unscaled gradients and only when they are finite; the statistics were
@@ -25,7 +25,7 @@ def loss_scales(optimizer: Optimizer, device: torch.device) -> tuple[Tensor, Ten
         scale = torch.where(found_inf.to(device).reshape(()) > 0, torch.full_like(one, float("nan")), scale)
         return scale, scale
     scaler = _stepping_scaler()
-    return (one if scaler is None else scaler._get_scale_async().to(device).reshape(())), one
+    return () if scaler is None else (scaler._get_scale_async().to(device).reshape(()), one)
 
 
 def _stepping_scaler() -> Any:

@@ -129,15 +129,15 @@ class Preconditioner:
 
     def _run(self, optimizer: Optimizer, jobs: list, examples: list[dict], sites: list[Known]) -> None:
         device = sites[0].param.device
-        tensors: list[Tensor] = [torch.full((), self._iteration, dtype=torch.int64, device=device)]
-        tensors += loss_scales(optimizer, device)
+        scales = loss_scales(optimizer, device)
+        tensors: list[Tensor] = [torch.full((), self._iteration, dtype=torch.int64, device=device), *scales]
         for example in examples:
             state = example.pop("state")
             tensors += [t for t in example.values() if t is not None] + list(state.values())
             example["state"] = state
         key = (tuple(jobs), tuple((t.shape, t.stride(), t.dtype, t.device) for t in tensors))
         if key not in self._programs:
-            self._programs[key] = self._build_update(jobs, examples, tensors[0], (tensors[1], tensors[2]))
+            self._programs[key] = self._build_update(jobs, examples, tensors[0], scales)
         with torch.no_grad(), torch._C._DisableAutocast():
             directions = iter(self._programs[key](*tensors))
         for known, example in zip(sites, examples):

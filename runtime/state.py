@@ -79,13 +79,12 @@ class FactorState:
         name = self.name(param)
         if name not in self._factors:
             factors = fresh(param.device)
-            loaded = {key: self._pending.get(f"{name}.{key}") for key in factors}
             if self._pending:
-                _check_shapes({f"{name}.{k}": t for k, t in factors.items()}, self._pending)
-                for key, tensor in loaded.items():
-                    if tensor is not None:
-                        factors[key].copy_(tensor)
-                        del self._pending[f"{name}.{key}"]
+                own = {f"{name}.{key}": tensor for key, tensor in factors.items()}
+                loaded = {key: t for key, t in self._pending.items() if key.rpartition(".")[0] == name}
+                _check_keys_and_shapes(own, loaded)
+                for key, tensor in own.items():
+                    tensor.copy_(self._pending.pop(key))
             self._factors[name], self._fresh[name] = factors, fresh
         return self.of(param)
 
@@ -125,12 +124,7 @@ class FactorState:
             return self.reset()
         if self._factors:
             own = {f"{name}.{key}": t for name, factors in self._factors.items() for key, t in factors.items()}
-            missing, unexpected = sorted(own.keys() - loaded.keys()), sorted(loaded.keys() - own.keys())
-            if missing or unexpected:
-                raise ValueError(
-                    f"the state is another model's: missing {_some(missing)}; unexpected {_some(unexpected)}"
-                )
-            _check_shapes(own, loaded)
+            _check_keys_and_shapes(own, loaded)
             for key, tensor in own.items():
                 tensor.copy_(loaded[key])
         else:
@@ -162,11 +156,14 @@ def _fits(factor: Tensor, param: Tensor) -> bool:
     return factor.shape[0] == factor.shape[-1] and bool({factor.shape[0], factor.shape[0] - 1} & sides)
 
 
-def _check_shapes(own: dict[str, Tensor], loaded: dict[str, Tensor]) -> None:
+def _check_keys_and_shapes(own: dict[str, Tensor], loaded: dict[str, Tensor]) -> None:
+    missing, unexpected = sorted(own.keys() - loaded.keys()), sorted(loaded.keys() - own.keys())
+    if missing or unexpected:
+        raise ValueError(f"the state is another model's: missing {_some(missing)}; unexpected {_some(unexpected)}")
     wrong = [
         f"{key}: loaded {tuple(loaded[key].shape)}, here {tuple(tensor.shape)}"
         for key, tensor in own.items()
-        if key in loaded and loaded[key].shape != tensor.shape
+        if loaded[key].shape != tensor.shape
     ]
     if wrong:
         raise ValueError(f"the state is another model's: {_some(wrong)}")

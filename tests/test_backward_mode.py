@@ -26,7 +26,7 @@ def test_direction_is_that_of_the_factors_before_the_step(name):
         loss_fn(compiled(x), y).backward()
         loss_fn(twin(x), y).backward()
         own, raw = dict(model.named_parameters()), {n: p.grad.clone() for n, p in twin.named_parameters()}
-        for key, weight, bias in reference.sites.values():
+        for key, _, bias in reference.sites.values():
             left, right = reference.state[f"{key}.L"], reference.state[f"{key}.R"]
             direction = left @ raw[key].flatten(1) @ right
             expected = direction * norms.get(key, 1.0)
@@ -65,6 +65,7 @@ def test_accumulation_is_exact_without_the_rescale():
 def test_a_nan_enters_no_factor():
     model, loss_fn, batches = zoo.build("mlp")
     compiled = mkor_fx.compile(model, backend="eager", precondition="backward")
+    before: dict = {}
     for number, (x, y) in enumerate(batches[:4]):
         model.zero_grad()
         loss_fn(compiled(x * float("nan") if number == 2 else x), y).backward()

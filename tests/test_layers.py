@@ -25,10 +25,10 @@ ALLOWED = {
 }  # fmt: skip
 
 PRIVATE = {
-    "torch._inductor": {"mkor_fx.passes.capture", "mkor_fx.passes.lower", "mkor_fx.passes.drop_in"},
-    "torch._functorch": {"mkor_fx.passes.capture", "mkor_fx.passes.drop_in", "mkor_fx.passes.backward"},
-    "torch._guards": {"mkor_fx.passes.capture", "mkor_fx.passes.lower", "mkor_fx.passes.optimizer"},
-    "torch._dynamo": {"mkor_fx.passes.drop_in", "mkor_fx.drop_in", "mkor_fx.runtime.step"},
+    "torch._inductor": {"mkor_fx.passes.capture", "mkor_fx.passes.lower"},
+    "torch._functorch": {"mkor_fx.passes.capture", "mkor_fx.passes.lower"},
+    "torch._guards": {"mkor_fx.passes.capture", "mkor_fx.passes.lower"},
+    "torch._dynamo": {"mkor_fx.passes.lower"},
 }
 
 

@@ -20,7 +20,7 @@ def relative(value, reference):
 def reference_for(model, rule, optimizer, **options):
     return Reference(
         model, optimizer, form=rule.form, statistic=rule.statistic, gamma=rule.gamma, kappa=rule.kappa,
-        epsilon=rule.stabiliser_threshold, zeta=rule.zeta, rescale=rule.rescale, bias=rule.bias, clamp=rule.clamp,
+        epsilon=rule.stabiliser_threshold, zeta=rule.pull, rescale=rule.rescale, bias=rule.bias, clamp=rule.clamp,
         max_factor=rule.max_factor, factor_dtype=rule.factor_dtype, **options,
     )
 

@@ -43,6 +43,8 @@ EXAMPLES = {
         (left, randn(4, 5), right) for left in (spd(4), None) for right in (spd(5), None)
     ],
     prims.rescale: [(randn(4, 5), randn(4, 5, seed=1)), (torch.zeros(4, 5), torch.ones(4, 5))],
+    prims.unless_noise: [(randn(5), torch.tensor(noise, dtype=torch.float64)) for noise in (0.0, 1e9)],
+    prims.scale_to: [(vector, 10.0) for vector in (randn(5), torch.zeros(5).double(), 1e-30 * randn(5))],
     prims.rademacher: [(STEP, 1, 17, torch.float64)],
 }
 CALLS = [pytest.param(op, args, id=f"{op}-{i}") for op in prims.BODIES for i, args in enumerate(EXAMPLES[op])]
@@ -181,3 +183,17 @@ def test_rademacher_signs_are_balanced_and_depend_on_step_and_side():
     assert (columns.T @ columns / 4096 - torch.eye(12)).abs().max() < 5 / 64, "indices are correlated over steps"
     assert torch.equal(signs(5, 1, 9), signs(5, 1, 4096)[:9])
     assert torch.equal(signs(5, 1).long(), reference.rademacher(5, 1, 4096))
+
+
+def test_scale_to_gives_the_length_and_keeps_zero():
+    for vector in (randn(5), 1e-30 * randn(5), 1e30 * randn(5)):
+        scaled = prims.scale_to(vector.float(), 10.0)
+        torch.testing.assert_close(scaled.norm() ** 2, torch.tensor(10.0))
+        torch.testing.assert_close(scaled / scaled.norm(), (vector / vector.norm()).float())
+    assert torch.equal(prims.scale_to(torch.zeros(5), 10.0), torch.zeros(5))
+
+
+def test_unless_noise_compares_squared_lengths():
+    vector = torch.tensor([3.0, 4.0])
+    assert torch.equal(prims.unless_noise(vector, torch.tensor(24.9)), vector)
+    assert torch.equal(prims.unless_noise(vector, torch.tensor(25.0)), torch.zeros(2))

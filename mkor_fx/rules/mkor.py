@@ -54,8 +54,8 @@ class MKOR(Rule):
         gamma: factor momentum, in (0, 1).
         kappa: squared length to which ``scale_free`` brings every statistic, > 0.
         epsilon, zeta: norm-based stabiliser: where ``max |F| > epsilon``, ``F <- zeta F + (1 - zeta) I`` before the
-            update; ``zeta < gamma``. ``epsilon=None`` is 1000 for ``exact`` and ``paper`` and infinite (off) for the
-            other two, which are bounded by 1 by construction.
+            update. ``zeta < gamma``; None is ``gamma / 2``. ``epsilon=None`` is 1000 for ``exact`` and ``paper`` and
+            infinite (off) for the other two, which are bounded by 1 by construction.
         rescale: give each direction the norm of its raw gradient.
         bias: ``"left"``: ``L @ grad`` with its own norms; ``"joint"``: one more column of ``[W | b]``; ``"off"``: raw.
         clamp: bound on the entries of every row of ``a`` and ``g`` before they are summed, or None.
@@ -72,7 +72,7 @@ class MKOR(Rule):
     gamma: float = 0.95
     kappa: float = 10.0
     epsilon: float | None = None
-    zeta: float = 0.5
+    zeta: float | None = None
     rescale: bool = True
     bias: Literal["left", "joint", "off"] = "left"
     clamp: float | None = None
@@ -86,7 +86,7 @@ class MKOR(Rule):
                 raise ValueError(f"MKOR({name}={getattr(self, name)!r}): must be one of {', '.join(map(str, allowed))}")
         if not 0 < self.gamma < 1:
             raise ValueError(f"MKOR(gamma={self.gamma!r}): the factor momentum must lie inside (0, 1), e.g. 0.95")
-        if not 0 <= self.zeta < self.gamma:
+        if not 0 <= self.pull < self.gamma:
             raise ValueError(
                 f"MKOR(zeta={self.zeta!r}): the stabiliser needs 0 <= zeta < gamma={self.gamma}, "
                 "or it cannot outrun the growth of unseen directions; lower zeta or raise gamma"
@@ -94,6 +94,8 @@ class MKOR(Rule):
         for name, value in (("kappa", self.kappa), ("epsilon", self.epsilon), ("clamp", self.clamp)):
             if value is not None and not value > 0:
                 raise ValueError(f"MKOR({name}={value!r}): must be positive")
+        if self.kappa is None or math.isinf(self.kappa):
+            raise ValueError(f"MKOR(kappa={self.kappa!r}): must be a positive, finite number, e.g. 10.0")
         if self.max_factor < 0:
             raise ValueError(f"MKOR(max_factor={self.max_factor!r}): must be 0 (no factors) or more")
 
@@ -106,6 +108,11 @@ class MKOR(Rule):
         if self.epsilon is not None:
             return self.epsilon
         return 1000.0 if self.form in ("exact", "paper") else math.inf
+
+    @property
+    def pull(self) -> float:
+        """``zeta``, or what None stands for."""
+        return self.gamma / 2 if self.zeta is None else self.zeta
 
     def init(self, shape: Shape, device: torch.device) -> State:
         """``{"L": eye(O), "R": eye(I)}`` in ``factor_dtype``, sides above ``max_factor`` left out."""
@@ -196,7 +203,7 @@ class MKOR(Rule):
         factor = factor_DD.to(dtype)
         fires = factor.diagonal().abs().amax() > self.stabiliser_threshold
         identity = torch.eye(factor.shape[0], dtype=dtype, device=factor.device)
-        return torch.where(fires, self.zeta * factor + (1 - self.zeta) * identity, factor)
+        return torch.where(fires, self.pull * factor + (1 - self.pull) * identity, factor)
 
     def precondition(self, state: State, grad: Gradient) -> Gradient:
         left, right = state.get("L"), state.get("R")
