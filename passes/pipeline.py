@@ -13,7 +13,7 @@ from .canonicalize import cancel_double_transpose, drop_detach, spell_transposes
 from .core import run_passes
 from .lower import expand, shortcut_row_sums
 from .match import find_sites
-from .rewrite import decline_without_factors
+from .rewrite import decline_by_rule
 from .schedule import recompute_checkpoints, update_when_ready
 
 CANONICALIZE = [spell_transposes, drop_detach, cancel_double_transpose]
@@ -24,7 +24,7 @@ def analyse(step: StepGraph, rule: Rule | None, graphs: Graphs) -> None:
     """capture -> canonicalize -> match: every trainable parameter gets its role."""
     run_passes(step, [], "capture", graphs)
     run_passes(step, CANONICALIZE, "canonicalize", graphs)
-    matching = [find_sites] if rule is None else [find_sites, partial(decline_without_factors, rule=rule)]
+    matching = [find_sites] if rule is None else [find_sites, partial(decline_by_rule, rule=rule)]
     run_passes(step, matching, "match", graphs)
 
 

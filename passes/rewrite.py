@@ -51,19 +51,20 @@ class Layout:
 
 
 @graph_pass(stage="match", exact=True)
-def decline_without_factors(step: StepGraph, *, rule: Rule) -> None:
-    """A weight for which the rule keeps no state is not preconditioned: say so, and decline its bias with it."""
+def decline_by_rule(step: StepGraph, *, rule: Rule) -> None:
+    """A weight for which the rule keeps no state is declined with its bias; so is a bias that the rule leaves alone."""
     for index, site in list(step.sites.items()):
         shape = Layout.of(site).shape
+        weight, bias = site.parameter.name, site.bias
         if not rule.init(shape, torch.device("meta")):
             del step.sites[index]
-            step.declines[index] = Decline(
-                f"{type(rule).__name__} keeps no factor for a weight of {shape.O} x {shape.I}: "
-                "both sides exceed max_factor",
-                str(site.taps[0].node.target),
-            )
-            if site.bias is not None:
-                step.declines[site.bias.index] = Decline(f"its weight {site.parameter.name} is declined")
+            reason = f"{type(rule).__name__} keeps no factor for {shape.O} x {shape.I}: both sides exceed max_factor"
+            step.declines[index] = Decline(reason, str(site.taps[0].node.target))
+            if bias is not None:
+                step.declines[bias.index] = Decline(f"its weight {weight} is declined")
+        elif bias is not None and not rule.preconditions_bias(shape):
+            site.bias = None
+            step.declines[bias.index] = Decline(f"{type(rule).__name__} leaves the bias of {weight} alone")
 
 
 def merge_layouts(first: Layout, second: Layout) -> Layout:

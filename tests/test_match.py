@@ -197,3 +197,10 @@ def test_explain_changes_nothing():
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
     assert {name: list(vars(module)) for name, module in model.named_modules()} == attributes
     assert torch.equal(torch.get_rng_state(), random), "random numbers were drawn"
+
+
+@pytest.mark.parametrize("rule", [MKOR(bias="off"), MKOR(max_factor=4)], ids=["bias off", "left side too large"])
+def test_a_bias_that_the_rule_leaves_alone_is_declined(rule):
+    coverage = explain(nn.Linear(3, 5), torch.randn(2, 3), rule=rule)
+    assert coverage["weight"].declined is None
+    assert "leaves the bias of weight alone" in coverage["bias"].declined.reason

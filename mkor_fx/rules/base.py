@@ -57,6 +57,10 @@ class Rule(ABC):
     def init(self, shape: Shape, device: torch.device) -> State:
         """Fresh state of one weight, by name. Empty: nothing to precondition with, the weight is declined."""
 
+    def preconditions_bias(self, shape: Shape) -> bool:
+        """Whether a matched bias gets a direction of its own. If not, it is declined and keeps its raw gradient."""
+        return True
+
     @abstractmethod
     def summarize(self, a_NI: Tensor, g_NO: Tensor) -> tuple[Tensor, ...]:
         """What one use of the weight contributes, as sums over rows: exactly what crosses the network."""

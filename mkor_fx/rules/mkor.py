@@ -124,6 +124,9 @@ class MKOR(Rule):
             if size <= self.max_factor
         }
 
+    def preconditions_bias(self, shape: Shape) -> bool:
+        return self.bias == "joint" or (self.bias == "left" and shape.O <= self.max_factor)
+
     def summarize(self, a_NI: Tensor, g_NO: Tensor) -> tuple[Tensor, ...]:
         """``sum_n a[n]``, ``sum_n g[n]`` and how large either is by rounding alone: ``I + O + 3`` numbers with the rows.
 
