@@ -23,9 +23,7 @@ def recompute_checkpoints(step: StepGraph) -> None:
     backward reader. Random values are kept, not drawn again: their mask is all that a checkpointed dropout saves.
     """
     tagged = {n for n in step.graph.nodes if n.op == "call_function" and n.meta.get("recompute") in RECOMPUTE}
-    if not tagged:
-        return
-    backward = downstream(step.seeds) if step.seeds else set()
+    backward = downstream(step.seeds)
     order = {node: i for i, node in enumerate(step.graph.nodes)}
     readers = [n for n in step.graph.nodes if n not in tagged and (n in backward or _is_backward(n))]
     clones: dict[fx.Node, fx.Node] = {}
@@ -37,12 +35,13 @@ def recompute_checkpoints(step: StepGraph) -> None:
             arguments = {arg: again(arg, before) for arg in node.all_input_nodes}
             with step.graph.inserting_before(before):
                 clones[node] = step.graph.node_copy(node, lambda n: arguments[n])
-            clones[node].meta.pop("recompute", None)
         return clones[node]
 
     for reader in readers:
         if reader.op == "call_function":
             reader.args, reader.kwargs = fx.map_arg((reader.args, reader.kwargs), lambda n, r=reader: again(n, r))
+    for node in step.graph.nodes:  # done: torch has a pass of its own that obeys the tags, and refuses random ops
+        node.meta.pop("recompute", None)
 
 
 def _is_backward(node: fx.Node) -> bool:

@@ -125,7 +125,8 @@ def test_fullgraph_in_both_doors(name):
         assert all(not torch.equal(before[key], value) for key, value in trained.state_dict().items())
 
 
-def test_dropout_in_a_checkpoint_uses_one_mask_forward_and_backward():
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_dropout_in_a_checkpoint_uses_one_mask_forward_and_backward(backend):
     """A linear function of its dropped-out input: the gradient shows the mask of the backward, the loss the forward's."""
 
     class Dropped(nn.Module):
@@ -141,7 +142,7 @@ def test_dropout_in_a_checkpoint_uses_one_mask_forward_and_backward():
 
     model = Dropped()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    step = mkor_fx.compile_step(model, None, optimizer, None, backend="eager")
+    step = mkor_fx.compile_step(model, None, optimizer, None, backend=backend)
     loss = step(torch.ones(1, 64))
     gradient = 1 - model.scale.detach()  # lr = 1
     assert 0 < (gradient == 0).sum() < 64
