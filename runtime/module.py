@@ -81,56 +81,49 @@ class Preconditioner:
     # ---- the optimizer's side -----------------------------------------------------------------------------------------
 
     def precondition(self, optimizer: Optimizer) -> None:
-        """Replace ``.grad`` of the optimizer's sites by their directions, until ``restore``."""
+        """Replace ``.grad`` of the optimizer's sites by their directions, until ``restore``.
+
+        Only sites with fresh statistics: a gradient that did not come out of the compiled backward stays raw.
+        """
         self.restore()
-        sites = [
-            known
+        sites = {
+            self.mkor.name(p): known
             for group in optimizer.param_groups
             for p in group["params"]
-            if (known := self.known.get(id(p))) is not None
-            and known.param is p
-            and known.layout is not None
-            and not known.declined
-            and p.grad is not None
-        ]
+            if (known := self.known.get(id(p))) is not None and known.param is p and known.layout is not None
+            if not known.declined and p.grad is not None and self.carriers.gradient(p) is not None
+        }
         if not sites:
             return
-        fresh = {self.mkor.name(known.param) for known in sites if self.carriers.gradient(known.param) is not None}
-        self._advance(fresh)
-        jobs, examples = [], []
-        for known in sites:
-            name = self.mkor.name(known.param)
-            window = self._iteration // self.refresh_every
-            refresh = name in fresh and window > self._windows.get(name, self._loaded_window)
-            if refresh:
-                self._windows[name] = window
-            jobs.append(self._job(name, known.layout, refresh))
-            bias = known.bias.grad if known.bias is not None and known.layout.bias else None
-            state = self.mkor.create(known.param, known.layout.fresh_state(self.rule))
-            examples.append(
-                {"grad": known.param.grad, "bias": bias, "state": state}
-                | ({"carrier": self.carriers.gradient(known.param)} if refresh else {})
-            )
-        self._run(optimizer, jobs, examples, sites)
-
-    def _advance(self, fresh: set[str]) -> None:
-        """One step for all optimizers of an iteration: it ends when statistics come that it has used already."""
         if self._generation != self.mkor.generation:
             self._generation, self._stepped, self._windows = self.mkor.generation, set(), {}
-        if fresh and (not self._stepped or fresh & self._stepped):
-            self._iteration, self._stepped = self.mkor.step, set()
+        begins = not self._stepped or bool(sites.keys() & self._stepped)
+        iteration = self.mkor.step if begins else self._iteration
+        window = iteration // self.refresh_every
+        refreshed = {name for name in sites if window > self._windows.get(name, self._loaded_window)}
+        jobs, examples = [], []
+        for name, known in sites.items():
+            jobs.append(self._job(name, known.layout, name in refreshed))
+            bias = known.bias.grad if known.bias is not None and known.layout.bias else None
+            state = self.mkor.create(known.param, known.layout.fresh_state(self.rule))
+            carrier = {"carrier": self.carriers.gradient(known.param)} if name in refreshed else {}
+            examples.append({"grad": known.param.grad, "bias": bias, "state": state, **carrier})
+        self._run(optimizer, iteration, jobs, examples, list(sites.values()))
+        if begins:  # one step for all optimizers of an iteration: it ends when statistics come for a site it has used
+            self._iteration, self._stepped = iteration, set()
             self.mkor.advance()
-        self._stepped |= fresh
+        self._stepped |= sites.keys()
+        self._windows.update(dict.fromkeys(refreshed, window))
 
     @property
     def _loaded_window(self) -> int:
         """The last window of ``refresh_every`` steps in which factors of unknown history were refreshed."""
         return (self.mkor.loaded_step - 1) // self.refresh_every
 
-    def _run(self, optimizer: Optimizer, jobs: list, examples: list[dict], sites: list[Known]) -> None:
+    def _run(self, optimizer: Optimizer, iteration: int, jobs: list, examples: list[dict], sites: list[Known]) -> None:
         device = sites[0].param.device
         scales = loss_scales(optimizer, device)
-        tensors: list[Tensor] = [torch.full((), self._iteration, dtype=torch.int64, device=device), *scales]
+        tensors: list[Tensor] = [torch.full((), iteration, dtype=torch.int64, device=device), *scales]
         for example in examples:
             state = example.pop("state")
             tensors += [t for t in example.values() if t is not None] + list(state.values())

@@ -251,3 +251,38 @@ def test_other_models_and_a_failing_step_are_left_alone():
     good.step()
     for p, g in zip(model.parameters(), raw, strict=True):
         torch.testing.assert_close(p.grad, g)
+
+
+def test_a_model_compiled_twice_is_preconditioned_once():
+    """As happens when a notebook's cell runs again: the older handle has no fresh statistics and stays out."""
+    model, first, twin = pair()
+    optimizer, other = (torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, twin))
+    reference = reference_for(twin, RULE, other)
+    second = mkor_fx.compile(model, RULE, backend="eager")
+    for number, handle in enumerate((first, second, second)):
+        x, y = batch()
+        optimizer.zero_grad()
+        functional.cross_entropy(handle(x), y).backward()
+        if number == 1:  # the reference goes on from what the first handle has learnt
+            second.mkor.load_state_dict(first.mkor.state_dict())
+        optimizer.step()
+        reference_step(twin, reference, (x, y))
+        close(model, twin)
+    assert (first.mkor.step, second.mkor.step) == (1, 3)
+
+
+def test_a_failing_update_changes_nothing():
+    class Blind(MKOR):
+        def unscale(self, summary, scale):
+            raise NotImplementedError("no scale here")
+
+    model, compiled, _ = pair(Blind(), torch.float32)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    x, y = batch(torch.float32)
+    scaler.scale(functional.cross_entropy(compiled(x), y)).backward()
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(NotImplementedError, match="no scale here"):
+        scaler.step(optimizer)
+    assert compiled.mkor.step == 0
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
