@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 
 from .config import Options, check_model, check_optimizer, check_rule
@@ -132,7 +131,9 @@ def compile_step(
     loss_of = loss_function(model, loss_fn, return_outputs)
 
     def build(step: CompiledStep, refresh: bool) -> Callable[..., Any]:
-        capture = partial(build_whole_step, step, rule, refresh, chosen, skip_nonfinite)
-        return raising_user_errors(torch.compile(loss_of, backend=capture, fullgraph=True, dynamic=dynamic))
+        def mkor_fx(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+            return build_whole_step(step, rule, refresh, chosen, skip_nonfinite, gm, inputs)
+
+        return raising_user_errors(torch.compile(loss_of, backend=mkor_fx, fullgraph=True, dynamic=dynamic))
 
     return CompiledStep(model, optimizer, build, refresh_every if rule is not None else 1)
