@@ -90,19 +90,31 @@ def inverse_update(factor_DD: Tensor, vectors: list[Tensor], scale: float, shift
     With ``B_0 = scale * F + shift * I`` returns ``B_k``, where ``B_j = B_{j-1} - weight u u^T / (1 + weight v_j^T u)``
     and ``u = B_{j-1} v_j``, that is ``inverse(inverse(B_0) + weight * sum_j v_j v_j^T)``, ``[D, D]``. All products with
     the matrix read ``F`` once; the later vectors are corrected by the earlier ones, so that the factor is read twice and
-    written once whatever their number.
+    written once whatever their number. A divisor that is not positive (a factor that rounding has made indefinite) skips
+    its step.
     """
     factor = factor_DD.to(vectors[0].dtype)
-    identity = torch.eye(factor.shape[0], dtype=factor.dtype, device=factor.device)
-    updated = scale * factor + shift * identity
-    steps: list[tuple[Tensor, Tensor]] = []
-    for v_D in vectors:
+    roots: list[Tensor] = []  # r_j with r r^T = weight u u^T / (1 + weight v^T u): a symmetric step stays symmetric
+    for v_D in map(stored, vectors):
         u_D = scale * (factor * v_D).sum(1) + shift * v_D
-        for earlier_D, coefficient in steps:
-            u_D = u_D - earlier_D * (coefficient * (earlier_D * v_D).sum())
-        steps.append((u_D, weight / (1 + weight * (v_D * u_D).sum())))
-        updated = updated - torch.outer(steps[-1][1] * u_D, u_D)
+        for root_D in roots:
+            u_D = u_D - root_D * (root_D * v_D).sum()
+        u_D = stored(u_D)
+        divisor = 1 + weight * (v_D * u_D).sum()
+        roots.append(stored(u_D * torch.where(divisor > 0, weight / divisor, torch.zeros_like(divisor)).sqrt()))
+    index_D = stored(torch.arange(factor.shape[0], dtype=factor.dtype, device=factor.device))
+    updated = scale * factor + shift * (index_D[:, None] == index_D).to(factor.dtype)
+    for root_D in roots:
+        updated = updated - torch.outer(root_D, root_D)
     return updated.to(factor_DD.dtype)
+
+
+def stored(x: Tensor) -> Tensor:
+    """``x``, in memory: Inductor writes what ``as_strided`` reads, and otherwise computes it again for every element.
+
+    Without it the update of a factor divides and takes roots ``D^2`` times in a loop that is not vectorised.
+    """
+    return x.as_strided(x.shape, x.stride())
 
 
 @prim("unless_noise(Tensor vector, Tensor noise) -> Tensor")

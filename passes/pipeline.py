@@ -11,7 +11,7 @@ from ..ir import StepGraph
 from ..rules import Rule
 from .canonicalize import cancel_double_transpose, drop_detach, spell_transposes
 from .core import run_passes
-from .lower import expand, shortcut_row_sums
+from .lower import expand, shortcut_row_sums, store_scalars
 from .match import find_sites
 from .rewrite import decline_by_rule
 from .schedule import recompute_checkpoints, update_when_ready
@@ -38,4 +38,5 @@ def synthesise(
     """
     run_passes(step, [rewrite], "rewrite", graphs)
     run_passes(step, [update_when_ready] if partitioned else SCHEDULE, "schedule", graphs)
-    run_passes(step, [shortcut_row_sums, partial(expand, inductor=inductor)], "lower", graphs)
+    lowering = [shortcut_row_sums, partial(expand, inductor=inductor)]
+    run_passes(step, lowering if partitioned else [*lowering, store_scalars], "lower", graphs)

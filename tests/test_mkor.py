@@ -37,7 +37,8 @@ def fresh(rule, shape=SHAPE):
 
 
 def mkor(**options):
-    return MKOR(**{"factor_dtype": torch.float64} | options)
+    """A rule in float64, at a factor momentum that makes differences large."""
+    return MKOR(**{"factor_dtype": torch.float64, "gamma": 0.95} | options)
 
 
 def vector_pairs(uses):

@@ -69,7 +69,7 @@ class MKOR(Rule):
 
     form: Literal["scale_free", "forgetful", "exact", "paper"] = "scale_free"
     statistic: Literal["mean", "gradient", "mean+gradient"] = "mean"
-    gamma: float = 0.95
+    gamma: float = 0.99
     kappa: float = 10.0
     epsilon: float | None = None
     zeta: float | None = None
@@ -85,7 +85,7 @@ class MKOR(Rule):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"MKOR({name}={getattr(self, name)!r}): must be one of {', '.join(map(str, allowed))}")
         if not 0 < self.gamma < 1:
-            raise ValueError(f"MKOR(gamma={self.gamma!r}): the factor momentum must lie inside (0, 1), e.g. 0.95")
+            raise ValueError(f"MKOR(gamma={self.gamma!r}): the factor momentum must lie inside (0, 1), e.g. 0.99")
         if not 0 <= self.pull < self.gamma:
             raise ValueError(
                 f"MKOR(zeta={self.zeta!r}): the stabiliser needs 0 <= zeta < gamma={self.gamma}, "
