@@ -54,8 +54,8 @@ def compile(
     Raises:
         ValueError: bad options, or a model with nothing to train; nothing is changed.
     """
-    chosen = Options.of(
-        skip,
+    chosen = Options(
+        skip=skip,
         refresh_every=refresh_every,
         backend=backend,
         dynamic=dynamic,
@@ -110,8 +110,8 @@ def compile_step(
     Raises:
         ValueError: bad options, an optimizer over another model, a loss that is not a scalar; nothing is changed.
     """
-    chosen = Options.of(
-        skip,
+    chosen = Options(
+        skip=skip,
         refresh_every=refresh_every,
         backend=backend,
         dynamic=dynamic,

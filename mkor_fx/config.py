@@ -19,7 +19,7 @@ class Options:
     """What both doors take beside the rule; names and meanings of torch.compile's where it has them."""
 
     refresh_every: int = 1
-    skip: tuple[str, ...] = ()
+    skip: Sequence[str] = ()
     backend: str = "inductor"
     dynamic: bool | None = None
     fullgraph: bool = False
@@ -37,15 +37,10 @@ class Options:
                 f"backend={self.backend!r}: must be one of {', '.join(BACKENDS)} ('eager' runs the rewritten "
                 "graph without compiling it)"
             )
-        if isinstance(self.skip, str):
-            object.__setattr__(self, "skip", (self.skip,))
+        object.__setattr__(self, "skip", (self.skip,) if isinstance(self.skip, str) else tuple(self.skip))
         if self.mode is not None and self.options is not None:
             raise ValueError("give either mode or options, as with torch.compile")
         object.__setattr__(self, "inductor", inductor_options(self.mode, self.options))
-
-    @classmethod
-    def of(cls, skip: Sequence[str], **options: Any) -> Options:
-        return cls(skip=(skip,) if isinstance(skip, str) else tuple(skip), **options)
 
 
 def check_model(model: object) -> None:

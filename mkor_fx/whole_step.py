@@ -81,7 +81,7 @@ def build_whole_step(
         step.prepare_optimizer(list(trained.values()))
         update = trace_update(step.optimizer, list(trained.values()))
         device = next(iter(trained.values())).device
-        writer = StepWriter(whole, params)
+        writer = StepWriter(whole)
 
         def rewrite(_: WholeStep) -> None:
             writer.seed_with_one()

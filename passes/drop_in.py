@@ -18,7 +18,7 @@ from .capture import Naming, described_gradients, has_backward, read_joint
 from .lower import FakeTensorMode, JointPass, compile_graph, new_fake_mode, plain_tracing
 from .pipeline import analyse, synthesise
 from .rewrite import Layout, Scales, update_site, write_statistics
-from .trace import insert
+from .trace import insert, shaped_like
 
 
 @dataclass
@@ -156,9 +156,7 @@ def placeholder(graph: fx.Graph, mode: FakeTensorMode, name: str, example: Tenso
     """A new input shaped as ``example``."""
     node = graph.placeholder(name)
     with mode:
-        node.meta["val"] = torch.empty_strided(
-            example.shape, example.stride(), dtype=example.dtype, device=example.device
-        )
+        node.meta["val"] = shaped_like(example)
     return node
 
 

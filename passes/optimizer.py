@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..runtime.optimizer import Number, numbers_of, read_number, tensor_state
 from .lower import outside_dynamo
-from .trace import trace
+from .trace import shaped_like, trace
 
 #: group options that choose between implementations of one update; the traced one is the plain loop
 IMPLEMENTATION = {"foreach": False, "fused": False, "capturable": True, "differentiable": False}
@@ -139,9 +139,9 @@ def trace_update(optimizer: Optimizer, params: list[nn.Parameter]) -> Update:
         return ps, [clone.state[p][k] for p, s in zip(ps, ss) for k in s]
 
     args = (
-        [_meta(p) for p in params],
-        [_meta(p) for p in params],
-        [{k: _meta(v) for k, v in s.items()} for s in states],
+        [shaped_like(p) for p in params],
+        [shaped_like(p) for p in params],
+        [{k: shaped_like(v) for k, v in s.items()} for s in states],
         torch.empty(len(numbers), dtype=torch.float64, device=params[0].device),
     )
     try:
@@ -153,10 +153,6 @@ def trace_update(optimizer: Optimizer, params: list[nn.Parameter]) -> Update:
             "Use mkor_fx.compile(model) with your own loop: it works with every torch optimizer."
         ) from error
     return Update(traced.module, [list(s) for s in states], tuple(dict.fromkeys(branches)))
-
-
-def _meta(t: Tensor) -> Tensor:
-    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
 
 
 def _group_on_tensors(group: dict, index: int, entries: dict[Number, Tensor], params: list[Tensor]) -> dict:

@@ -42,6 +42,15 @@ class Layout:
         outputs, inputs = self.matrix[::-1] if self.stored_inputs_first else self.matrix
         return Shape(outputs, inputs, self.bias)
 
+    def orient(self, grad: Tensor, bias: Tensor | None) -> Gradient:
+        """A gradient as stored -> ``[O, I]`` as rules see it."""
+        matrix = grad.reshape(self.matrix)
+        return Gradient(matrix.t() if self.stored_inputs_first else matrix, bias)
+
+    def store(self, direction_OI: Tensor, shape: torch.Size) -> Tensor:
+        """``[O, I]`` -> the parameter's own shape."""
+        return (direction_OI.t() if self.stored_inputs_first else direction_OI).reshape(shape)
+
     def fresh_state(self, rule: Rule) -> Callable[[torch.device], dict[str, Tensor]]:
         return partial(rule.init, self.shape)
 
@@ -139,8 +148,7 @@ def update_site(
     ``vectors`` are the statistics by orientation, each a flat summary with the number of rows behind it. State is
     refreshed before it preconditions, and stays as it was where a statistic is not finite.
     """
-    matrix = grad.reshape(layout.matrix)
-    oriented = Gradient(matrix.t() if layout.stored_inputs_first else matrix, bias_grad)
+    oriented = layout.orient(grad, bias_grad)
     if refresh:
         finite = _finite(rule, oriented, vectors)
         uses, read = _uses(rule, layout, vectors), oriented
@@ -151,8 +159,7 @@ def update_site(
         updated = rule.update(state, uses, read, step)
         state = {name: torch.where(finite, updated[name], old) for name, old in state.items()}
     direction, bias_direction = rule.precondition(state, oriented)
-    stored = direction.t() if layout.stored_inputs_first else direction
-    return stored.reshape(grad.shape), bias_direction, state
+    return layout.store(direction, grad.shape), bias_direction, state
 
 
 def _finite(rule: Rule, grad: Gradient, vectors: dict[int, Tensor]) -> Tensor:
@@ -195,8 +202,7 @@ def precondition_in_backward(
     The carrier's third row holds ``|G|^2, |D|^2`` of the weight and of the bias: additive, so micro-batches and ranks can
     be summed. Linear in the gradient, given factors and ``scale``.
     """
-    matrix = grad.reshape(layout.matrix)
-    oriented = Gradient(matrix.t() if layout.stored_inputs_first else matrix, bias_grad)
+    oriented = layout.orient(grad, bias_grad)
     direction, bias_direction = without_rescale(rule).precondition(state, oriented)
     dtype = scale.dtype
     pairs = ((oriented.weight, direction), (bias_grad, bias_direction))
@@ -205,13 +211,12 @@ def precondition_in_backward(
     if getattr(rule, "rescale", False):
         direction = direction * scale[0].to(grad.dtype)
         bias_direction = None if bias_direction is None else bias_direction * scale[1].to(grad.dtype)
-    stored = direction.t() if layout.stored_inputs_first else direction
     rows = [vectors.get(kind) for kind in (INPUTS_LAST, INPUTS_FIRST)] + [torch.stack(norms)]
     padded = [
         scale.new_zeros(size) if r is None else torch.nn.functional.pad(r.to(dtype), (0, size - r.numel()))
         for r in rows
     ]
-    return stored.reshape(grad.shape), bias_direction, torch.stack(padded)
+    return layout.store(direction, grad.shape), bias_direction, torch.stack(padded)
 
 
 def refresh_after_backward(

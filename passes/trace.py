@@ -78,6 +78,11 @@ def trace(
     return traced
 
 
+def shaped_like(example: torch.Tensor) -> torch.Tensor:
+    """A tensor of the same sizes, strides, dtype and device; fake inside a fake mode."""
+    return torch.empty_strided(example.shape, example.stride(), dtype=example.dtype, device=example.device)
+
+
 @contextlib.contextmanager
 def _literally(leaves: list[Any]) -> Iterator[None]:
     """In the leaves' fake mode, without autograd; composite operators by their Python bodies, which know symbolic sizes."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from ..prims import accumulation_dtype
 from ..rules import Rule
 from .capture import WholeStep
 from .optimizer import Update
 from .rewrite import Layout, update_site, write_statistics
-from .trace import insert, splice
+from .trace import insert, shaped_like, splice
 
 aten = torch.ops.aten
 
@@ -36,8 +36,8 @@ class Slot:
 class StepWriter:
     """Writes one variant of the training step into a joint graph. ``slots`` lists the inputs it has added, in order."""
 
-    def __init__(self, step: WholeStep, params: dict[int, nn.Parameter]) -> None:
-        self.step, self.params = step, params
+    def __init__(self, step: WholeStep) -> None:
+        self.step = step
         self.slots: list[Slot] = []
         self.writes: list[tuple[fx.Node, fx.Node]] = [(target, step.returned(at)) for target, at in step.mutations]
         self._last = step.graph.find_nodes(op="placeholder")[-1]
@@ -48,9 +48,7 @@ class StepWriter:
             self._last = self.step.graph.placeholder(slot.name)
         fake_mode = next(iter(self.step.parameters.values())).node.meta["val"].fake_mode
         with torch.no_grad(), fake_mode:
-            self._last.meta["val"] = torch.empty_strided(
-                example.shape, example.stride(), dtype=example.dtype, device=example.device
-            )
+            self._last.meta["val"] = shaped_like(example)
         self.slots.append(slot)
         return self._last
 

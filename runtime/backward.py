@@ -71,9 +71,3 @@ class BackwardPreconditioner:
                 state[name] = next(new)
             self.carriers.clear(param)
         self.mkor.advance()
-
-    def __deepcopy__(self, memo: dict) -> None:
-        """A copied model is a plain one."""
-
-    def __reduce__(self) -> tuple:
-        return type(None), ()

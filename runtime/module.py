@@ -151,12 +151,6 @@ class Preconditioner:
             param.grad = raw
         self._raw.clear()
 
-    def __deepcopy__(self, memo: dict) -> None:
-        """A copied model is a plain one."""
-
-    def __reduce__(self) -> tuple:
-        return type(None), ()
-
 
 # ---- hooks on torch optimizers --------------------------------------------------------------------------------------
 
