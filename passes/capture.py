@@ -176,6 +176,11 @@ def capture_whole_step(gm: fx.GraphModule, example_inputs: Sequence[Any], naming
     with contextlib.ExitStack() as stack:
         joint = aot_export_joint_with_descriptors(stack, gm, tuple(example_inputs), decompositions=decompositions())
         captured = read_joint(joint.graph_module, named, data_inputs(gm, naming), naming)
+    if len(captured.inputs) + len(captured.seeds) != len(captured.graph.find_nodes(op="placeholder")):
+        raise ValueError(
+            "the step holds an operation with side effects that are kept in order (torch.linalg.solve checks its result "
+            "so), which one program cannot return: use mkor_fx.compile(model) with your own loop"
+        )
     if len(captured.seeds) != 1:
         raise ValueError(f"{len(captured.seeds)} outputs of the step carry gradients; only the loss may")
     described = [d for _, d in described_outputs(captured.graph)]

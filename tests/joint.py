@@ -85,7 +85,7 @@ def _value(node: fx.Node, values: tuple) -> Any:
     description, fake = node.meta["desc"], node.meta["val"]
     if isinstance(description, PlainAOTInput):
         return values[description.idx]
-    return torch.ones(fake.shape, dtype=fake.dtype)
+    return torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype).fill_(1)
 
 
 def program(function, *tensors: Tensor) -> StepGraph:
