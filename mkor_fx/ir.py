@@ -223,8 +223,8 @@ def fake_value(node: fx.Node) -> torch.Tensor:
 def verify(step: StepGraph, stage: str) -> None:
     """Hold a stage's graph to its grammar; a failure is a fault of the library, never of the user.
 
-    Every stage: well-formed, every node that is read typed. From ``match`` on: each trainable parameter has exactly one role.
-    After ``lower``: no ``mkor_fx::`` operator left.
+    Every stage: well-formed, every node that is read typed. From ``match`` on: each trainable parameter has exactly one
+    role. After ``lower``: no ``mkor_fx::`` operator left.
     """
     step.graph.lint()
     for node in step.graph.nodes:

@@ -117,7 +117,7 @@ class Box:
 
 
 def at_dimensions(side: Side, shape: Sequence[int]) -> tuple[Side, Side]:
-    """``(pinned, side)``: a piece that is one index of a parameter's own dimension is a member, not rows of a larger matrix."""
+    """``(pinned, side)``: a piece that is one index of a parameter's own dimension is a member, not rows of a matrix."""
     strides = {product(shape[d + 1 :]) for d in range(len(shape))}
     pinned, rest = [], []
     for axis in side:
