@@ -12,9 +12,9 @@ from .config import Options
 from .coverage import Coverage
 from .graphs import Graphs
 from .passes.backward import BackwardPass, build_refresh, find_layouts
-from .passes.capture import Naming, decompositions, dynamo_parameters, own_code, with_inputs
+from .passes.capture import Naming, decompositions, dynamo_parameters, own_code, trace_artifact, with_inputs
 from .passes.drop_in import Job, StatisticsPass, build_update
-from .passes.lower import compile_joint, raising_user_errors
+from .passes.lower import collecting_code, compile_joint, raising_user_errors
 from .passes.rewrite import merge_layouts, statistics_size
 from .prims import accumulation_dtype
 from .rules import Rule
@@ -38,8 +38,6 @@ class DropIn:
         self.model, self.rule, self.options = model, rule, options
         self.naming = Naming.of(model, options.skip)
         self.coverage = Coverage(model, rule)
-        self.captured: list[Graphs] = []
-        self.updates: list[Graphs] = []
         self.runtime: Preconditioner | BackwardPreconditioner
         if precondition == "backward":
             if rule.reads_gradient:
@@ -71,7 +69,7 @@ class DropIn:
             return result
 
         handle.__dict__.update(
-            _compiled_call_impl=run, mkor=self.runtime.mkor, graphs=ModelGraphs(self), coverage=self.coverage
+            _compiled_call_impl=run, mkor=self.runtime.mkor, graphs=self.coverage.graphs, coverage=self.coverage
         )
         return handle
 
@@ -83,10 +81,15 @@ class DropIn:
         params = dynamo_parameters(gm, self.naming)
         if not params or not torch.is_grad_enabled():
             return compile_joint(gm, inputs, None, {}, self.options.backend, self.options.inductor)
-        graphs = Graphs(f"{type(self.model).__name__}: graph {len(self.captured)}, forward and backward")
+        captured = self.coverage.graphs.captured
+        graphs = self._graphs(f"graph {len(captured)}, forward and backward")
         build = self._backward_program if isinstance(self.runtime, BackwardPreconditioner) else self._statistics_program
         compiled, statistics, added = build(gm, inputs, params, graphs)
-        self.captured.append(graphs)
+        captured.append(graphs)
+        if statistics.capture.step is not None:
+            seen_here = Coverage(self.model, self.rule)
+            seen_here.add(statistics.capture.step)
+            trace_artifact("mkor_fx_coverage", seen_here.to_json)
         seen: set[tuple[int, ...]] = set()
 
         def run(*args: Any) -> Any:
@@ -115,7 +118,8 @@ class DropIn:
             return [self.runtime.carriers.of(own[index], *shape) for index, shape in shapes.items()]
 
         statistics = StatisticsPass(*self._about(params, carriers, graphs))
-        return self._compile(gm, inputs, added(_tensors(params)), statistics), statistics, added
+        with collecting_code(graphs.code):
+            return self._compile(gm, inputs, added(_tensors(params)), statistics), statistics, added
 
     def _backward_program(self, gm: fx.GraphModule, inputs: Sequence[Any], params: Params, graphs: Graphs) -> Program:
         """Forward and backward with a carrier and the state of every site, which are found beforehand."""
@@ -138,7 +142,8 @@ class DropIn:
             carriers[index], states[index] = position, list(state)
             position += 1 + len(state)
         statistics = BackwardPass(*self._about(params, carriers, graphs), states=states)
-        return self._compile(gm, inputs, added(_tensors(params)), statistics), statistics, added
+        with collecting_code(graphs.code):
+            return self._compile(gm, inputs, added(_tensors(params)), statistics), statistics, added
 
     def _about(self, params: Params, carriers: dict[int, int], graphs: Graphs) -> tuple:
         named = {index: name for index, (name, _) in params.items()}
@@ -150,6 +155,9 @@ class DropIn:
         extended, extended_inputs = with_inputs(gm, inputs, added)
         backend, options = self.options.backend, self.options.inductor
         return compile_joint(extended, extended_inputs, statistics, decompositions(), backend, options)
+
+    def _graphs(self, what: str) -> Graphs:
+        return Graphs(f"{type(self.model).__name__}: {what}", self.coverage)
 
     def _register(self, statistics: StatisticsPass, params: dict[int, nn.Parameter]) -> None:
         """Tell the runtime and the coverage what this graph says of the parameters it is called with."""
@@ -164,21 +172,23 @@ class DropIn:
         self.coverage.add(capture.step, {index: self.runtime.mkor.name(param) for index, param in params.items()})
 
     def _build_refresh(self, jobs: list[Job], carriers: list[Tensor], states: list[dict], step: Tensor) -> Callable:
-        graphs = Graphs(f"{type(self.model).__name__}: refresh of {len(jobs)} weights")
-        program = build_refresh(
-            self.rule, jobs, carriers, states, step, self.options.backend, self.options.inductor, graphs
-        )
-        self.updates.append(graphs)
+        graphs = self._graphs(f"refresh of {len(jobs)} weights")
+        with collecting_code(graphs.code):
+            program = build_refresh(
+                self.rule, jobs, carriers, states, step, self.options.backend, self.options.inductor, graphs
+            )
+        self.coverage.graphs.updates.append(graphs)
         return program
 
     def _build_update(
         self, jobs: list[Job], examples: list[dict], step: Tensor, scales: tuple[Tensor, ...]
     ) -> Callable:
-        graphs = Graphs(f"{type(self.model).__name__}: update of {len(jobs)} weights")
-        program = build_update(
-            self.rule, jobs, examples, step, scales, self.options.backend, self.options.inductor, graphs
-        )
-        self.updates.append(graphs)
+        graphs = self._graphs(f"update of {len(jobs)} weights")
+        with collecting_code(graphs.code):
+            program = build_update(
+                self.rule, jobs, examples, step, scales, self.options.backend, self.options.inductor, graphs
+            )
+        self.coverage.graphs.updates.append(graphs)
         return program
 
 
@@ -187,47 +197,3 @@ def _call_of(handle: nn.Module) -> Callable[..., Any]:
         return handle._call_impl(*args, **kwargs)
 
     return call
-
-
-class ModelGraphs:
-    """The programs of a drop-in model: ``list(model.graphs)``, or the stages of the first captured one by name."""
-
-    def __init__(self, owner: DropIn) -> None:
-        self._owner = owner
-
-    @property
-    def captured(self) -> list[Graphs]:
-        """Forward and backward, one a graph."""
-        return self._owner.captured
-
-    @property
-    def updates(self) -> list[Graphs]:
-        """The programs that run at the optimizer's step."""
-        return self._owner.updates
-
-    def __iter__(self):
-        return iter([*self.captured, *self.updates])
-
-    def __getitem__(self, stage: str):
-        return self._first[stage]
-
-    def op_counts(self, stage: str):
-        return self._first.op_counts(stage)
-
-    def diff(self, before: str, after: str) -> str:
-        return self._first.diff(before, after)
-
-    @property
-    def _first(self) -> Graphs:
-        if not self.captured:
-            raise RuntimeError("nothing is compiled yet: call the model once with gradients enabled")
-        return self.captured[0]
-
-    def __str__(self) -> str:
-        return "\n\n".join(map(str, self)) or "nothing is compiled yet"
-
-    def __deepcopy__(self, memo: dict) -> None:
-        """A copied model is a plain one."""
-
-    def __reduce__(self) -> tuple:
-        return type(None), ()

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ..dump import pass_name
 from ..graphs import Graphs
 from ..ir import StepGraph, verify
+from .capture import trace_artifact
+
+log = logging.getLogger("mkor_fx")
 
 
 @dataclass(frozen=True)
@@ -32,10 +37,23 @@ def graph_pass(*, stage: str, exact: bool = False) -> Callable[[Callable[..., No
 
 
 def run_passes(step: StepGraph, pipeline: list[Callable[[StepGraph], None]], stage: str, graphs: Graphs) -> None:
-    """Run a stage's passes in order, hold the result to the stage's grammar and keep a copy of it."""
-    start = time.perf_counter()
-    for graph_pass_ in pipeline:
+    """Run a stage's passes in order, hold the result to the stage's grammar and keep a copy of it.
+
+    Each stage is also an artifact of torch's trace log, and with ``MKOR_FX_DUMP`` each pass a pair of files.
+    """
+    name, seconds = f"{len(graphs.stages):02}_{stage}", 0.0
+    graphs.dump.write(f"{name}.before", step.module)
+    for position, graph_pass_ in enumerate(pipeline):
+        pass_ = f"{name}.{position}_{pass_name(graph_pass_)}"
+        graphs.dump.write(f"{pass_}.before", step.module)
+        start = time.perf_counter()
         graph_pass_(step)
+        seconds += time.perf_counter() - start
+        graphs.dump.write(f"{pass_}.after", step.module)
+    start = time.perf_counter()
     step.module.recompile()
     verify(step, stage)
-    graphs.record(stage, step.module, time.perf_counter() - start)
+    graphs.record(stage, step.module, seconds + time.perf_counter() - start)
+    graphs.dump.write(f"{name}.after", step.module)
+    log.info("%s: %s: %d nodes, %.0f ms", graphs.title, stage, graphs[stage].nodes, graphs[stage].seconds * 1e3)
+    trace_artifact(f"mkor_fx_{name}", lambda: graphs[stage].print_readable(print_output=False))

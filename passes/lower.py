@@ -126,6 +126,19 @@ def compile_graph(module: fx.GraphModule, backend: str, options: dict[str, Any])
         return compile_fx(module, examples, config_patches=options)
 
 
+@contextlib.contextmanager
+def collecting_code(texts: list[str]) -> Iterator[None]:
+    """Append the program that Inductor generates for each graph compiled inside, cached ones included."""
+    from torch._inductor.graph import GraphLowering
+
+    earlier = GraphLowering.save_output_code
+    GraphLowering.save_output_code = staticmethod(texts.append)
+    try:
+        yield
+    finally:
+        GraphLowering.save_output_code = earlier
+
+
 def inductor_options(mode: str | None, options: dict[str, Any] | None) -> dict[str, Any]:
     """torch.compile's ``mode`` and ``options`` as Inductor config entries.
 

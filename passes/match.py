@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import torch
 from torch import fx
 
@@ -23,7 +21,6 @@ from ..ops import TABLE
 from .canonicalize import is_transpose
 from .core import graph_pass
 
-log = logging.getLogger("mkor_fx")
 aten = torch.ops.aten
 
 #: a gradient passes through these unchanged but for its dtype or memory
@@ -59,8 +56,6 @@ def find_sites(step: StepGraph) -> None:
         if index in step.declines and parameter.excluded is None and (owner := find_bias_owner(step, parameter)):
             owner.bias = parameter
             del step.declines[index]
-    for index, parameter in step.parameters.items():
-        log.debug("%s %s: %s", parameter.name, parameter.shape, step.declines.get(index, step.role(index).value))
 
 
 def downstream(seeds: list[fx.Node]) -> set[fx.Node]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -16,6 +17,8 @@ from .match import find_sites
 from .rewrite import decline_by_rule
 from .schedule import recompute_checkpoints, update_when_ready
 
+log = logging.getLogger("mkor_fx")
+
 CANONICALIZE = [spell_transposes, drop_detach, cancel_double_transpose]
 SCHEDULE = [recompute_checkpoints, update_when_ready]
 
@@ -26,6 +29,9 @@ def analyse(step: StepGraph, rule: Rule | None, graphs: Graphs) -> None:
     run_passes(step, CANONICALIZE, "canonicalize", graphs)
     matching = [find_sites] if rule is None else [find_sites, partial(decline_by_rule, rule=rule)]
     run_passes(step, matching, "match", graphs)
+    graphs.describe(step)
+    for index, parameter in step.parameters.items():
+        log.debug("%s %s: %s", parameter.name, parameter.shape, step.declines.get(index, step.role(index).value))
 
 
 def synthesise(

@@ -1,0 +1,152 @@
+"""What the update of one weight costs: counted from the rule's own code, not measured."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx
+from torch.utils.flop_counter import flop_registry
+
+from .ir import Operand, Site, fake_value
+from .passes.lower import lowering_table, new_fake_mode
+from .passes.rewrite import Layout
+from .passes.trace import trace
+from .rules import Gradient, Rule, Shape, Use
+
+#: the order in which every rule of the library multiplies today: the gradient is formed, then ``L @ G @ R``
+PRODUCT_FIRST = "product first"
+
+
+class Work(NamedTuple):
+    """What costs depend on. ``rows`` over all uses (None: symbolic); ``operand_bytes``: what the statistics read."""
+
+    shape: Shape
+    kinds: tuple[int, ...]
+    dtype: torch.dtype
+    rows: int | None
+    operand_bytes: int | None
+
+    @classmethod
+    def of(cls, site: Site) -> Work:
+        layout, operands = Layout.of(site), [operand for tap in site.taps for operand in (tap.a, tap.g)]
+        rows = _static(sum(_row_count(tap.g) for tap in site.taps))
+        size = _static(sum(fake_value(o.node).numel() * fake_value(o.node).element_size() for o in operands))
+        return cls(layout.shape, layout.kinds, fake_value(site.parameter.node).dtype, rows, size)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Counts of one weight and its bias. A multiply-add is two flops; bytes are what has to be read and written once.
+
+    ``layer_flops``: forward and backward of the weight itself, ``6 N O I``, to compare with. ``refresh``: the factors'
+    update, with the operands that its statistics read. ``cheapest``: the order of the products with the fewest
+    multiply-adds, see :func:`orders`. None or '' where it depends on a symbolic size.
+    """
+
+    rows: int | None
+    layer_flops: int | None
+    refresh_flops: int
+    refresh_bytes: int
+    precondition_flops: int
+    precondition_bytes: int
+    order: str
+    cheapest: str
+
+
+@functools.cache
+def count_costs(rule: Rule, work: Work) -> Costs:
+    """Costs of a weight under ``rule``, from traces of ``update`` and ``precondition`` with every operator expanded."""
+    shape, rows = work.shape, work.rows
+    with torch.no_grad(), new_fake_mode():
+        state = rule.init(shape, torch.device("cpu"))
+        gradient = torch.empty(shape.O, shape.I, dtype=work.dtype)
+        bias = torch.empty(shape.O, dtype=work.dtype) if shape.bias else None
+        sides = [(shape.I, shape.O) if kind == work.kinds[0] else (shape.O, shape.I) for kind in work.kinds]
+        summaries = [rule.summarize(torch.empty(1, i), torch.empty(1, o)) for i, o in sides]
+        counts, step = [torch.empty(()) for _ in sides], torch.empty((), dtype=torch.int64)
+    refresh = _count(_refresh, rule, state, summaries, counts, gradient, bias, step)
+    precondition = _count(_precondition, rule, state, gradient, bias)
+    macs = orders(shape, rows, "L" in state, "R" in state) if rows is not None else {}
+    return Costs(
+        rows,
+        None if rows is None else 6 * rows * shape.O * shape.I,
+        refresh[0],
+        refresh[1] + (work.operand_bytes or 0),
+        *precondition,
+        PRODUCT_FIRST if {"L", "R"} & state.keys() else "",
+        min(macs, key=macs.__getitem__) if macs else "",
+    )
+
+
+def orders(shape: Shape, rows: int, left: bool, right: bool) -> dict[str, int]:
+    """Multiply-adds of gradient and preconditioning in each order, for a weight with the factors it has.
+
+    ``L @ (g.T @ a) @ R = (g @ L).T @ (a @ R)``: a factor can multiply the product, or its operand of ``N`` rows. Without
+    what the rescale needs: where no product is formed, the norm of the gradient costs up to ``N^2 (O + I)`` more.
+    """
+    o, i, n = shape.O, shape.I, rows
+    left_on = {"product": o * o * i, "operand": n * o * o} if left else {"": 0}
+    right_on = {"product": o * i * i, "operand": n * i * i} if right else {"": 0}
+    named = {}
+    for l_at, l_macs in left_on.items():
+        for r_at, r_macs in right_on.items():
+            early = [name for name, at in (("L on g", l_at), ("R on a", r_at)) if at == "operand"]
+            name = "operands first" if len(early) == left + right > 1 else ", ".join(early) or PRODUCT_FIRST
+            named[name] = n * o * i + l_macs + r_macs
+    return named if left or right else {}
+
+
+def short(number: float | None, unit: str = "") -> str:
+    """``1_234_567 -> "1.23 M"``, with a unit behind it; '' for None."""
+    if number is None:
+        return ""
+    for prefix in ("", "k", "M", "G", "T"):
+        if abs(number) < 999.5 or prefix == "T":
+            break
+        number /= 1000
+    digits = f"{number:.0f}" if not prefix or number >= 99.95 else f"{number:.2f}" if number < 9.995 else f"{number:.1f}"
+    return f"{digits} {prefix}{unit}".rstrip()
+
+
+def _refresh(rule: Rule, state: dict, summaries: list, rows: list, grad: Tensor, bias: Any, step: Tensor) -> Any:
+    uses = [Use(summary, count, opposite=i > 0) for i, (summary, count) in enumerate(zip(summaries, rows))]
+    return rule.update(state, uses, Gradient(grad, bias), step)
+
+
+def _precondition(rule: Rule, state: dict, grad: Tensor, bias: Any) -> Any:
+    return rule.precondition(state, Gradient(grad, bias))
+
+
+def _count(function: Callable, *args: Any) -> tuple[int, int]:
+    """``(flops, bytes)`` of a function of tensors: bytes of each operand that it reads and each result, once."""
+    graph = trace(function, args, lowering_table(inductor=False)).module.graph
+    read = {n for n in graph.find_nodes(op="placeholder") if n.users}
+    made = {n for n in pytree.tree_leaves(graph.output_node().args) if isinstance(n, fx.Node)}
+    size = sum(fake_value(n).numel() * fake_value(n).element_size() for n in read | made)
+    return sum(_flops(node) for node in graph.nodes if node.op == "call_function"), size
+
+
+def _flops(node: fx.Node) -> int:
+    operands = [fake_value(n).numel() for n in node.all_input_nodes]
+    if not operands or not isinstance(node.target, torch._ops.OpOverload) or node.target.is_view:
+        return 0
+    if (formula := flop_registry.get(node.target.overloadpacket)) is not None:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), fake_value)
+        return formula(*args, **kwargs, out_val=fake_value(node))
+    return max([*operands, fake_value(node).numel()])
+
+
+def _row_count(operand: Operand) -> Any:
+    """``N`` of an operand's rows, symbolic where its sizes are."""
+    arguments = [fake_value(a) if isinstance(a, fx.Node) else a for a in operand.arguments]
+    with torch.no_grad():
+        return operand.view(fake_value(operand.node), *arguments).shape[-2]
+
+
+def _static(size: Any) -> int | None:
+    return size if isinstance(size, int) else None
