@@ -14,7 +14,7 @@ from .graphs import Graphs
 from .passes.backward import BackwardPass, build_refresh, find_layouts
 from .passes.capture import Naming, decompositions, dynamo_parameters, own_code, trace_artifact, with_inputs
 from .passes.drop_in import Job, StatisticsPass, build_update
-from .passes.lower import collecting_code, compile_joint, raising_user_errors
+from .passes.lower import compile_joint, raising_user_errors
 from .passes.rewrite import merge_layouts, statistics_size
 from .prims import accumulation_dtype
 from .rules import Rule
@@ -80,7 +80,7 @@ class DropIn:
             self.naming = Naming.of(self.model, self.options.skip)
         params = dynamo_parameters(gm, self.naming)
         if not params or not torch.is_grad_enabled():
-            return compile_joint(gm, inputs, None, {}, self.options.backend, self.options.inductor)
+            return compile_joint(gm, inputs, None, {}, self.options.backend, self.options.inductor, [])
         captured = self.coverage.graphs.captured
         graphs = self._graphs(f"graph {len(captured)}, forward and backward")
         build = self._backward_program if isinstance(self.runtime, BackwardPreconditioner) else self._statistics_program
@@ -118,8 +118,7 @@ class DropIn:
             return [self.runtime.carriers.of(own[index], *shape) for index, shape in shapes.items()]
 
         statistics = StatisticsPass(*self._about(params, carriers, graphs))
-        with collecting_code(graphs.code):
-            return self._compile(gm, inputs, added(_tensors(params)), statistics), statistics, added
+        return self._compile(gm, inputs, added(_tensors(params)), statistics), statistics, added
 
     def _backward_program(self, gm: fx.GraphModule, inputs: Sequence[Any], params: Params, graphs: Graphs) -> Program:
         """Forward and backward with a carrier and the state of every site, which are found beforehand."""
@@ -142,8 +141,7 @@ class DropIn:
             carriers[index], states[index] = position, list(state)
             position += 1 + len(state)
         statistics = BackwardPass(*self._about(params, carriers, graphs), states=states)
-        with collecting_code(graphs.code):
-            return self._compile(gm, inputs, added(_tensors(params)), statistics), statistics, added
+        return self._compile(gm, inputs, added(_tensors(params)), statistics), statistics, added
 
     def _about(self, params: Params, carriers: dict[int, int], graphs: Graphs) -> tuple:
         named = {index: name for index, (name, _) in params.items()}
@@ -154,7 +152,8 @@ class DropIn:
     ) -> Callable:
         extended, extended_inputs = with_inputs(gm, inputs, added)
         backend, options = self.options.backend, self.options.inductor
-        return compile_joint(extended, extended_inputs, statistics, decompositions(), backend, options)
+        code = statistics.graphs.code
+        return compile_joint(extended, extended_inputs, statistics, decompositions(), backend, options, code)
 
     def _graphs(self, what: str) -> Graphs:
         return Graphs(f"{type(self.model).__name__}: {what}", self.coverage)
@@ -173,10 +172,9 @@ class DropIn:
 
     def _build_refresh(self, jobs: list[Job], carriers: list[Tensor], states: list[dict], step: Tensor) -> Callable:
         graphs = self._graphs(f"refresh of {len(jobs)} weights")
-        with collecting_code(graphs.code):
-            program = build_refresh(
-                self.rule, jobs, carriers, states, step, self.options.backend, self.options.inductor, graphs
-            )
+        program = build_refresh(
+            self.rule, jobs, carriers, states, step, self.options.backend, self.options.inductor, graphs
+        )
         self.coverage.graphs.updates.append(graphs)
         return program
 
@@ -184,10 +182,9 @@ class DropIn:
         self, jobs: list[Job], examples: list[dict], step: Tensor, scales: tuple[Tensor, ...]
     ) -> Callable:
         graphs = self._graphs(f"update of {len(jobs)} weights")
-        with collecting_code(graphs.code):
-            program = build_update(
-                self.rule, jobs, examples, step, scales, self.options.backend, self.options.inductor, graphs
-            )
+        program = build_update(
+            self.rule, jobs, examples, step, scales, self.options.backend, self.options.inductor, graphs
+        )
         self.coverage.graphs.updates.append(graphs)
         return program
 

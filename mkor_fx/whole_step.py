@@ -12,7 +12,7 @@ from .config import Options
 from .coverage import Coverage
 from .graphs import Graphs
 from .passes.capture import Naming, WholeStep, capture_whole_step, dynamo_parameters, own_code, trace_artifact
-from .passes.lower import collecting_code, compile_graph, plain_tracing
+from .passes.lower import compile_graph, plain_tracing
 from .passes.optimizer import trace_update
 from .passes.pipeline import analyse, synthesise
 from .passes.rewrite import Layout
@@ -95,8 +95,7 @@ def build_whole_step(
             writer.finish(skip_nonfinite, step.skip_counter(device))
 
         synthesise(whole, rewrite, graphs, inductor=False)
-        with collecting_code(graphs.code):
-            compiled = compile_graph(whole.module, options.backend, options.inductor)
+        compiled = compile_graph(whole.module, options.backend, options.inductor, graphs.code)
 
     step.follow_branches(update.branches)
     step.variants[variant], step.coverage = graphs, coverage

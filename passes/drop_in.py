@@ -167,7 +167,7 @@ def compile_flat(
     graph.output(outputs)
     program = StepGraph(fx.GraphModule({}, graph), graph.find_nodes(op="placeholder"), {}, [])
     synthesise(program, lambda _: None, graphs, inductor=False)
-    return compile_graph(program.module, backend, options)
+    return compile_graph(program.module, backend, options, graphs.code)
 
 
 def partial_update(rule: Rule, job: Job) -> Callable:
