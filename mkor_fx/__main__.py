@@ -17,9 +17,10 @@ DESCRIPTION = """\
 What mkor_fx would precondition of a model, and why not the rest. Nothing is trained, computed or changed.
 
 The function takes no arguments and returns (model, batch) or (model, batch, loss_fn); a batch is one input or a tuple of
-inputs. With loss_fn the batch ends with the target: loss_fn(model(*inputs), target). It is found from the working directory.
+inputs. With loss_fn the batch ends with the target: loss_fn(model(*inputs), target). Modules are found from the working
+directory.
 """
-EXAMPLE = "example: python -m mkor_fx explain training.models:small_gpt --html report.html --assert-full --allow '*.position'"
+EXAMPLE = "example: python -m mkor_fx explain training.models:small_gpt --html report.html --assert-full"
 
 
 def parser() -> argparse.ArgumentParser:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import tabulate
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
@@ -101,6 +102,35 @@ def orders(shape: Shape, rows: int, left: bool, right: bool) -> dict[str, int]:
     return named if left or right else {}
 
 
+def cost_table(known: dict[str, Costs]) -> str:
+    """One line a weight, and what they cost together."""
+    rows = [
+        [
+            name,
+            c.rows if c.rows is not None else "dynamic",
+            *(short(n) for n in (c.refresh_flops, c.refresh_bytes, c.precondition_flops, c.precondition_bytes)),
+            c.order,
+            c.cheapest,
+        ]
+        for name, c in known.items()
+    ]
+    headers = ["weight", "rows", "refresh flops", "bytes", "precond. flops", "bytes", "order", "fewest flops"]
+    layers = [c.layer_flops for c in known.values()]
+    own = "not known before the batch is" if None in layers else short(sum(n for n in layers if n is not None))
+    return (
+        aligned(rows, headers, "lrrrrrll")
+        + f"\na refresh {short(sum(c.refresh_flops for c in known.values()))} flops, preconditioning "
+        f"{short(sum(c.precondition_flops for c in known.values()))} flops a step; "
+        f"forward and backward of these weights {own}"
+    )
+
+
+def aligned(rows: list, headers: list[str], sides: str) -> str:
+    """A table as the library prints them; ``sides`` is a letter for each column, l or r."""
+    alignment = ["left" if letter == "l" else "right" for letter in sides] if rows else None
+    return tabulate.tabulate(rows, headers, tablefmt="simple", disable_numparse=True, colalign=alignment)
+
+
 def short(number: float | None, unit: str = "") -> str:
     """``1_234_567 -> "1.23 M"``, with a unit behind it; '' for None."""
     if number is None:
@@ -109,7 +139,9 @@ def short(number: float | None, unit: str = "") -> str:
         if abs(number) < 999.5 or prefix == "T":
             break
         number /= 1000
-    digits = f"{number:.0f}" if not prefix or number >= 99.95 else f"{number:.2f}" if number < 9.995 else f"{number:.1f}"
+    digits = (
+        f"{number:.0f}" if not prefix or number >= 99.95 else f"{number:.2f}" if number < 9.995 else f"{number:.1f}"
+    )
     return f"{digits} {prefix}{unit}".rstrip()
 
 

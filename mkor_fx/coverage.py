@@ -9,11 +9,10 @@ from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
-import tabulate
 import torch
 from torch import nn
 
-from .costs import Costs, Work, count_costs, short
+from .costs import Costs, Work, aligned, cost_table, count_costs
 from .graphs import ModelGraphs, module_path
 from .ir import Decline, Site, StepGraph, source_line
 from .passes.rewrite import Layout, statistics_size
@@ -92,21 +91,30 @@ class Coverage:
         """
         names = names or {index: parameter.name for index, parameter in step.parameters.items()}
         for site in step.sites.values():
-            self._merge(self._site_entry(site, names))
+            entry = self._site_entry(site, names[site.parameter.index])
+            self._merge(entry)
             if site.bias is not None:
-                name, owner = names[site.bias.index], self._entries[names[site.parameter.index]]
-                where = {"sources": owner.sources, "modules": owner.modules}
-                self._merge(Entry(name, site.bias.shape, "bias", owner.uses, bias_of=owner.name, **where))
+                self._merge(
+                    Entry(
+                        names[site.bias.index],
+                        site.bias.shape,
+                        "bias",
+                        entry.uses,
+                        bias_of=entry.name,
+                        sources=entry.sources,
+                        modules=entry.modules,
+                    )
+                )
         for index, decline in step.declines.items():
-            where = {"sources": (decline.source,) if decline.source else ()}
-            self._merge(Entry(names[index], step.parameters[index].shape, declined=decline, **where))
+            sources = (decline.source,) if decline.source else ()
+            self._merge(Entry(names[index], step.parameters[index].shape, declined=decline, sources=sources))
 
-    def _site_entry(self, site: Site, names: dict[int, str]) -> Entry:
+    def _site_entry(self, site: Site, name: str) -> Entry:
         assert self._rule is not None
         state = self._rule.init(Layout.of(site).shape, torch.device("meta"))
         nodes = [tap.node for tap in site.taps]
         return Entry(
-            names[site.parameter.index],
+            name,
             site.parameter.shape,
             "+".join(dict.fromkeys(tap.op for tap in site.taps)),
             len(site.taps),
@@ -200,7 +208,9 @@ class Coverage:
 
     def table(self, costs: bool = False) -> str:
         """The table that is printed; with ``costs`` what each weight costs instead."""
-        return self._cost_table() if costs else str(self)
+        if not costs:
+            return str(self)
+        return cost_table({e.name: counted for e in self if (counted := self.costs(e.name)) is not None})
 
     def __str__(self) -> str:
         rows = []
@@ -211,7 +221,7 @@ class Coverage:
         headers = ["parameter", "shape", "op", "uses", "state bytes", "sent", "factors, or why not"]
         matrices = [e for e in self if e.matrix]
         return (
-            _tabulate(rows, headers, "lllrrrl")
+            aligned(rows, headers, "lllrrrl")
             + f"\n{len(self.covered)} of {len(self._entries)} trainable parameters preconditioned, "
             f"{sum(e.declined is None for e in matrices)} of {len(matrices)} matrices, "
             f"{self.share()[1]:.1%} of all elements;\n"
@@ -219,37 +229,10 @@ class Coverage:
             f"{sum(e.sent for e in self):,} numbers of statistics a refresh"
         )
 
-    def _cost_table(self) -> str:
-        known = {e.name: costs for e in self if (costs := self.costs(e.name)) is not None}
-        rows = [
-            [
-                name,
-                c.rows if c.rows is not None else "dynamic",
-                *(short(n) for n in (c.refresh_flops, c.refresh_bytes, c.precondition_flops, c.precondition_bytes)),
-                c.order,
-                c.cheapest,
-            ]
-            for name, c in known.items()
-        ]
-        headers = ["weight", "rows", "refresh flops", "bytes", "precondition flops", "bytes", "products", "fewest flops"]
-        layers = [c.layer_flops for c in known.values()]
-        own = None if None in layers else sum(n for n in layers if n is not None)
-        return (
-            _tabulate(rows, headers, "lrrrrrll")
-            + f"\na refresh {short(sum(c.refresh_flops for c in known.values()))} flops, preconditioning "
-            f"{short(sum(c.precondition_flops for c in known.values()))} flops a step; forward and backward of these "
-            f"weights {short(own) or 'depend on the batch'}"
-        )
-
 
 def times(shape: Sequence[int]) -> str:
     """``(3, 4) -> "3x4"``"""
     return "x".join(map(str, shape))
-
-
-def _tabulate(rows: list, headers: list[str], alignment: str) -> str:
-    sides = ["left" if letter == "l" else "right" for letter in alignment]
-    return tabulate.tabulate(rows, headers, tablefmt="simple", disable_numparse=True, colalign=sides if rows else None)
 
 
 def _share(entries: list[Entry]) -> tuple[float, float]:

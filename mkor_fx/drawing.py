@@ -14,7 +14,13 @@ from torch import Tensor, fx
 from .graphs import Graphs, Stage, target_name
 
 #: fill colours by what a node is
-COLOURS = {"product": "#ffd9a0", "operand": "#e4e9f0", "statistics": "#cfe8cf", "update": "#cfe0f7", "reader": "#ffffff"}
+COLOURS = {
+    "product": "#ffd9a0",
+    "operand": "#e4e9f0",
+    "statistics": "#cfe8cf",
+    "update": "#cfe0f7",
+    "reader": "#ffffff",
+}
 
 
 def write_svg(path: str | os.PathLike[str], name: str, programs: Sequence[Graphs]) -> None:
@@ -26,7 +32,9 @@ def write_svg(path: str | os.PathLike[str], name: str, programs: Sequence[Graphs
     source = neighbourhood(name, programs)
     command = shutil.which("dot")
     if command is None:
-        raise ValueError("drawing needs Graphviz' dot, which is not on the PATH; on Debian and Ubuntu: apt-get install graphviz")
+        raise ValueError(
+            "drawing needs Graphviz' dot, which is not on the PATH; on Debian and Ubuntu: apt-get install graphviz"
+        )
     subprocess.run([command, "-Tsvg", "-o", os.fspath(path)], input=source.encode(), check=True)
 
 

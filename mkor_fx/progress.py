@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import Any, TextIO, TypeVar
 
 T = TypeVar("T")
@@ -31,7 +31,7 @@ def progress(
     source = step if hasattr(step, "metrics") else getattr(step, "mkor", None)
     if not hasattr(source, "metrics"):
         raise ValueError(f"progress needs a compiled step or model, not a {type(step).__name__}")
-    if total is None and hasattr(batches, "__len__"):
+    if total is None and isinstance(batches, Sized):
         total = len(batches)
     return _draw(batches, source, total, every, file or sys.stderr)
 

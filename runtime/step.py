@@ -56,7 +56,7 @@ class CompiledStep:
         return 0 if self._skipped is None else int(self._skipped)
 
     def metrics(self, per_factor: bool = False) -> dict[str, float]:
-        """The last ``loss``, steps ``skipped`` so far, and ``mkor.metrics()``: plain numbers. Reading waits for the device."""
+        """The last ``loss``, steps ``skipped`` so far, and ``mkor.metrics()``, as plain numbers. Waits for the device."""
         last = {} if self._loss is None else {"loss": float(self._loss)}
         return {**last, "skipped": self.skipped, **self.mkor.metrics(per_factor)}
 

@@ -52,9 +52,9 @@ def test_torch_logs_without_plus_prints_stages_only():
     assert status == 0 and "refresh step: match" in lines and "0.weight" not in lines
 
 
-@pytest.mark.parametrize("setting", ["", "recompiles"])
-def test_nothing_is_printed_unasked(setting):
-    assert run(TORCH_LOGS=setting) == (0, "")
+@pytest.mark.parametrize("environment", [{}, {"TORCH_LOGS": "recompiles"}])
+def test_nothing_is_printed_unasked(environment):
+    assert run(**environment) == (0, "")
 
 
 # ---- torch's trace log ----------------------------------------------------------------------------------------------
@@ -133,4 +133,6 @@ def test_a_dump_that_cannot_be_written_says_so(tmp_path):
     status, errors = run(MKOR_FX_DUMP=tmp_path / "file")
     assert status != 0
     last = errors.strip().splitlines()[-1]
-    assert last.startswith("ValueError: MKOR_FX_DUMP=") and str(tmp_path / "file") in last and "unset the variable" in last
+    assert (
+        last.startswith("ValueError: MKOR_FX_DUMP=") and str(tmp_path / "file") in last and "unset the variable" in last
+    )

@@ -115,7 +115,9 @@ def test_a_browser_shows_the_tables(step, page):
     assert shown.parameters == [entry.name for entry in step.coverage]
     stages = shown.text["stage-table"]
     assert all(stage.name in stages and f"{stage.nodes:,}" in stages for stage in step.graphs)
-    assert all(any(s.startswith(f"{name}: statistics") for s in shown.summaries) for name in ("head.weight", "tokens.weight"))
+    assert all(
+        any(s.startswith(f"{name}: statistics") for s in shown.summaries) for name in ("head.weight", "tokens.weight")
+    )
     assert "zoo.py:" in shown.text["coverage-table"]
 
 
