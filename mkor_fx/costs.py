@@ -24,29 +24,32 @@ PRODUCT_FIRST = "product first"
 
 
 class Work(NamedTuple):
-    """What costs depend on. ``rows`` over all uses (None: symbolic); ``operand_bytes``: what the statistics read."""
+    """What costs depend on. ``rows``: of one member, over all uses (None: symbolic, or dealt out by the data).
 
-    shape: Shape
-    kinds: tuple[int, ...]
+    ``operand_bytes``: what the statistics read.
+    """
+
+    layout: Layout
     dtype: torch.dtype
     rows: int | None
     operand_bytes: int | None
 
     @classmethod
     def of(cls, site: Site) -> Work:
-        layout, operands = Layout.of(site), [operand for tap in site.taps for operand in (tap.a, tap.g)]
-        rows = _static(sum(_row_count(tap.g) for tap in site.taps))
+        operands = [operand for tap in site.taps for operand in (tap.a, tap.g)]
+        counts = [_row_count(tap.g) for tap in site.taps]
+        rows = None if None in counts else _static(sum(counts))
         size = _static(sum(fake_value(o.node).numel() * fake_value(o.node).element_size() for o in operands))
-        return cls(layout.shape, layout.kinds, fake_value(site.parameter.node).dtype, rows, size)
+        return cls(Layout.of(site), fake_value(site.parameter.node).dtype, rows, size)
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Counts of one weight and its bias. A multiply-add is two flops; bytes are what has to be read and written once.
+    """Counts of one weight and its bias, all members of a batched one. A multiply-add is two flops.
 
-    ``layer_flops``: forward and backward of the weight itself, ``6 N O I``, to compare with. ``refresh``: the factors'
-    update, with the operands that its statistics read. ``cheapest``: the order of the products with the fewest
-    multiply-adds, see :func:`orders`. None or '' where it depends on a symbolic size.
+    Bytes are what has to be read and written, once. ``layer_flops``: forward and backward of the weight itself, ``6 N O I``,
+    to compare with. ``refresh``: the factors' update, with the operands that its statistics read. ``cheapest``: the order of
+    the products with the fewest multiply-adds, see :func:`orders`. None or '' where it depends on the data, or is a lookup.
     """
 
     rows: int | None
@@ -62,30 +65,32 @@ class Costs:
 @functools.cache
 def count_costs(rule: Rule, work: Work) -> Costs:
     """Costs of a weight under ``rule``, from traces of ``update`` and ``precondition`` with every operator expanded."""
-    shape, rows = work.shape, work.rows
+    layout, rows = work.layout, work.rows
+    shape, members = layout.shape, layout.members or 1
     with torch.no_grad(), new_fake_mode():
         state = rule.init(shape, torch.device("cpu"))
         gradient = torch.empty(shape.O, shape.I, dtype=work.dtype)
         bias = torch.empty(shape.O, dtype=work.dtype) if shape.bias else None
-        sides = [(shape.I, shape.O) if kind == work.kinds[0] else (shape.O, shape.I) for kind in work.kinds]
-        summaries = [rule.summarize(torch.empty(1, i), torch.empty(1, o)) for i, o in sides]
-        counts, step = [torch.empty(()) for _ in sides], torch.empty((), dtype=torch.int64)
+        uses = [layout.shape_of_use(kind) for kind in layout.kinds]
+        summaries = [rule.summarize(use, torch.empty(1, use.I), torch.empty(1, use.O)) for use in uses]
+        counts, step = [torch.empty(()) for _ in uses], torch.empty((), dtype=torch.int64)
     refresh = _count(_refresh, rule, state, summaries, counts, gradient, bias, step)
     precondition = _count(_precondition, rule, state, gradient, bias)
-    macs = orders(shape, rows, "L" in state, "R" in state) if rows is not None else {}
+    macs = orders(shape, rows, "L" in state, "R" in state) if rows is not None and not shape.lookup else {}
     return Costs(
         rows,
-        None if rows is None else 6 * rows * shape.O * shape.I,
-        refresh[0],
-        refresh[1] + (work.operand_bytes or 0),
-        *precondition,
+        None if rows is None or shape.lookup else 6 * members * rows * shape.O * shape.I,
+        members * refresh[0],
+        members * refresh[1] + (work.operand_bytes or 0),
+        members * precondition[0],
+        members * precondition[1],
         PRODUCT_FIRST if {"L", "R"} & state.keys() else "",
         min(macs, key=macs.__getitem__) if macs else "",
     )
 
 
 def orders(shape: Shape, rows: int, left: bool, right: bool) -> dict[str, int]:
-    """Multiply-adds of gradient and preconditioning in each order, for a weight with the factors it has.
+    """Multiply-adds of gradient and preconditioning in each order, for one matrix with the factors it has.
 
     ``L @ (g.T @ a) @ R = (g @ L).T @ (a @ R)``: a factor can multiply the product, or its operand of ``N`` rows. Without
     what the rescale needs: where no product is formed, the norm of the gradient costs up to ``N^2 (O + I)`` more.
@@ -174,10 +179,14 @@ def _flops(node: fx.Node) -> int:
 
 
 def _row_count(operand: Operand) -> Any:
-    """``N`` of an operand's rows, symbolic where its sizes are."""
+    """``N`` of an operand's rows, of each member; symbolic where its sizes are, None where the data deal rows to members."""
     arguments = [fake_value(a) if isinstance(a, fx.Node) else a for a in operand.arguments]
+    value = fake_value(operand.node)
     with torch.no_grad():
-        return operand.view(fake_value(operand.node), *arguments).shape[-2]
+        rows = operand.view(value, *arguments)
+    sizes = _static(rows.numel()), _static(value.numel())
+    dealt_out = rows.dim() == 3 and None not in sizes and sizes[0] > sizes[1]
+    return None if dealt_out else rows.shape[-2]
 
 
 def _static(size: Any) -> int | None:

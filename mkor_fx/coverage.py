@@ -15,7 +15,7 @@ from torch import nn
 from .costs import Costs, Work, aligned, cost_table, count_costs
 from .graphs import ModelGraphs, module_path
 from .ir import Decline, Site, StepGraph, source_line
-from .passes.rewrite import Layout, statistics_size
+from .passes.rewrite import Layout
 from .rules import Rule
 
 #: of a parameter that no captured graph has shown yet
@@ -111,20 +111,25 @@ class Coverage:
 
     def _site_entry(self, site: Site, name: str) -> Entry:
         assert self._rule is not None
-        state = self._rule.init(Layout.of(site).shape, torch.device("meta"))
+        layout = Layout.of(site)
+        state = layout.fresh_state(self._rule)(torch.device("meta"))
         nodes = [tap.node for tap in site.taps]
         return Entry(
             name,
             site.parameter.shape,
-            "+".join(dict.fromkeys(tap.op for tap in site.taps)),
+            "+".join(dict.fromkeys(tap.op for tap in site.taps)) + (" of f(W)" if site.parametrized else ""),
             len(site.taps),
             {key: tuple(t.shape) for key, t in state.items()},
             sum(t.numel() * t.element_size() for t in state.values()),
-            statistics_size(self._rule, site.matrix) * len(site.kinds),
+            layout.statistics_size(self._rule) * len(site.kinds),
             sources=tuple(filter(None, dict.fromkeys(map(source_line, nodes)))),
             modules=tuple(filter(None, dict.fromkeys(map(module_path, nodes)))),
             work=Work.of(site),
         )
+
+    def decline(self, name: str, decline: Decline) -> None:
+        known = self._entries[name]
+        self._merge(Entry(name, known.shape, declined=decline, sources=known.sources))
 
     def _merge(self, entry: Entry) -> None:
         known = self._entries.get(entry.name)

@@ -135,6 +135,31 @@ def test_convolutions_count_positions():
     assert coverage.costs("bias") is None
 
 
+class Experts(nn.Module):
+    def __init__(self, members, inputs, outputs):
+        super().__init__()
+        self.stack = nn.Parameter(torch.randn(members, inputs, outputs))
+
+    def forward(self, x):
+        return torch.bmm(x, self.stack)
+
+
+def test_members_of_a_batched_weight_count_each():
+    one = mkor_fx.explain(Experts(1, 6, 5), torch.randn(1, 7, 6)).costs("stack")
+    many = mkor_fx.explain(Experts(4, 6, 5), torch.randn(4, 7, 6)).costs("stack")
+    assert many.rows == one.rows == 7
+    for count in ("layer_flops", "refresh_flops", "precondition_flops", "refresh_bytes", "precondition_bytes"):
+        assert getattr(many, count) == 4 * getattr(one, count), count
+    coverage = mkor_fx.explain(nn.Conv2d(4, 6, 3, groups=2, bias=False), torch.randn(2, 4, 5, 5))
+    assert coverage.costs("weight").rows == 2 * 3 * 3
+    assert coverage.costs("weight").layer_flops == 2 * 6 * 18 * 3 * 18
+
+
+def test_a_lookup_has_no_order_to_choose():
+    costs = mkor_fx.explain(nn.Embedding(50, 4), torch.randint(0, 50, (7,))).costs("weight")
+    assert costs.rows == 7 and costs.layer_flops is None and costs.cheapest == "" and costs.precondition_flops > 0
+
+
 def test_a_dynamic_batch_leaves_the_row_count_open():
     model = nn.Linear(6, 5)
     compiled = mkor_fx.compile(model, backend="eager", dynamic=True)
