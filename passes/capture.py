@@ -79,6 +79,16 @@ class Naming:
         return next((f"skipped by pattern {p!r}" for p in self.skip if fnmatchcase(name, p)), None)
 
 
+def trace_artifact(name: str, text: Callable[[], str]) -> None:
+    """Leave ``text()`` in torch's trace log (``TORCH_TRACE``, read by tlparse), under what is being compiled now."""
+    torch._logging.trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": name, "encoding": "string"},
+        payload_fn=text,
+        expect_trace_id=False,
+    )
+
+
 @dataclass
 class WholeStep(StepGraph):
     """A joint graph whose only seed belongs to the loss, with what is to be written back.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import torch
 from torch import fx
 
@@ -13,7 +11,6 @@ from .boxes import Box, merge, view_of
 from .core import graph_pass
 from .read import Use, on_whole, pieces, read_piece, where
 
-log = logging.getLogger("mkor_fx")
 aten = torch.ops.aten
 
 #: beside pointwise operators, what a function of a weight may consist of for its gradient to be followed through
@@ -54,8 +51,6 @@ def find_sites(step: StepGraph) -> None:
             if owner is not None:
                 owner.bias = parameter
                 step.declines.pop(index, None), step.sites.pop(index, None)
-    for index, parameter in step.parameters.items():
-        log.debug("%s %s: %s", parameter.name, parameter.shape, step.declines.get(index, step.role(index).value))
 
 
 def downstream(seeds: list[fx.Node] | set[fx.Node]) -> set[fx.Node]:
