@@ -31,17 +31,17 @@ class Layer(nn.Module):
         return self.text
 
 
-def weight(x: Tensor, *shape: int, fan: int) -> nn.Parameter:
-    return nn.Parameter(torch.randn(shape, dtype=x.dtype) / max(1, fan) ** 0.5)
+def weight(*shape: int, fan: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(shape) / max(1, fan) ** 0.5)
 
 
-def vector(rng: random.Random, x: Tensor, size: int) -> nn.Parameter | None:
-    return nn.Parameter(torch.randn(size, dtype=x.dtype) / 2) if rng.random() < 0.6 else None
+def vector(rng: random.Random, size: int) -> nn.Parameter | None:
+    return nn.Parameter(torch.randn(size) / 2) if rng.random() < 0.6 else None
 
 
 class Linear(Layer):
     def draw(self, rng, x):
-        self.inner = nn.Linear(x.shape[-1], rng.choice(SIZES), bias=rng.random() < 0.6).to(x.dtype)
+        self.inner = nn.Linear(x.shape[-1], rng.choice(SIZES), bias=rng.random() < 0.6)
         self.text = f"x = {self.inner}(x)"
 
     def forward(self, x):
@@ -73,13 +73,14 @@ class Product(Layer):
     def draw(self, rng, x):
         self.text = rng.choice([text for text, (_, rank) in SPELLINGS.items() if x.dim() >= rank])
         self.inputs, i, o = SPELLINGS[self.text][0], x.shape[-1], rng.choice(SIZES)
-        self.w = weight(x, *((o, i) if self.inputs == "last" else (i, o)), fan=i)
-        self.b = vector(rng, x, o)
+        self.w = weight(*((o, i) if self.inputs == "last" else (i, o)), fan=i)
+        self.b = vector(rng, o)
+        self.kind = "einsum" if "einsum" in self.text else "product"
         self.function = eval(f"lambda x, w: {self.text}", {"F": F, "torch": torch})
         self.text = f"x = {self.text}{' + b' * (self.b is not None)}  # w {list(self.w.shape)}"
 
     def forward(self, x):
-        y = saw(self.function(x, self.w), self.w, x, "product", inputs=self.inputs)
+        y = saw(self.function(x, self.w), self.w, x, self.kind, inputs=self.inputs)
         return y if self.b is None else y + self.b
 
 
@@ -91,7 +92,7 @@ class HeadsOut(Layer):
     def draw(self, rng, x):
         h, k, i = rng.choice((1, 2, 3)), rng.choice((1, 2, 4)), x.shape[-1]
         self.equation, self.last = rng.choice((("bti,hik->bthk", True), ("bti,hik->bhtk", False)))
-        self.w = weight(x, h, i, k, fan=i)
+        self.w = weight(h, i, k, fan=i)
         self.text = f"x = torch.einsum('{self.equation}', x, w), heads flat  # w {list(self.w.shape)}"
 
     def forward(self, x):
@@ -108,7 +109,7 @@ class HeadsIn(Layer):
     def draw(self, rng, x):
         h = rng.choice([h for h in (1, 2, 3, 4) if x.shape[-1] % h == 0])
         k, o = x.shape[-1] // h, rng.choice(SIZES)
-        self.w = weight(x, h, k, o, fan=h * k)
+        self.w = weight(h, k, o, fan=h * k)
         self.text = f"x = torch.einsum('bthk,hko->bto', x.unflatten(-1, ({h}, {k})), w)  # w {list(self.w.shape)}"
 
     def forward(self, x):
@@ -138,7 +139,7 @@ class Experts(Layer):
         text = rng.choice(list(EXPERTS))
         self.e, self.inputs, i, o = e, EXPERTS[text], x.shape[-1] // e, rng.choice((1, 2, 3, 4))
         self.kind = "stack" if text.startswith("torch.stack") else "broadcast" if "None" in text else "experts"
-        self.w = weight(x, *((e, o, i) if self.inputs == "last" else (e, i, o)), fan=i)
+        self.w = weight(*((e, o, i) if self.inputs == "last" else (e, i, o)), fan=i)
         self.function = eval(f"lambda x, w: {text}", {"F": F, "torch": torch})
         self.text = f"x = flat(({text})(x as [N, {e}, {i}]))  # w {list(self.w.shape)}"
 
@@ -172,7 +173,7 @@ class Conv(Layer):
         elif rng.random() < 0.3:
             options["output_padding"] = [rng.randrange(max(s, d)) for s, d in zip(stride, dilation)]
         name = f"Conv{'Transpose' * self.transposed}{n}d"
-        self.inner = getattr(nn, name)(c, out, kernel, stride=stride, padding=padding, **options).to(x.dtype)
+        self.inner = getattr(nn, name)(c, out, kernel, stride=stride, padding=padding, **options)
         self.groups = groups
         self.kind = f"conv{'-transpose' * self.transposed}{n}d{'-grouped' * (groups > 1)}"
         self.text = f"x = {self.inner}(x)"
@@ -217,10 +218,10 @@ class Packed(Layer):
         i, o = x.shape[-1], rng.choice((1, 2, 3, 4))
         self.o, self.i = o, i
         if self.way == "cat":
-            self.w, self.v = weight(x, o, i, fan=i), weight(x, rng.choice((1, 2, 3)), i, fan=i)
+            self.w, self.v = weight(o, i, fan=i), weight(rng.choice((1, 2, 3)), i, fan=i)
         else:
             shape = {"columns": (o, 2 * i), "part": (o + 2, i + 1)}.get(self.way, (3 * o, i))
-            self.w = weight(x, *shape, fan=i)
+            self.w = weight(*shape, fan=i)
         self.text = f"x = weight used by {self.way}  # w {list(self.w.shape)}"
 
     def piece(self, x, part, first, last, kind="slice"):
@@ -258,12 +259,12 @@ class Derived(Layer):
         )
         if self.way == "symmetric":
             o = i
-        self.inner = nn.Linear(i, o, bias=rng.random() < 0.6).to(x.dtype)
+        self.inner = nn.Linear(i, o, bias=rng.random() < 0.6)
         if self.way == "lora":
-            self.down, self.up = weight(x, 2, i, fan=i), weight(x, o, 2, fan=2)
+            self.down, self.up = weight(2, i, fan=i), weight(o, 2, fan=2)
             self.inner.weight.requires_grad_(rng.random() < 0.5)
         if self.way == "mask":
-            self.register_buffer("kept", (torch.rand(o, i) < 0.7).to(x.dtype))
+            self.register_buffer("kept", (torch.rand(o, i) < 0.7).to(torch.get_default_dtype()))
         if self.way.startswith("weight_norm"):
             nn.utils.parametrizations.weight_norm(self.inner, dim=int(self.way.endswith("1")))
         if self.way == "orthogonal":
@@ -307,7 +308,7 @@ class Attention(Layer):
         heads = rng.choice([h for h in (1, 2, 3) if width % h == 0])
         self.cross = rng.choice(("self", "cross", "apart"))
         sizes = {} if self.cross != "apart" else {"kdim": width, "vdim": width + 1}
-        self.inner = nn.MultiheadAttention(width, heads, bias=rng.random() < 0.7, batch_first=True, **sizes).to(x.dtype)
+        self.inner = nn.MultiheadAttention(width, heads, bias=rng.random() < 0.7, batch_first=True, **sizes)
         with torch.no_grad():
             for p in self.inner.parameters():
                 p.copy_(torch.randn_like(p) / width**0.5)
@@ -349,13 +350,13 @@ class Cell(Layer):
 
     def draw(self, rng, x):
         make = rng.choice((nn.RNNCell, nn.GRUCell, nn.LSTMCell))
-        self.inner = make(x.shape[-1], rng.choice((1, 2, 3, 4)), bias=rng.random() < 0.7).to(x.dtype)
-        self.text = f"x = {self.inner} over x[:, t]"
+        self.inner = make(x.shape[-1], rng.choice((1, 2, 3, 4)), bias=rng.random() < 0.7)
+        self.text = f"x = {self.inner} over x[:, :3]"
 
     def forward(self, x):
         h, outputs = x.new_zeros(x.shape[0], self.inner.hidden_size), []
         state = (h, h) if isinstance(self.inner, nn.LSTMCell) else h
-        for t in range(x.shape[1]):
+        for t in range(min(3, x.shape[1])):
             state = self.recorded(x[:, t], state) if is_recording() else self.inner(x[:, t], state)
             outputs.append(state[0] if isinstance(state, tuple) else state)
         return torch.stack(outputs, 1)
@@ -386,7 +387,7 @@ class Tied(Layer):
         name, self.w = rng.choice(owners)
         self.flipped = rng.random() < 0.5
         i = self.w.shape[0 if self.flipped else 1]
-        self.into = nn.Linear(x.shape[-1], i).to(x.dtype) if x.shape[-1] != i else None
+        self.into = nn.Linear(x.shape[-1], i) if x.shape[-1] != i else None
         self.text = f"x = {'project, ' * (self.into is not None)}F.linear(x, {name} {list(self.w.shape)}{'.T' * self.flipped})"
 
     def forward(self, x):
@@ -406,7 +407,7 @@ class Embedding(Layer):
         v, d = int(x.max()) + rng.choice((1, 2)), rng.choice(SIZES)
         self.way = rng.choice(("module", "padding", "functional", "index"))
         self.padding = 1 if self.way == "padding" else None
-        self.inner = nn.Embedding(v, d, padding_idx=self.padding).double()
+        self.inner = nn.Embedding(v, d, padding_idx=self.padding)
         self.text = f"x = {self.inner} by {self.way}"
 
     def forward(self, x):
@@ -430,7 +431,7 @@ class Norm(Layer):
             lambda: nn.GroupNorm(rng.choice([g for g in (1, 2, c) if c % g == 0]), c),
             lambda: (nn.BatchNorm1d if n <= 3 else nn.BatchNorm2d if n == 4 else nn.BatchNorm3d)(c),
         ]
-        self.inner = rng.choice(makes)().to(x.dtype)
+        self.inner = rng.choice(makes)()
         with torch.no_grad():
             for p in self.inner.parameters():
                 p.uniform_(0.5, 1.5)
@@ -449,7 +450,7 @@ class Elementwise(Layer):
     def draw(self, rng, x):
         text = rng.choice(ELEMENTWISE)
         shape = rng.choice([x.shape[-1:], x.shape[1:], (1, *x.shape[1:]), (1,) * x.dim()])
-        self.p = weight(x, *shape, fan=1)
+        self.p = weight(*shape, fan=1)
         self.function = eval(f"lambda x, p: {text}", {"torch": torch})
         self.text = f"x = {text}  # p {list(shape)}"
 

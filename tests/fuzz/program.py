@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -97,7 +99,7 @@ def draw(seed: int) -> Plan:
             kind = rng.choice(kinds)
             while depth and kind in COMPOSITES:
                 kind = rng.choice(kinds)
-            inside = parts(rng.randint(1, 3), depth + 1) if kind in COMPOSITES else ()
+            inside = parts(rng.randint(1, 2), depth + 1) if kind in COMPOSITES else ()
             drawn.append(Part(kind, rng.randrange(2**31), inside))
         return tuple(drawn)
 
@@ -107,14 +109,14 @@ def draw(seed: int) -> Plan:
     begin = (Part("Embedding", rng.randrange(2**31)),) if integers else ()
     return Plan(
         seed,
-        begin + parts(rng.randint(2, 6)),
+        begin + parts(rng.randint(2, 5)),
         door,
         shape=tuple(rng.choice(SIZES if i == 0 else (1, 2, 3, 4, 5)) for i in range(rank)),
         integers=integers,
         autocast=rng.random() < 0.08,
         frozen=rng.choice((0, 0, 0, 0.3)),
         unused=rng.random() < 0.15,
-        sizes=(batch, batch, batch + 1 if rng.random() < 0.15 else batch),
+        sizes=(batch, batch) if rng.random() < 0.8 else (batch, batch + 1, batch + 1),
         refresh_every=rng.choice((1, 1, 1, 2)),
         rule=rng.choice(RULES),
         dynamic=True if rng.random() < 0.05 else None,
@@ -159,7 +161,7 @@ class Composite(Layer):
         if self.kind == "Branch":
             return self.body(x.clone()) * self.body(x.cos())
         if self.kind == "EachChunk":
-            return torch.cat([self.body(part) for part in x.clone().split(1, 1)], 1)
+            return torch.cat([self.body(part) for part in x.clone().split(1, 1)[:3]], 1)
         if is_recording():
             return self.body(x.clone())
         return checkpoint(self.body, x.clone(), use_reentrant=False)
@@ -188,7 +190,7 @@ class Program(nn.Module):
     def __init__(self, chain: Chain, autocast: bool, unused: bool) -> None:
         super().__init__()
         self.chain, self.autocast = chain, autocast
-        self.unused = nn.Linear(2, 3).double() if unused else None
+        self.unused = nn.Linear(2, 3) if unused else None
 
     def forward(self, x):
         if not self.autocast:
@@ -199,9 +201,9 @@ class Program(nn.Module):
 
 def build(plan: Plan) -> tuple[Program, list[tuple[Tensor, Tensor]]]:
     """The module of a plan and its batches. Parts that do not fit what comes before them are left out."""
-    with torch.random.fork_rng(devices=[]):
+    dtype = torch.float32 if plan.autocast else torch.float64
+    with torch.random.fork_rng(devices=[]), default_dtype(dtype):
         torch.manual_seed(plan.seed)
-        dtype = torch.float32 if plan.autocast else torch.float64
         size = plan.sizes[0]
         inputs = [_input(plan, max(size, n), dtype)[:n] for n in plan.sizes]
         earlier: list[Layer] = []
@@ -222,6 +224,16 @@ def build(plan: Plan) -> tuple[Program, list[tuple[Tensor, Tensor]]]:
     return program, batches
 
 
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def _input(plan: Plan, size: int, dtype: torch.dtype) -> Tensor:
     shape = (size, *plan.shape)
     return torch.randint(0, 5, shape) if plan.integers else torch.randn(shape, dtype=dtype) + 0.3
@@ -236,14 +248,14 @@ def _grow(parts: tuple[Part, ...], x: Tensor, earlier: list[Layer], autocast: bo
             try:
                 with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                     y = copy.deepcopy(layer)(x.clone())
-                fits = y.dim() >= 2 and 0 < y[0].numel() <= 300 and bool(y.isfinite().all()) and len(y) == len(x)
+                fits = y.dim() >= 2 and 0 < y[0].numel() <= 120 and bool(y.isfinite().all()) and len(y) == len(x)
             except (RuntimeError, ValueError, IndexError, AssertionError, TypeError, NotImplementedError):
                 fits = False
             if not fits:
                 break
             chain.items.append(layer)
             earlier.append(layer)
-            x = y.float() if autocast and y.is_floating_point() else y
+            x = y
     return chain, x
 
 
