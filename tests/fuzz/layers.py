@@ -279,7 +279,7 @@ class Derived(Layer):
                 opaque(scale, "derived-scale")
             return saw(inner(x), direction, x, "derived", exact=False)
         if self.way == "orthogonal":
-            return saw(inner(x), inner.parametrizations.weight.original, x, "derived", exact=False)
+            return saw(inner(x), inner.parametrizations.weight.original, x, "cayley", exact=False)
         w = inner.weight
         if self.way == "lora":
             product = saw(self.up @ self.down, self.down, self.up, "lora", inputs="first")
