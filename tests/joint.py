@@ -58,6 +58,8 @@ def capture(model: nn.Module, *args: Any, match: bool = True) -> list[Joint]:
 
     def backend(gm, inputs):
         step = capture_joint(gm, inputs, naming)
+        if step is None:  # nothing in this graph is differentiated
+            return gm
         if match:
             with plain_tracing():
                 analyse(step, MKOR(), Graphs("test"))
