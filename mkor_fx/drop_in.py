@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from . import reasons
 from .config import Options
 from .coverage import Coverage
 from .graphs import Graphs
@@ -37,7 +38,7 @@ Program = tuple[Callable[..., Any], StatisticsPass, Callable[[dict[int, Any]], l
 
 
 #: of a weight that two graphs see as different matrices, or that one looks up and another multiplies
-DISAGREE = Decline("two graphs use it in ways that do not go together")
+DISAGREE = Decline(reasons.DISAGREE)
 
 
 def _tensors(params: Params) -> dict[int, Tensor]:

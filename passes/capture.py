@@ -23,6 +23,7 @@ from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 
 from ..ir import Parameter, StepGraph
 from ..ops import TABLE
+from ..reasons import SKIPPED
 
 
 class DecompositionTable(dict):
@@ -76,7 +77,7 @@ class Naming:
 
     def excluded(self, name: str) -> str | None:
         """Why a parameter is left alone, or None."""
-        return next((f"skipped by pattern {p!r}" for p in self.skip if fnmatchcase(name, p)), None)
+        return next((SKIPPED.format(pattern=repr(p)) for p in self.skip if fnmatchcase(name, p)), None)
 
 
 def trace_artifact(name: str, text: Callable[[], str]) -> None:

@@ -1,5 +1,7 @@
 """Every row of the op table, held to one identity: rows_P.T @ rows_Q is the gradient, `a` the layer's input."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,8 +9,10 @@ from joint import capture, rows
 from torch import nn
 
 import mkor_fx
+from mkor_fx import reasons
 from mkor_fx.ir import INPUTS_FIRST, INPUTS_LAST
 from mkor_fx.ops import TABLE
+from mkor_fx.ops.__main__ import document
 from mkor_fx.ops.table import Weight
 from mkor_fx.passes.boxes import view_of
 from mkor_fx.passes.match import downstream, read_weight
@@ -188,6 +192,16 @@ def test_a_kronecker_factor_sees_what_the_other_one_has_made_of_the_inputs(store
         (tap,) = joint.site(name).taps
         assert tap.op == "kronecker"
         torch.testing.assert_close(rows(env, tap.a), a.detach().flatten(0, 1), rtol=1e-12, atol=1e-12)
+
+
+def test_the_page_of_ops_is_the_table():
+    assert Path("docs/ops.md").read_text() == document(), "write it again: python -m mkor_fx.ops > docs/ops.md"
+
+
+def test_every_reason_on_the_page_is_given_somewhere():
+    code = "".join(path.read_text() for folder in ("mkor_fx", "passes") for path in Path(folder).glob("**/*.py"))
+    for name in (name for name, value in vars(reasons).items() if isinstance(value, str) and value in reasons.REASONS):
+        assert code.count(name) >= 2, f"{name} is defined and never given"
 
 
 def test_a_program_with_ordered_side_effects_is_refused_by_name():

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from ..ir import INPUTS_LAST, Decline, Operand, Tap, fake_value, product
+from ..reasons import NO_ROW
 from .rows import as_columns, as_rows, broadcast_rows, kronecker_rows, only_member, outer_rows
-from .table import CASTS, NO_ROW, VIEWS, Weight, behind, op_rule
+from .table import CASTS, VIEWS, Weight, behind, op_rule
 
 aten = torch.ops.aten
 #: what stands between an operand and what it was made of
