@@ -85,8 +85,8 @@ class Layout:
 
     def statistics_size(self, rule: Rule) -> int:
         """Numbers in one statistics vector: each member's flat summary and the number of rows behind it."""
-        uses = map(self.shape_of_use, (INPUTS_LAST, INPUTS_FIRST))  # both: another graph may add the other one
-        sizes = [sum(s.numel() for s in summary_shapes(rule, shape)) for shape in uses]
+        kinds = self.kinds if self.lookup else (INPUTS_LAST, INPUTS_FIRST)  # another graph may add the other one
+        sizes = [sum(s.numel() for s in summary_shapes(rule, self.shape_of_use(kind))) for kind in kinds]
         return (max(sizes) + 1) * (self.members or 1)
 
 

@@ -18,6 +18,8 @@ from mkor_fx.passes.boxes import view_of
 from mkor_fx.passes.match import downstream, read_weight
 from mkor_fx.passes.read import on_whole
 
+ROOT = Path(__file__).parents[1]
+
 
 def patches(layer, x):
     """[N, I], or [E, N, I] by groups, with one patch after the other."""
@@ -195,11 +197,11 @@ def test_a_kronecker_factor_sees_what_the_other_one_has_made_of_the_inputs(store
 
 
 def test_the_page_of_ops_is_the_table():
-    assert Path("docs/ops.md").read_text() == document(), "write it again: python -m mkor_fx.ops > docs/ops.md"
+    assert (ROOT / "docs/ops.md").read_text() == document(), "write it again: python -m mkor_fx.ops > docs/ops.md"
 
 
 def test_every_reason_on_the_page_is_given_somewhere():
-    code = "".join(path.read_text() for folder in ("mkor_fx", "passes") for path in Path(folder).glob("**/*.py"))
+    code = "".join(path.read_text() for folder in ("mkor_fx", "passes") for path in (ROOT / folder).glob("**/*.py"))
     for name in (name for name, value in vars(reasons).items() if isinstance(value, str) and value in reasons.REASONS):
         assert code.count(name) >= 2, f"{name} is defined and never given"
 
