@@ -339,7 +339,7 @@ def check_seed(seed: int) -> Outcome:
     return check(plan)
 
 
-def shrink(outcome: Outcome, attempts: int = 60) -> Outcome:
+def shrink(outcome: Outcome, attempts: int = 30) -> Outcome:
     """The smallest program found that fails in the same way."""
     again = True
     while again and attempts > 0:
