@@ -57,6 +57,17 @@ def outer_rows(x_NI: Tensor, y_NJ: Tensor) -> Tensor:
     return (x_NI.unsqueeze(-1) * y_NJ.unsqueeze(-2)).flatten(-2)
 
 
+def kronecker_rows(
+    x: Tensor, view: Callable, sizes: tuple[int, int], kept: int, other: Tensor | None = None, transposed: bool = False
+) -> Tensor:
+    """Rows ``[N, sizes[0] * sizes[1]]`` as rows of one of the two sizes, multiplied with the ``other`` Kronecker factor."""
+    rows_NSK = view(x).unflatten(-1, sizes).movedim(1 + kept, -1)
+    if other is not None:
+        factor = other.squeeze((0, 2) if kept == 0 else (1, 3))
+        rows_NSK = (factor.t() if transposed else factor) @ rows_NSK
+    return rows_NSK.flatten(0, 1)
+
+
 def _split_columns(rows_NM: Tensor, groups: int) -> Tensor:
     """``[N, groups * M] -> [groups, N, M]``"""
     if groups == 1:
@@ -181,7 +192,11 @@ def place_rows(rows_NM: Tensor, members: list[int], columns: list[int]) -> Tenso
     where the weight has none. ``[N, M]`` or ``[E, N, M]`` become ``[N, full M]`` or ``[full E, N, full M]``.
     """
     rows = rows_NM.shape[-2]
-    return _place(rows_NM, members, [rows, 0, rows], columns)
+    return _place(rows_NM, *_batch(members), [rows, 0, rows], columns)
+
+
+def _batch(members: list[int]) -> list[list[int]]:
+    return [members] if members else []
 
 
 def _place(x: Tensor, *groups: list[int]) -> Tensor:
@@ -189,7 +204,7 @@ def _place(x: Tensor, *groups: list[int]) -> Tensor:
     pads = [n for size, start, full in reversed(axes) for n in (start, full - start - size)]
     padded = torch.nn.functional.pad(x.reshape([size for size, _, _ in axes]), pads)
     shape: list[int] = []
-    for group in filter(None, groups):
+    for group in groups:
         full = 1
         for n in group[2::3]:
             full = full * n
@@ -246,9 +261,11 @@ ROW_SUMS: dict[tuple, Callable] = {
     (column_sum, unfold_rows): patch_sum,
     (column_sum, one_hot_rows): histogram,
     (column_sum, member_rows): _member_sum,
-    (column_sum, place_rows): lambda rows, *axes: _place(column_sum(rows), *axes),
+    (column_sum, place_rows): lambda rows, members, columns: _place(column_sum(rows), *_batch(members), columns),
     (column_square_sum, unfold_rows): lambda images, *geometry: patch_sum(_squared(images), *geometry),
     (column_square_sum, one_hot_rows): histogram,
     (column_square_sum, member_rows): lambda rows, *members: _member_sum(_squared(rows), *members),
-    (column_square_sum, place_rows): lambda rows, *axes: _place(column_square_sum(rows), *axes),
+    (column_square_sum, place_rows): lambda rows, members, columns: _place(
+        column_square_sum(rows), *_batch(members), columns
+    ),
 }
