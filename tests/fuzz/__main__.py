@@ -32,9 +32,15 @@ def main() -> int:
             failures[outcome.failure] += 1
             if not arguments.no_shrink and failures[outcome.failure] == 1:
                 outcome = shrink(outcome)
-            print(f"\nseed {seed}: {outcome.failure}\n{outcome.detail.strip()[-1500:]}\n{describe(outcome)}\n", flush=True)
+            print(
+                f"\nseed {seed}: {outcome.failure}\n{outcome.detail.strip()[-1500:]}\n{describe(outcome)}\n", flush=True
+            )
         elif sys.stderr.isatty() or seed % 50 == 0:
-            print(f"\r{seed}  {time.monotonic() - begin:.0f} s  {sum(failures.values())} failures", file=sys.stderr, flush=True)
+            print(
+                f"\r{seed}  {time.monotonic() - begin:.0f} s  {sum(failures.values())} failures",
+                file=sys.stderr,
+                flush=True,
+            )
     print(f"{len(seeds)} seeds, {time.monotonic() - begin:.0f} s, {sum(failures.values())} failures")
     print(*(f"  {count} x {what}" for what, count in failures.most_common()), sep="\n")
     print(f"{supported} weights are made by supported operations, {supported - missed} became sites")
@@ -44,7 +50,10 @@ def main() -> int:
 
 def describe(outcome) -> str:
     plan = outcome.plan
-    kept = {k: getattr(plan, k) for k in ("door", "shape", "sizes", "autocast", "frozen", "refresh_every", "dynamic", "rule")}
+    kept = {
+        k: getattr(plan, k)
+        for k in ("door", "shape", "sizes", "autocast", "frozen", "refresh_every", "dynamic", "rule")
+    }
     return "\n".join([*(f"  {line}" for line in outcome.program.splitlines()), f"  {kept}"])
 
 
