@@ -34,6 +34,7 @@ class DecompositionTable(dict):
 
 def decompositions() -> DecompositionTable:
     """Inductor's table without the ops that the op table matches: it would lose embeddings and small products."""
+    import torch._inductor.lowering  # the table's body of max_pool2d reads it without importing it
     from torch._inductor.decomposition import select_decomp_table
 
     return DecompositionTable({op: body for op, body in select_decomp_table().items() if op not in TABLE})
