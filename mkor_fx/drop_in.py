@@ -14,7 +14,7 @@ from .graphs import Graphs
 from .passes.backward import BackwardPass, build_refresh, find_layouts
 from .passes.capture import Naming, decompositions, dynamo_parameters, own_code, with_inputs
 from .passes.drop_in import Job, StatisticsPass, build_update
-from .passes.lower import compile_joint, raising_user_errors
+from .passes.lower import compile_joint, facing_user
 from .passes.rewrite import merge_layouts, statistics_size
 from .prims import accumulation_dtype
 from .rules import Rule
@@ -59,7 +59,7 @@ class DropIn:
         handle.__dict__.update(self.model.__dict__)
         call = own_code(_call_of(handle))
         fullgraph, dynamic = self.options.fullgraph, self.options.dynamic
-        compiled = raising_user_errors(torch.compile(call, backend=self._backend, fullgraph=fullgraph, dynamic=dynamic))
+        compiled = facing_user(torch.compile(call, backend=self._backend, fullgraph=fullgraph, dynamic=dynamic))
 
         def run(*args: Any, **kwargs: Any) -> Any:
             result = compiled(*args, **kwargs)

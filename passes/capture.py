@@ -34,10 +34,19 @@ class DecompositionTable(dict):
 
 def decompositions() -> DecompositionTable:
     """Inductor's table without the ops that the op table matches: it would lose embeddings and small products."""
-    import torch._inductor.lowering  # the table's body of max_pool2d reads it without importing it
+    import torch._inductor.lowering  # noqa: F401  (the table's body of max_pool2d reads it, and does not import it)
     from torch._inductor.decomposition import select_decomp_table
 
     return DecompositionTable({op: body for op, body in select_decomp_table().items() if op not in TABLE})
+
+
+def unrolled_layers(gm: fx.GraphModule) -> contextlib.AbstractContextManager:
+    """While ``gm`` is traced: an LSTM becomes its time steps.
+
+    torch would take oneDNN's inference kernel, which has no backward, where the input of an LSTM needs no gradient.
+    """
+    recurrent = any(getattr(node.target, "__name__", "") == "lstm" for node in gm.graph.nodes)
+    return torch.backends.mkldnn.flags(enabled=False) if recurrent else contextlib.nullcontext()
 
 
 _copies = itertools.count()
@@ -152,7 +161,7 @@ def has_backward(graph: fx.Graph) -> bool:
 
 def capture_joint(gm: fx.GraphModule, inputs: Sequence[Any], named: dict[int, str], naming: Naming) -> StepGraph | None:
     """The joint graph of Dynamo's graph, to look at; None where nothing in it is differentiated."""
-    with contextlib.ExitStack() as stack:
+    with unrolled_layers(gm), contextlib.ExitStack() as stack:
         joint = aot_export_joint_with_descriptors(stack, gm, tuple(inputs), decompositions=decompositions())
         step = read_joint(joint.graph_module, named, naming)
     return step if step.seeds else None
@@ -166,7 +175,7 @@ def capture_whole_step(gm: fx.GraphModule, example_inputs: Sequence[Any], naming
     """
     named = {index: name for index, (name, _) in dynamo_parameters(gm, naming).items()}
     check_loss(gm, named)
-    with contextlib.ExitStack() as stack:
+    with unrolled_layers(gm), contextlib.ExitStack() as stack:
         joint = aot_export_joint_with_descriptors(stack, gm, tuple(example_inputs), decompositions=decompositions())
         captured = read_joint(joint.graph_module, named, naming)
     if len(captured.seeds) != 1:
