@@ -15,6 +15,8 @@ SIZES = {
     "intermediate_size": 24,
     "max_position_embeddings": 20,
 }
+#: transformers would write it into the configuration in the first forward, which compiles everything again
+CLASSES = {"num_labels": 5, "problem_type": "single_label_classification"}
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
@@ -84,16 +86,12 @@ FAMILIES = [
         linear cls.predictions.transform.dense
         norm cls.predictions.transform.LayerNorm
         """,
-        hidden=("*.position_embeddings.weight", "*.token_type_embeddings.weight"),
     ),
     Family(
         "BERT, sequences",
-        lambda: transformers.BertForSequenceClassification(
-            transformers.BertConfig(**SIZES, **NO_DROPOUT, num_labels=5)
-        ),
+        lambda: transformers.BertForSequenceClassification(transformers.BertConfig(**SIZES, **NO_DROPOUT, **CLASSES)),
         labelled_text,
         BERT + "linear bert.pooler.dense classifier",
-        hidden=("*embeddings.*_embeddings.weight",),
     ),
     Family(
         "RoBERTa",
@@ -105,7 +103,6 @@ FAMILIES = [
         linear lm_head.dense
         norm lm_head.layer_norm
         """,
-        hidden=("*.position_embeddings.weight", "*.token_type_embeddings.weight"),
     ),
     Family(
         "ALBERT",  # both layers are one: every weight of it is used twice
@@ -121,7 +118,6 @@ FAMILIES = [
         bias predictions.bias of albert.embeddings.word_embeddings.weight
         linear predictions.dense
         """,
-        hidden=("*.position_embeddings.weight", "*.token_type_embeddings.weight"),
     ),
     Family(
         "ViT",
@@ -131,7 +127,7 @@ FAMILIES = [
                 **NO_DROPOUT,
                 image_size=8,
                 patch_size=4,
-                num_labels=5,
+                **CLASSES,
             )
         ),
         lambda: {"pixel_values": torch.randn(BATCH, 3, 8, 8), "labels": torch.randint(5, (BATCH,))},
@@ -170,13 +166,13 @@ FAMILIES = [
         weight transformer.decoder.layers.0.multihead_attn.in_proj_weight
         bias transformer.encoder.layers.0.self_attn.in_proj_bias of transformer.encoder.layers.0.self_attn.in_proj_weight
         bias transformer.decoder.layers.0.self_attn.in_proj_bias of transformer.decoder.layers.0.self_attn.in_proj_weight
-        bias transformer.decoder.layers.0.multihead_attn.in_proj_bias of transformer.decoder.layers.0.multihead_attn.in_proj_weight
+        bias CROSS.in_proj_bias of CROSS.in_proj_weight
         linear transformer.{encoder,decoder}.layers.0.{self_attn.out_proj,linear1,linear2}
         linear transformer.decoder.layers.0.multihead_attn.out_proj
         norm transformer.encoder.layers.0.{norm1,norm2} transformer.decoder.layers.0.{norm1,norm2,norm3}
         norm transformer.{encoder,decoder}.norm
         linear head
-        """,
+        """.replace("CROSS", "transformer.decoder.layers.0.multihead_attn"),
         hidden=("*.in_proj_weight", "*.out_proj.weight"),
     ),
 ]

@@ -28,9 +28,12 @@ Batch = dict[str, Any]
 class Family:
     """``build()`` gives a model that returns its loss (or an object with ``.loss``), ``batch()`` its keyword arguments.
 
-    ``hidden``: patterns of matrices that hooks on ``nn.Linear`` and ``nn.Conv2d`` do not see; the comparison with the
-    hook-based reference skips them. ``tolerance`` of that comparison, in float64 but for what the model itself casts to
-    float32. ``uncovered``: matrices that a product makes and that are no sites all the same, with the reason.
+    ``hidden``: patterns of matrices that hooks on linear layers, plain convolutions and tables do not see; the
+    comparison with the hook-based reference skips them. ``tolerance`` of that comparison, in float64 but for what the
+    model itself casts to float32. ``uncovered``: matrices that a product makes and that are no sites all the same, with
+    the reason.
+    ``still``: sites whose factors stay the identity, since the rows of both statistics sum to zero in exact arithmetic.
+    ``plain`` makes the reference's copy of the model the plainest that there is.
     """
 
     name: str
@@ -40,7 +43,8 @@ class Family:
     hidden: tuple[str, ...] = ()
     tolerance: float = 1e-10
     uncovered: dict[str, str] = field(default_factory=dict)
-    lr: float = 1e-2
+    still: tuple[str, ...] = ()
+    plain: Callable[[nn.Module], None] = lambda model: None
 
     def expected(self, model: nn.Module) -> dict[str, str]:
         """Every trainable parameter's role: "site", "bias of <weight>" or "declined"."""
@@ -104,12 +108,18 @@ class Summary:
     elements: int
     covered_elements: int
     uncovered: tuple[str, ...]
+    exceptions: str
+
+    @property
+    def share(self) -> float:
+        return self.covered_elements / self.elements
 
     def __str__(self) -> str:
-        return (
-            f"{self.family}: {self.covered} of {self.matrices} matrices, "
-            f"{self.covered_elements / self.elements:.1%} of their elements"
-        )
+        return f"{self.family}: {self.covered} of {self.matrices} matrices, {self.share:.1%} of their elements"
+
+    def row(self) -> str:
+        """Its line in docs/families.md."""
+        return f"| {self.family} | {self.covered} of {self.matrices} | {self.share:.1%} | {self.exceptions or 'none'} |"
 
 
 def summary(family: Family, model: nn.Module, coverage: Any) -> Summary:
@@ -128,6 +138,7 @@ def summary(family: Family, model: nn.Module, coverage: Any) -> Summary:
         sum(e.elements for e in matrices),
         sum(e.elements for e in covered),
         tuple(e.name for e in matrices if e.declined is not None),
+        "; ".join(f"`{name}`: {reason}" for name, reason in family.uncovered.items()),
     )
 
 

@@ -1,20 +1,18 @@
 """Every family: its parameters' roles, one program, falling losses; its trajectory beside the hook-based reference."""
 
 import copy
-import itertools
+from pathlib import Path
 
-import decoders
-import encoders
 import pytest
 import torch
-import vision
+from catalogue import FAMILIES
 from family import loss_of, made, roles, summary
-from test_lockstep import reference_for, relative
+from test_lockstep import reference_for
 
 import mkor_fx
 from mkor_fx import MKOR
 
-FAMILIES = {family.name: family for part in (encoders, decoders, vision) for family in part.FAMILIES}
+TABLE = Path(__file__).parents[2] / "docs" / "families.md"
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -23,7 +21,7 @@ def test_coverage_and_training(name):
     family = FAMILIES[name]
     model, batch = made(family)
     expected = family.expected(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=family.lr)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     step = mkor_fx.compile_step(model, None, optimizer, backend="eager")
     examples = batch()
     losses = [step(**examples).item() for _ in range(20)]
@@ -33,9 +31,13 @@ def test_coverage_and_training(name):
     assert roles(step.coverage) == expected
     covered = summary(family, model, step.coverage)
     assert covered.uncovered == tuple(family.uncovered)
-    if not family.uncovered:
-        assert covered.covered >= 0.95 * covered.matrices
-        assert covered.covered_elements >= 0.95 * covered.elements
+    assert family.uncovered or min(covered.share, covered.covered / covered.matrices) >= 0.95
+    assert covered.row() in TABLE.read_text().splitlines(), "python tests/families/catalogue.py writes docs/families.md"
+
+
+def distance(value, reference):
+    """Relative, but for what is zero in exact arithmetic, as the bias of a softmax attention's keys remains."""
+    return ((value - reference).norm() / reference.norm().clamp_min(1e-4)).item()
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -44,7 +46,8 @@ def test_lockstep(name):
     family = FAMILIES[name]
     model, batch = made(family, torch.float64)
     twin = copy.deepcopy(model)
-    own, other = (torch.optim.AdamW(m.parameters(), lr=1e-3) for m in (model, twin))
+    family.plain(twin)
+    own, other = (torch.optim.SGD(m.parameters(), lr=0.05, momentum=0.9) for m in (model, twin))
     rule = MKOR(factor_dtype=torch.float64)
     reference = reference_for(twin, rule, other)
     step = mkor_fx.compile_step(model, None, own, rule, skip=family.hidden, backend="eager")
@@ -54,14 +57,15 @@ def test_lockstep(name):
         expected = loss_of(twin(**examples))
         expected.backward()
         reference.step()
-        assert relative(loss, expected.detach()) <= family.tolerance
+        assert distance(loss, expected.detach()) <= family.tolerance
         for (key, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
-            assert relative(p.detach(), q.detach()) <= family.tolerance, key
+            assert distance(p.detach(), q.detach()) <= family.tolerance, key
         state = step.mkor.state_dict()
-        assert state.keys() - {"step"} <= reference.state.keys()
         for key in state.keys() - {"step"}:
-            assert relative(state[key], reference.state[key]) <= family.tolerance, key
-    watched = {entry.name for entry in step.coverage.covered if not entry.bias_of}
-    assert watched or family.hidden
-    assert all(torch.equal(reference.state[f"{n}.L"], torch.eye(len(reference.state[f"{n}.L"])).double()) is False
-               for n in itertools.islice(sorted(watched), 1))
+            assert distance(state[key], reference.state[key]) <= family.tolerance, key
+    sites = [entry for entry in step.coverage.covered if not entry.bias_of]
+    for entry in sites:  # one side may stay the identity: the gradients at a key projection sum to zero
+        factors = [state[f"{entry.name}.{side}"] for side in entry.factors]
+        moved = any(not torch.equal(factor, torch.eye(len(factor)).to(factor)) for factor in factors)
+        assert moved == (entry.name not in family.still), entry.name
+    assert sites

@@ -2,6 +2,7 @@
 
 import torch
 import transformers
+from encoders import CLASSES
 from family import Family
 from torch import nn
 from torch.nn import functional
@@ -53,7 +54,7 @@ FAMILIES = [
         "ResNet",
         lambda: transformers.ResNetForImageClassification(
             transformers.ResNetConfig(
-                embedding_size=8, hidden_sizes=[8, 12], depths=[2, 1], layer_type="basic", num_labels=5
+                embedding_size=8, hidden_sizes=[8, 12], depths=[2, 1], layer_type="basic", **CLASSES
             )
         ),
         labelled_images,
@@ -71,7 +72,7 @@ FAMILIES = [
         "ConvNeXt",  # depthwise convolutions, then layers on the last dimension
         lambda: transformers.ConvNextForImageClassification(
             transformers.ConvNextConfig(
-                hidden_sizes=[8, 12], depths=[2, 1], num_stages=2, patch_size=2, num_labels=5, layer_scale_init_value=0.1
+                hidden_sizes=[8, 12], depths=[2, 1], num_stages=2, patch_size=2, **CLASSES, layer_scale_init_value=0.1
             )
         ),
         labelled_images,
