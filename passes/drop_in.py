@@ -36,7 +36,7 @@ def find_layouts(gm: fx.GraphModule, inputs: Sequence[Any], naming: Naming, rule
     if step is None:
         return {}
     with plain_tracing():
-        analyse(step, rule, Graphs("analysis"))
+        analyse(step, rule, None)
     return {index: Layout.of(site) for index, site in step.sites.items()}
 
 
@@ -178,7 +178,7 @@ def compile_flat(
     graph.output(outputs)
     program = StepGraph(fx.GraphModule({}, graph), graph.find_nodes(op="placeholder"), {}, [])
     synthesise(program, lambda _: None, graphs, inductor=False)
-    return compile_graph(program.module, backend, options)
+    return compile_graph(program.module, backend, options, graphs.code)
 
 
 def partial_update(rule: Rule, job: Job) -> Callable:

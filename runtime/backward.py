@@ -28,7 +28,7 @@ class BackwardPreconditioner:
         job: Callable[..., Any],
     ) -> None:
         self.rule, self.refresh_every = rule, refresh_every
-        self.mkor = FactorState(model, before_save=self.flush)
+        self.mkor = FactorState(model, refresh_every, self.flush)
         self.carriers = Carriers()
         self._build_refresh, self._job = build_refresh, job
         self._sites: dict[int, tuple[nn.Parameter, Any]] = {}

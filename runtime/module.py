@@ -42,7 +42,7 @@ class Preconditioner:
         merge: Callable[[Any, Any], Any],
     ) -> None:
         self.rule, self.refresh_every = rule, refresh_every
-        self.mkor = FactorState(model)
+        self.mkor = FactorState(model, refresh_every)
         self.carriers = Carriers()
         self.known: dict[int, Known] = {}
         self._build_update, self._job, self._merge = build_update, job, merge

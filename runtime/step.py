@@ -31,7 +31,7 @@ class CompiledStep:
         refresh_every: int,
     ) -> None:
         self.model, self.optimizer, self.refresh_every = model, optimizer, refresh_every
-        self.mkor = FactorState(model)
+        self.mkor = FactorState(model, refresh_every)
         self.variants: dict[str, Any] = {}
         self.coverage: Any = None
         self.compilations = 0
@@ -42,6 +42,7 @@ class CompiledStep:
         self._numbers: PackedNumbers | None = None
         self._fresh_groups: set[int] = set()
         self._skipped: Tensor | None = None
+        self._loss: Tensor | None = None
 
     @property
     def graphs(self) -> Any:
@@ -54,6 +55,11 @@ class CompiledStep:
         """Steps skipped because the loss or a gradient was not finite. Reading it waits for the device."""
         return 0 if self._skipped is None else int(self._skipped)
 
+    def metrics(self, per_factor: bool = False) -> dict[str, float]:
+        """The last ``loss``, steps ``skipped`` so far, and ``mkor.metrics()``, as plain numbers. Waits for the device."""
+        last = {} if self._loss is None else {"loss": float(self._loss)}
+        return {**last, "skipped": self.skipped, **self.mkor.metrics(per_factor)}
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             raise RuntimeError(
@@ -65,6 +71,7 @@ class CompiledStep:
         if refresh not in self._programs:
             self._programs[refresh] = self._build(self, refresh)
         result = self._programs[refresh](*args, **kwargs)
+        self._loss = result[0] if isinstance(result, tuple) else result
         self.mkor.advance()
         self._fresh_groups.clear()
         self.optimizer._opt_called = True  # type: ignore[attr-defined]  # what learning-rate schedulers look at
