@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from .config import Options, check_model, check_optimizer, check_rule
 from .drop_in import DropIn
 from .passes.capture import Naming
-from .passes.lower import raising_user_errors
+from .passes.lower import facing_user
 from .rules import MKOR, Rule
 from .runtime.step import CompiledStep
 from .whole_step import build_whole_step, loss_function
@@ -134,6 +134,6 @@ def compile_step(
         def mkor_fx(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
             return build_whole_step(step, rule, refresh, chosen, skip_nonfinite, gm, inputs)
 
-        return raising_user_errors(torch.compile(loss_of, backend=mkor_fx, fullgraph=True, dynamic=dynamic))
+        return facing_user(torch.compile(loss_of, backend=mkor_fx, fullgraph=True, dynamic=dynamic))
 
     return CompiledStep(model, optimizer, build, refresh_every if rule is not None else 1)

@@ -183,7 +183,7 @@ def _row_count(operand: Operand) -> Any:
     """``N`` of an operand's rows, of each member; symbolic where its sizes are, None where the data deal rows to members."""
     arguments = [fake_value(a) if isinstance(a, fx.Node) else a for a in operand.arguments]
     value = fake_value(operand.node)
-    with torch.no_grad():
+    with torch.no_grad(), value.fake_mode:  # a view may make tensors of its own
         rows = operand.view(value, *arguments)
     sizes = _static(rows.numel()), _static(value.numel())
     dealt_out = rows.dim() == 3 and None not in sizes and sizes[0] > sizes[1]

@@ -24,7 +24,7 @@ from .passes.capture import (
     with_inputs,
 )
 from .passes.drop_in import Job, StatisticsPass, build_update, find_layouts
-from .passes.lower import compile_joint, raising_user_errors
+from .passes.lower import compile_joint, facing_user
 from .passes.rewrite import merge_layouts
 from .prims import accumulation_dtype
 from .rules import Rule
@@ -71,7 +71,7 @@ class DropIn:
         handle.__dict__.update(self.model.__dict__)
         call = own_code(_call_of(handle))
         fullgraph, dynamic = self.options.fullgraph, self.options.dynamic
-        compiled = raising_user_errors(torch.compile(call, backend=self._backend, fullgraph=fullgraph, dynamic=dynamic))
+        compiled = facing_user(torch.compile(call, backend=self._backend, fullgraph=fullgraph, dynamic=dynamic))
 
         def run(*args: Any, **kwargs: Any) -> Any:
             result = compiled(*args, **kwargs)
