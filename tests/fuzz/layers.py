@@ -228,8 +228,9 @@ class Packed(Layer):
             self.w = weight(*shape, fan=i)
         self.text = f"x = weight used by {self.way}  # w {list(self.w.shape)}"
 
-    def piece(self, x, part, first, last, kind="slice"):
-        return saw(F.linear(x, part), self.w, x, kind, within=(first, last))
+    def piece(self, x, part, first, last):
+        one = any(p == 1 < w for p, w in zip(part.shape, self.w.shape))  # may be read as one member of a batch
+        return saw(F.linear(x, part), self.w, x, "slice-of-one" if one else "slice", within=(first, last))
 
     def forward(self, x):
         o, i, w = self.o, self.i, self.w
@@ -290,9 +291,12 @@ class Derived(Layer):
         inner = self.inner
         if self.way.startswith("weight_norm"):
             scale, direction = inner.parametrizations.weight.original0, inner.parametrizations.weight.original1
-            if is_recording():
+            y = inner(x)
+            if scale.shape == direction.shape:  # every element has its own scale: it is the weight as well
+                y = saw(y, scale, x, "derived-scale", exact=False)
+            elif is_recording():
                 opaque(scale, "derived-scale")
-            return saw(inner(x), direction, x, "derived", exact=False)
+            return saw(y, direction, x, "derived", exact=False)
         if self.way == "orthogonal":
             return saw(inner(x), inner.parametrizations.weight.original, x, "cayley", exact=False)
         w = inner.weight
