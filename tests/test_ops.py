@@ -93,6 +93,7 @@ EXAMPLES = [
     stored((9, 6), lambda x, w: F.linear(x[:, :2], w[:, 1:3]), torch.randn(5, 6), name="columns"),
     stored((12, 1), lambda x, w: F.linear(x, w[:4]), torch.randn(5, 1), name="slice-of-a-column"),
     stored((3, 1), lambda x, w: x @ w[:1] + F.linear(x, w[1:]).sum(), torch.randn(5, 1), name="row-and-rows"),
+    stored((3, 2), lambda x, w: sum(F.linear(x, v) for v in w.chunk(3)), torch.randn(5, 2), name="chunks-of-one"),
     stored((3, 4), lambda x, w: sum(F.linear(x, w[i : i + 1]) for i in (1, 2, 0)), torch.randn(5, 4), name="rows"),
     stored((6, 5), lambda x, w: x @ w.expand(3, 6, 5), torch.randn(3, 7, 6), name="expanded"),
     stored((12, 5), lambda x, w: torch.bmm(x, w.view(3, 4, 5)), torch.randn(3, 7, 4), name="batch-in-2d"),
@@ -170,6 +171,32 @@ def test_orientation_follows_from_the_use_even_where_all_sizes_are_equal(functio
 def test_every_row_has_an_example():
     silent = {row.name for row in TABLE.values() if not row.examples}
     assert silent == {"grouped_linear_of_transformers"}, "that one needs transformers: the families' tests hold it"
+
+
+@pytest.mark.parametrize("make, dim", [
+    (lambda: Stored((6, 5), lambda x, w: F.linear(x, w[1:])), 0),
+    (lambda: Stored((3, 5, 4), lambda x, w: x @ w[0] + x.tanh() @ w[2]), 0),
+    (lambda: nn.Conv1d(5, 4, 3, padding=1, stride=2, padding_mode="circular"), 2),
+    (lambda: nn.ConvTranspose1d(5, 4, 3, stride=2), 2),
+])  # fmt: skip
+@pytest.mark.parametrize("door", ["step", "drop-in"])
+def test_sizes_may_be_dynamic(make, dim, door):
+    torch.manual_seed(0)
+    model = make().double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loss_fn = lambda out, y: (out * y).pow(2).mean()
+    step = mkor_fx.compile_step(model, loss_fn, optimizer, backend="eager", dynamic=True) if door == "step" else None
+    handle = mkor_fx.compile(model, backend="eager", dynamic=True) if door == "drop-in" else None
+    for size in (5, 7, 6):
+        x = torch.randn(size, 5).double() if dim == 0 else torch.randn(2, 5, size).double()
+        if step is not None:
+            step(x, 1.0)
+        else:
+            optimizer.zero_grad()
+            loss_fn(handle(x), 1.0).backward()
+            optimizer.step()
+    state = (step or handle).mkor
+    assert state.step == 3 and (step or handle).coverage["weight"].declined is None
 
 
 @pytest.mark.parametrize("stored", ["out-in", "in-out"])
