@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tabulate import tabulate
@@ -105,7 +106,7 @@ class Outcome:
     accuracy: float
     step_ms: float
     compile_seconds: float
-    coverage: str
+    coverage: Any
 
     def row(self, name: str, lr: float) -> tuple[str, ...]:
         means = (statistics.fmean(part) for part in (self.losses[:10], self.losses[-10:]))
@@ -150,9 +151,8 @@ def fine_tune(
         report(done + 1, losses[-1])
         if not math.isfinite(losses[-1]):
             break
-    coverage = str(step.coverage).splitlines()[-1] if rule else ""
     typical = statistics.median(seconds)
-    return Outcome(losses, accuracy(model, data[1]), 1e3 * typical, max(seconds) - typical, coverage)
+    return Outcome(losses, accuracy(model, data[1]), 1e3 * typical, max(seconds) - typical, step.coverage)
 
 
 def main() -> None:
@@ -178,7 +178,8 @@ def main() -> None:
     for name, rule, lr in zip(("AdamW", "AdamW + mkor_fx"), (None, mkor_fx.MKOR()), options.lr):
         print(name, flush=True)
         outcome = fine_tune(rule, lr, data, options, report)
-        print(outcome.coverage)
+        if rule:
+            print(f"{len(outcome.coverage.covered)} of {len(list(outcome.coverage))} parameters preconditioned")
         rows.append(outcome.row(name, lr))
     headers = ("", "learning rate", f"loss, {FIRST}", f"loss, {LAST}", "held-out accuracy", "ms a step", "compile s")
     print("\n" + tabulate(rows, headers, disable_numparse=True, colalign=("left",) + ("right",) * 6))
