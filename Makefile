@@ -46,7 +46,7 @@ demo: $(READY)  ## AdamW without and with mkor_fx on real data: table, demo-outp
 	$(RUN) -m benchmarks.demo $(TASK) $(ARGS)
 
 test: $(MINILM)  ## run the tests
-	$(RUN) -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal $(ARGS)
 
 fuzz: $(READY)  ## hold 1000 random programs to their reference (half an hour): ARGS="--seeds 0:1000"
 	$(RUN) -m tests.fuzz $(or $(ARGS),--seeds 0:1000)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, fx
 
 from .. import reasons
-from ..ir import INPUTS_FIRST, INPUTS_LAST, Decline, Operand, Site, StepGraph, Tap, View
+from ..ir import INPUTS_FIRST, INPUTS_LAST, Decline, Operand, Site, StepGraph, Tap, View, fake_value
+from ..ops.rows import as_columns, as_rows
 from ..rules import Gradient, Rule, Shape, Use
 from .core import graph_pass
 from .trace import insert
@@ -128,19 +129,22 @@ def summary_shapes(rule: Rule, shape: Shape) -> list[torch.Size]:
         return [s.shape for s in rule.summarize(shape, torch.empty(1, shape.I), torch.empty(1, shape.O))]
 
 
-def summarize_use(
+#: how an operand is read in traced code: a view, the operand's value and further arguments
+Reading = tuple[Any, ...]
+
+
+def summarize_uses(
     rule: Rule,
     layout: Layout,
     kind: int,
-    a_view: Callable,
-    a: tuple,
-    g_view: Callable,
-    g: tuple,
-    count: Any,
+    a: list[Reading],
+    g: list[Reading],
+    count: Reading | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """One use's statistics vector, ``[S]``: of each member the flat summary, then the number of rows."""
-    a_NI, g_NO = a_view(*a), g_view(*g)
+    """The statistics vector of uses whose rows are put one behind the other, ``[S]``: of each member the flat summary,
+    then the number of rows."""
+    a_NI, g_NO = (_behind_each_other([view(*arguments) for view, *arguments in readings]) for readings in (a, g))
     if count is None:
         rows = torch.ones_like(g_NO[..., 0], dtype=dtype).sum(-1)
     else:
@@ -150,27 +154,36 @@ def summarize_use(
     return torch.cat([*flat, rows.unsqueeze(-1)], -1).flatten()
 
 
+def _behind_each_other(rows: list[Tensor]) -> Tensor:
+    return rows[0] if len(rows) == 1 else torch.cat(rows, -2)
+
+
 def write_statistics(graph: fx.Graph, rule: Rule, site: Site, dtype: torch.dtype) -> dict[int, fx.Node]:
     """Insert the statistics vector of each orientation in which the site's weight is used."""
-    label = f"{site.parameter.name}: statistics"
     vectors: dict[int, fx.Node] = {}
-    layout = Layout.of(site)
-    for tap in site.taps:
-        assert tap.inputs is not None
-        vector = _write_use(graph, rule, layout, tap, dtype, label)
-        known = vectors.get(tap.inputs)
-        vectors[tap.inputs] = vector if known is None else insert(graph, torch.add, known, vector, label=label)
+    layout, label = Layout.of(site), f"{site.parameter.name}: statistics"
+    for taps in _together(site.taps):
+        a, g = ([_reading(operand) for operand in operands] for operands in zip(*((tap.a, tap.g) for tap in taps)))
+        count = None if taps[0].count is None else _reading(taps[0].count)
+        kind = taps[0].inputs
+        assert kind is not None
+        vector = insert(graph, summarize_uses, rule, layout, kind, a, g, count, dtype, label=label)
+        known = vectors.get(kind)
+        vectors[kind] = vector if known is None else insert(graph, torch.add, known, vector, label=label)
     return vectors
 
 
-def _write_use(graph: fx.Graph, rule: Rule, layout: Layout, tap: Tap, dtype: torch.dtype, label: str) -> fx.Node:
-    def spread(operand: Operand) -> tuple:
-        return (operand.node, *operand.arguments)
+def _together(taps: list[Tap]) -> list[list[Tap]]:
+    """Uses to be summed in one go: an unrolled recurrence has one each time step, and a few kernels each would be many."""
+    groups: dict[Any, list[Tap]] = {}
+    for i, tap in enumerate(taps):
+        plain = tap.count is None and {tap.a.view, tap.g.view} <= {as_rows, as_columns}
+        groups.setdefault((tap.inputs, fake_value(tap.g.node).dtype) if plain else i, []).append(tap)
+    return list(groups.values())
 
-    count = None if tap.count is None else (tap.count.view, *spread(tap.count))
-    a, g = tap.a, tap.g
-    operands = a.view, spread(a), g.view, spread(g)
-    return insert(graph, summarize_use, rule, layout, tap.inputs, *operands, count, dtype, label=label)
+
+def _reading(operand: Operand) -> Reading:
+    return (operand.view, operand.node, *operand.arguments)
 
 
 def update_site(

@@ -238,3 +238,44 @@ def test_stacked_layers_used_one_after_the_other(door):
     for e in range(3):
         torch.testing.assert_close(chain.weight[e], layers.weights[e], **CLOSE)
         torch.testing.assert_close(state["weight.L"][e], expected[f"weights.{e}.L"], **CLOSE)
+
+
+class AcrossABreak(nn.Module):
+    """One weight on both sides of a graph break: ``[N, I] -> [N, I]``."""
+
+    def __init__(self, first):
+        super().__init__()
+        self.weight, self.first, self.broken = nn.Parameter(torch.randn(I, I) / I**0.5), first, True
+
+    def forward(self, x):
+        x = torch.tanh(self.first(x, self.weight))
+        if self.broken:
+            torch._dynamo.graph_break()
+        return F.linear(x, self.weight)
+
+
+def test_a_weight_used_in_two_graphs_has_the_statistics_of_both():
+    torch.manual_seed(0)
+    two = AcrossABreak(F.linear).double()
+    one = copy.deepcopy(two)
+    one.broken = False
+    batches = [torch.randn(6, I).double() + 0.3 for _ in range(3)]
+    (state, coverage), (expected, _) = (train("drop-in", model, batches) for model in (two, one))
+    assert coverage.share() == (1.0, 1.0)
+    torch.testing.assert_close(state, expected, **CLOSE)
+    torch.testing.assert_close(two.weight, one.weight, **CLOSE)
+
+
+def test_a_weight_that_two_graphs_see_as_different_matrices_is_declined_and_keeps_its_gradient():
+    torch.manual_seed(0)
+    model = AcrossABreak(lambda x, w: F.embedding(x[:, 0].long().abs() % I, w)).double()
+    plain = copy.deepcopy(model)
+    batches = [torch.randn(6, I).double() * 3 for _ in range(3)]
+    _, coverage = train("drop-in", model, batches)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
+    for x in batches:
+        optimizer.zero_grad()
+        (plain(x) - 0.1).pow(2).mean().backward()
+        optimizer.step()
+    assert "two graphs" in coverage["weight"].declined.reason
+    torch.testing.assert_close(model.weight, plain.weight, **CLOSE)

@@ -188,7 +188,7 @@ FAMILIES = [
         still=tuple(braces("{encoder,decoder}.block.0.layer.0.SelfAttention.relative_attention_bias.weight")),
     ),
     Family(
-        "Mamba",  # A_log and D scale the states; the convolution is depthwise
+        "Mamba",  # A_log and D scale the states; the convolution is depthwise; dt_proj.bias is added after a transposition
         lambda: transformers.MambaForCausalLM(
             transformers.MambaConfig(
                 vocab_size=VOCABULARY,
@@ -205,6 +205,7 @@ FAMILIES = [
         weight backbone.embeddings.weight
         plain backbone.layers.{0,1}.mixer.{A_log,D}
         linear backbone.layers.{0,1}.mixer.{conv1d,in_proj,x_proj,dt_proj,out_proj}
+        plain backbone.layers.{0,1}.mixer.dt_proj.bias
         norm backbone.layers.{0,1}.norm backbone.norm_f
         """,
         hidden=("*.conv1d.weight", "*.dt_proj.weight"),  # its weight is used outside of its layer
@@ -234,17 +235,14 @@ FAMILIES = [
         plain=looped_experts,
     ),
     Family(
-        "GPT-OSS",  # experts are [in, out] and have biases, one a row; sinks are learnt logits
+        "GPT-OSS",  # experts are [in, out]; their biases are looked up, one a row; sinks are learnt logits
         lambda: gpt_oss("grouped_mm"),
         text,
         LLAMA
         + """
         linear model.layers.{0,1}.mlp.router
         weight model.layers.{0,1}.mlp.experts.{gate_up_proj,down_proj}
-        bias model.layers.0.mlp.experts.gate_up_proj_bias of model.layers.0.mlp.experts.gate_up_proj
-        bias model.layers.1.mlp.experts.gate_up_proj_bias of model.layers.1.mlp.experts.gate_up_proj
-        bias model.layers.0.mlp.experts.down_proj_bias of model.layers.0.mlp.experts.down_proj
-        bias model.layers.1.mlp.experts.down_proj_bias of model.layers.1.mlp.experts.down_proj
+        weight model.layers.{0,1}.mlp.experts.{gate_up_proj_bias,down_proj_bias}
         plain model.layers.{0,1}.self_attn.sinks
         """,
         hidden=("*.experts.*", "*.router.weight"),

@@ -93,6 +93,7 @@ FAMILIES = [
         pictures,
         """
         linear enter down1 down2 up2 merge2 up1 merge1 leave
+        plain {up1,up2}.bias
         norm norm
         """,
         hidden=("up1.weight", "up2.weight"),
