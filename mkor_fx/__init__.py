@@ -1,8 +1,9 @@
 """Second-order optimizers as a compiler pass: MKOR inside torch.compile's own graphs."""
 
 from .api import compile, compile_step
+from .distributed import Communication
 from .explain import explain
 from .ops import op_rule
 from .rules import MKOR, Rule
 
-__all__ = ["MKOR", "Rule", "compile", "compile_step", "explain", "op_rule"]
+__all__ = ["MKOR", "Communication", "Rule", "compile", "compile_step", "explain", "op_rule"]

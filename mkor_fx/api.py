@@ -7,9 +7,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from .config import Options, check_model, check_optimizer, check_rule
+from .distributed import Communication, find_ranks
 from .drop_in import DropIn
 from .passes.capture import Naming
 from .passes.lower import raising_user_errors
@@ -79,6 +81,8 @@ def compile_step(
     refresh_every: int = 1,
     skip: Sequence[str] = (),
     skip_nonfinite: bool = True,
+    process_group: ProcessGroup | None = None,
+    communication: Communication = Communication(),  # noqa: B008  (frozen)
     return_outputs: bool = False,
     backend: str = "inductor",
     dynamic: bool | None = None,
@@ -103,6 +107,9 @@ def compile_step(
         refresh_every: steps per factor refresh; the first step refreshes.
         skip: glob patterns of parameter names that keep their raw gradient.
         skip_nonfinite: a step whose loss or gradients are not finite changes nothing at all (``step.skipped`` counts).
+        process_group: ranks that train together, each on its part of the batch; None is the world where
+            torch.distributed is initialised. Parameters and buffers start as rank 0's, the loss is the mean over ranks.
+        communication: buckets, averaging, checks.
         return_outputs: return ``(loss, outputs)``, the model's outputs detached.
         backend: ``"inductor"``, or ``"eager"`` to run the rewritten graph uncompiled.
         dynamic, fullgraph, mode, options: as in torch.compile. A whole step needs ``fullgraph=True``.
@@ -132,8 +139,9 @@ def compile_step(
 
     def build(step: CompiledStep, refresh: bool) -> Callable[..., Any]:
         def mkor_fx(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-            return build_whole_step(step, rule, refresh, chosen, skip_nonfinite, gm, inputs)
+            return build_whole_step(step, rule, refresh, chosen, skip_nonfinite, communication, gm, inputs)
 
         return raising_user_errors(torch.compile(loss_of, backend=mkor_fx, fullgraph=True, dynamic=dynamic))
 
-    return CompiledStep(model, optimizer, build, refresh_every if rule is not None else 1)
+    every = refresh_every if rule is not None else 1
+    return CompiledStep(model, optimizer, build, every, find_ranks(process_group), communication.check_replicas_every)

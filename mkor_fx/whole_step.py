@@ -10,10 +10,13 @@ from torch import Tensor, fx, nn
 
 from .config import Options
 from .coverage import Coverage
+from .distributed import Communication, buffer_names, check_still_alone, plan_of
 from .graphs import Graphs
 from .passes.capture import Naming, WholeStep, capture_whole_step, dynamo_parameters, own_code
+from .passes.collectives import Network
 from .passes.lower import compile_graph, plain_tracing
 from .passes.optimizer import trace_update
+from .passes.pin import Overlap
 from .passes.pipeline import analyse, synthesise
 from .passes.rewrite import Layout
 from .passes.whole_step import StepWriter
@@ -50,6 +53,7 @@ def build_whole_step(
     refresh: bool,
     options: Options,
     skip_nonfinite: bool,
+    communication: Communication,
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
 ) -> Callable[..., Any]:
@@ -81,25 +85,38 @@ def build_whole_step(
         step.prepare_optimizer(list(trained.values()))
         update = trace_update(step.optimizer, list(trained.values()))
         device = next(iter(trained.values())).device
-        writer = StepWriter(whole)
+        ranks, network = step.ranks, None
+        if ranks is None:
+            check_still_alone()
+        else:
+            network = Network(whole.graph, ranks.name, ranks.size)
+        writer = StepWriter(whole, network, buffer_names(gm, step.model))
 
         def rewrite(_: WholeStep) -> None:
-            writer.seed_with_one()
-            directions = writer.raw_gradients()
+            writer.seed(step.rows(device) if communication.average == "rows" else None)
+            directions = writer.take_gradients(list(trained))
             if rule is not None:
                 directions |= writer.precondition(rule, refresh, states, step.mkor.step_tensor(device))
             optimizer_states = {i: tensor_state(step.optimizer, p) for i, p in trained.items()}
             writer.apply(update, directions, optimizer_states, step.numbers(device))
             writer.finish(skip_nonfinite, step.skip_counter(device))
 
-        synthesise(whole, rewrite, graphs, inductor=False)
-        compiled = compile_graph(whole.module, options.backend, options.inductor)
+        buckets = communication.sizes if network is not None else None
+        synthesise(whole, rewrite, graphs, inductor=False, buckets=buckets)
+        keep_order = Overlap() if network is not None else None
+        compiled = compile_graph(whole.module, options.backend, options.inductor, keep_order)
 
     step.follow_branches(update.branches)
     step.variants[variant], step.coverage = graphs, coverage
     step.compilations += 1
 
+    plan = ""
+    if ranks is not None:
+        about = {"skip_nonfinite": skip_nonfinite, "communication": communication, "steps": step.mkor.step}
+        plan = plan_of(whole, step.optimizer, list(trained.values()), rule, options, variant=variant, **about)
+
     def run(*args: Any) -> list[Any]:
+        step.begin(variant, plan)
         with plain_tracing():
             return compiled(*args, *(step.tensor(slot, args, device) for slot in writer.slots))
 

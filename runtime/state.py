@@ -88,6 +88,10 @@ class FactorState:
             self._factors[name], self._fresh[name] = factors, fresh
         return self.of(param)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The factors themselves, by name."""
+        return {f"{name}.{key}": t for name, factors in self._factors.items() for key, t in factors.items()}
+
     def reset(self) -> None:
         """Forget everything: fresh factors, step 0."""
         for name, fresh in self._fresh.items():
@@ -107,7 +111,7 @@ class FactorState:
     def state_dict(self) -> dict[str, Tensor]:
         """``{"<parameter>.L": [O, O], "<parameter>.R": [I, I], ..., "step": []}``, copies; plain tensors only."""
         self._before_save()
-        state = {f"{name}.{key}": t.clone() for name, factors in self._factors.items() for key, t in factors.items()}
+        state = {key: tensor.clone() for key, tensor in self.tensors().items()}
         state.update({key: tensor.clone() for key, tensor in self._pending.items()})
         return {**state, "step": torch.tensor(self._step)}
 
@@ -123,7 +127,7 @@ class FactorState:
         if not loaded and int(state["step"]) == 0:
             return self.reset()
         if self._factors:
-            own = {f"{name}.{key}": t for name, factors in self._factors.items() for key, t in factors.items()}
+            own = self.tensors()
             _check_keys_and_shapes(own, loaded)
             for key, tensor in own.items():
                 tensor.copy_(loaded[key])

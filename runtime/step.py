@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
-from .optimizer import PackedNumbers, initialise_state, structure_of
+from .optimizer import PackedNumbers, initialise_state, structure_of, tensor_state
+from .ranks import Ranks
 from .state import FactorState
 
 
@@ -29,8 +31,11 @@ class CompiledStep:
         optimizer: Optimizer,
         build: Callable[[CompiledStep, bool], Callable[..., Any]],
         refresh_every: int,
+        ranks: Ranks | None = None,
+        check_replicas_every: int = 0,
     ) -> None:
         self.model, self.optimizer, self.refresh_every = model, optimizer, refresh_every
+        self.ranks, self.check_replicas_every = ranks, check_replicas_every
         self.mkor = FactorState(model)
         self.variants: dict[str, Any] = {}
         self.coverage: Any = None
@@ -42,6 +47,9 @@ class CompiledStep:
         self._numbers: PackedNumbers | None = None
         self._fresh_groups: set[int] = set()
         self._skipped: Tensor | None = None
+        self._arguments: tuple[tuple, dict] = ((), {})
+        self._plans: dict[str, str] = {}
+        self._generation = -1
 
     @property
     def graphs(self) -> Any:
@@ -64,7 +72,13 @@ class CompiledStep:
         refresh = self.mkor.step % self.refresh_every == 0
         if refresh not in self._programs:
             self._programs[refresh] = self._build(self, refresh)
-        result = self._programs[refresh](*args, **kwargs)
+        self._arguments = (args, kwargs)
+        try:
+            result = self._programs[refresh](*args, **kwargs)
+        except Exception as error:
+            if self.ranks is not None:
+                self.ranks.failed(error)
+            raise
         self.mkor.advance()
         self._fresh_groups.clear()
         self.optimizer._opt_called = True  # type: ignore[attr-defined]  # what learning-rate schedulers look at
@@ -76,6 +90,38 @@ class CompiledStep:
         if structure != self._structure or not all(branch.holds(self.optimizer) for branch in self._branches):
             self._structure, self._branches, self._numbers = structure, (), None
             self._programs.clear()
+
+    # ---- several ranks ------------------------------------------------------------------------------------------------
+
+    def begin(self, variant: str, plan: str) -> None:
+        """What ranks have to settle before a program runs: the first time, that they run the same from the same state."""
+        if self.ranks is None:
+            return
+        if self._plans.get(variant) != plan:
+            self.ranks.agree(plan)
+            self._plans[variant] = plan
+        if self._generation != self.mkor.generation:
+            self._generation = self.mkor.generation
+            self.ranks.agree(f"factors at step {self.mkor.step}, loaded {self.mkor.generation} times")
+            self.ranks.copy_from_first([*self.model.parameters(), *self.model.buffers()])
+            self.ranks.compare(self.state_tensors(), f"before step {self.mkor.step}")
+        elif self.check_replicas_every and self.mkor.step % self.check_replicas_every == 0:
+            self.ranks.compare(self.state_tensors(), f"before step {self.mkor.step}")
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """All that a step changes, by name."""
+        tensors = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        for name, param in self.model.named_parameters():
+            state = tensor_state(self.optimizer, param)
+            tensors |= {f"optimizer state {key} of {name}": tensor for key, tensor in state.items()}
+        return tensors | {f"factor {key}": tensor for key, tensor in self.mkor.tensors().items()}
+
+    def rows(self, device: torch.device) -> Tensor:
+        """The first dimension of the step's last tensor argument, 0-dim float."""
+        tensors = [leaf for leaf in tree_leaves(self._arguments) if isinstance(leaf, Tensor) and leaf.dim()]
+        if not tensors:
+            raise ValueError("average='rows' needs a tensor among the step's arguments, whose first dimension counts")
+        return torch.full((), tensors[-1].shape[0], dtype=torch.float32, device=device)
 
     # ---- what programs ask for while they are built and run -----------------------------------------------------------
 
@@ -111,6 +157,8 @@ class CompiledStep:
                 return self.optimizer.state[args[slot.index]][slot.key]
             case "numbers":
                 return self.numbers(device)
+            case "rows":
+                return self.rows(device)
             case "step":
                 return self.mkor.step_tensor(device)
             case "skipped":

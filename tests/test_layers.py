@@ -29,6 +29,7 @@ PRIVATE = {
     "torch._functorch": {"mkor_fx.passes.capture", "mkor_fx.passes.lower"},
     "torch._guards": {"mkor_fx.passes.capture", "mkor_fx.passes.lower"},
     "torch._dynamo": {"mkor_fx.passes.lower"},
+    "torch.distributed.distributed_c10d": {"mkor_fx.runtime.ranks"},
 }
 
 
