@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .ir import Decline, StepGraph
-from .passes.rewrite import Layout, statistics_size
+from .passes.rewrite import Layout
 from .rules import Rule
 
 #: of a parameter that no captured graph has shown yet
@@ -58,9 +58,9 @@ class Coverage:
         for site in step.sites.values():
             layout = Layout.of(site)
             assert self._rule is not None
-            state = self._rule.init(layout.shape, torch.device("meta"))
-            sent = statistics_size(self._rule, site.matrix) * len(site.kinds)
-            ops = "+".join(dict.fromkeys(tap.op for tap in site.taps))
+            state = layout.fresh_state(self._rule)(torch.device("meta"))
+            sent = layout.statistics_size(self._rule) * len(site.kinds)
+            ops = "+".join(dict.fromkeys(tap.op for tap in site.taps)) + (" of f(W)" if site.parametrized else "")
             self._merge(
                 Entry(
                     names[site.parameter.index],
@@ -84,6 +84,9 @@ class Coverage:
                 )
         for index, decline in step.declines.items():
             self._merge(Entry(names[index], step.parameters[index].shape, declined=decline))
+
+    def decline(self, name: str, decline: Decline) -> None:
+        self._merge(Entry(name, self._entries[name].shape, declined=decline))
 
     def _merge(self, entry: Entry) -> None:
         known = self._entries.get(entry.name)

@@ -11,11 +11,12 @@ from torch import Tensor, fx, nn
 from .config import Options
 from .coverage import Coverage
 from .graphs import Graphs
-from .passes.backward import BackwardPass, build_refresh, find_layouts
-from .passes.capture import Naming, decompositions, dynamo_parameters, own_code, with_inputs
-from .passes.drop_in import Job, StatisticsPass, build_update
+from .ir import Decline
+from .passes.backward import BackwardPass, build_refresh
+from .passes.capture import Naming, data_inputs, decompositions, dynamo_parameters, own_code, with_inputs
+from .passes.drop_in import Job, StatisticsPass, build_update, find_layouts
 from .passes.lower import compile_joint, raising_user_errors
-from .passes.rewrite import merge_layouts, statistics_size
+from .passes.rewrite import merge_layouts
 from .prims import accumulation_dtype
 from .rules import Rule
 from .runtime.backward import BackwardPreconditioner
@@ -25,6 +26,10 @@ from .runtime.module import Preconditioner
 Params = dict[int, tuple[str, nn.Parameter]]
 #: the compiled graph, the pass that has rewritten it, and what to pass behind Dynamo's inputs
 Program = tuple[Callable[..., Any], StatisticsPass, Callable[[dict[int, Any]], list[Tensor]]]
+
+
+#: of a weight that two graphs see as different matrices, or that one looks up and another multiplies
+DISAGREE = Decline("two graphs use it in ways that do not go together")
 
 
 def _tensors(params: Params) -> dict[int, Tensor]:
@@ -84,8 +89,7 @@ class DropIn:
         if not params or not torch.is_grad_enabled():
             return compile_joint(gm, inputs, None, {}, self.options.backend, self.options.inductor)
         graphs = Graphs(f"{type(self.model).__name__}: graph {len(self.captured)}, forward and backward")
-        build = self._backward_program if isinstance(self.runtime, BackwardPreconditioner) else self._statistics_program
-        compiled, statistics, added = build(gm, inputs, params, graphs)
+        compiled, statistics, added = self._program(gm, inputs, params, graphs)
         self.captured.append(graphs)
         seen: set[tuple[int, ...]] = set()
 
@@ -102,47 +106,37 @@ class DropIn:
 
         return run
 
-    def _statistics_program(self, gm: fx.GraphModule, inputs: Sequence[Any], params: Params, graphs: Graphs) -> Program:
-        """Forward and backward with a carrier for every parameter that may turn out to be a site."""
-        shapes = {
-            index: ((2, statistics_size(self.rule, (p.shape[0], p[0].numel()))), accumulation_dtype(p.dtype))
-            for index, (_, p) in params.items()
-            if p.dim() >= 2 and p.numel() and p.is_floating_point()
-        }
-        carriers = {index: len(inputs) + i for i, index in enumerate(shapes)}
+    def _program(self, gm: fx.GraphModule, inputs: Sequence[Any], params: Params, graphs: Graphs) -> Program:
+        """Forward and backward with the carrier of every site, and in the other mode its state, as further inputs.
+
+        The sites are found beforehand, on a graph that is thrown away.
+        """
+        runtime, in_backward = self.runtime, isinstance(self.runtime, BackwardPreconditioner)
+        layouts = find_layouts(gm, inputs, self.naming, self.rule)
+        shapes = {}
+        for index, layout in layouts.items():
+            size = layout.statistics_size(self.rule)
+            rows = (3, max(4 * (layout.members or 1), size)) if in_backward else (2, size)
+            shapes[index] = (rows, accumulation_dtype(params[index][1].dtype))
 
         def added(own: dict[int, Any]) -> list[Tensor]:
-            return [self.runtime.carriers.of(own[index], *shape) for index, shape in shapes.items()]
-
-        statistics = StatisticsPass(*self._about(params, carriers, graphs))
-        return self._compile(gm, inputs, added(_tensors(params)), statistics), statistics, added
-
-    def _backward_program(self, gm: fx.GraphModule, inputs: Sequence[Any], params: Params, graphs: Graphs) -> Program:
-        """Forward and backward with a carrier and the state of every site, which are found beforehand."""
-        runtime = self.runtime
-        assert isinstance(runtime, BackwardPreconditioner)
-        named = {index: name for index, (name, _) in params.items()}
-        layouts = find_layouts(gm, inputs, named, self.naming, self.rule)
-        shapes = {
-            index: ((3, max(4, statistics_size(self.rule, layout.matrix))), accumulation_dtype(params[index][1].dtype))
-            for index, layout in layouts.items()
-        }
-
-        def added(own: dict[int, Any]) -> list[Tensor]:
+            if not isinstance(runtime, BackwardPreconditioner):
+                return [runtime.carriers.of(own[index], *shape) for index, shape in shapes.items()]
             runtime.begin(list(own.values()))
             return [t for index, layout in layouts.items() for t in runtime.inputs(own[index], layout, *shapes[index])]
 
         carriers, states, position = {}, {}, len(inputs)
         for index, layout in layouts.items():
-            state = layout.fresh_state_with_scale(self.rule, shapes[index][1])(torch.device("meta"))
-            carriers[index], states[index] = position, list(state)
-            position += 1 + len(state)
-        statistics = BackwardPass(*self._about(params, carriers, graphs), states=states)
-        return self._compile(gm, inputs, added(_tensors(params)), statistics), statistics, added
-
-    def _about(self, params: Params, carriers: dict[int, int], graphs: Graphs) -> tuple:
+            carriers[index], position = position, position + 1
+            if in_backward:
+                fresh = layout.fresh_state_with_scale(self.rule, shapes[index][1])
+                states[index] = list(fresh(torch.device("meta")))
+                position += len(states[index])
         named = {index: name for index, (name, _) in params.items()}
-        return self.rule, self.naming, named, carriers, graphs, self.options.backend == "inductor"
+        data, inductor = data_inputs(gm, self.naming), self.options.backend == "inductor"
+        about = self.rule, self.naming, named, data, carriers, graphs, inductor
+        statistics = BackwardPass(*about, states=states) if in_backward else StatisticsPass(*about)
+        return self._compile(gm, inputs, added(_tensors(params)), statistics), statistics, added
 
     def _compile(
         self, gm: fx.GraphModule, inputs: Sequence[Any], added: list[Tensor], statistics: StatisticsPass
@@ -156,12 +150,14 @@ class DropIn:
         capture = statistics.capture
         if capture.step is None:
             return
+        self.coverage.add(capture.step, {index: self.runtime.mkor.name(param) for index, param in params.items()})
         biases = set(capture.biases.values())
         for index, param in params.items():
             if index not in biases and isinstance(self.runtime, Preconditioner):
                 bias = capture.biases.get(index)
-                self.runtime.register(param, capture.layouts.get(index), None if bias is None else params[bias])
-        self.coverage.add(capture.step, {index: self.runtime.mkor.name(param) for index, param in params.items()})
+                layout = capture.layouts.get(index)
+                if not self.runtime.register(param, layout, None if bias is None else params[bias]):
+                    self.coverage.decline(self.runtime.mkor.name(param), DISAGREE)
 
     def _build_refresh(self, jobs: list[Job], carriers: list[Tensor], states: list[dict], step: Tensor) -> Callable:
         graphs = Graphs(f"{type(self.model).__name__}: refresh of {len(jobs)} weights")

@@ -50,7 +50,7 @@ def explain(
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         named = {index: name for index, (name, _) in dynamo_parameters(gm, naming).items()}
-        step = capture_joint(gm, inputs, named, naming)
+        step = capture_joint(gm, inputs, naming)
         if step is not None:
             with plain_tracing():
                 analyse(step, rule, Graphs("explain"))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 import torch
@@ -28,19 +28,23 @@ class Operand:
 class Tap:
     """One use of a weight, read off the operation that makes its gradient: ``grad_PQ = rows_P.T @ rows_Q``.
 
-    ``count`` is the number of rows, ``None`` for all ``N`` of them. ``inputs`` is filled in by the matcher where an op
-    table row cannot know it (``mm`` is symmetric): ``INPUTS_LAST`` for ``[O, I]`` weights, ``INPUTS_FIRST`` for ``[I, O]``.
-    ``bias_grads`` are nodes that hold this use's bias gradient for certain (a convolution's third output).
+    ``matrix`` is ``(P, Q)``, or ``(E, P, Q)`` for a batch of ``E`` matrices with rows ``[E, N, P]`` and ``[E, N, Q]``.
+    ``count`` is the number of rows, 0-dim or ``[E]``; ``None`` for all ``N`` of them. ``inputs`` is filled in by the
+    matcher where an op table row cannot know it (``mm`` is symmetric): ``INPUTS_LAST`` for ``[O, I]`` weights,
+    ``INPUTS_FIRST`` for ``[I, O]``. ``bias_grads`` are nodes that hold this use's bias gradient for certain. ``lookup``:
+    ``a`` are one-hots. ``routed``: rows without a gradient take no part, and a member may have none.
     """
 
     node: fx.Node
     op: str
-    matrix: tuple[int, int]
+    matrix: tuple[int, ...]
     rows_first: Operand
     rows_last: Operand
     inputs: int | None = None
     count: Operand | None = None
-    bias_grads: tuple[fx.Node, ...] = ()
+    bias_grads: frozenset[fx.Node] = frozenset()
+    lookup: bool = False
+    routed: bool = False
 
     @property
     def a(self) -> Operand:
@@ -49,6 +53,44 @@ class Tap:
     @property
     def g(self) -> Operand:
         return self.rows_first if self.inputs == INPUTS_LAST else self.rows_last
+
+    @property
+    def batched(self) -> bool:
+        return len(self.matrix) == 3
+
+    def flipped(self) -> Tap:
+        """The same use of the transposed weight."""
+        *members, first, last = self.matrix
+        swap = {INPUTS_LAST: INPUTS_FIRST, INPUTS_FIRST: INPUTS_LAST, None: None}
+        return replace(
+            self,
+            matrix=(*members, last, first),
+            rows_first=self.rows_last,
+            rows_last=self.rows_first,
+            inputs=swap[self.inputs],
+        )
+
+
+@dataclass(frozen=True)
+class View:
+    """How a parameter is seen as a matrix ``(P, Q)`` or as a batch of them ``(E, P, Q)``.
+
+    ``parameter.reshape(split).permute(order).reshape(matrix)``; ``P`` holds the parameter's outermost dimension that is
+    not a member's.
+    """
+
+    split: tuple[int, ...]
+    order: tuple[int, ...]
+    matrix: tuple[int, ...]
+
+    def see(self, x: torch.Tensor) -> torch.Tensor:
+        """Shaped as the parameter -> ``matrix``"""
+        return x.reshape(self.split).permute(self.order).reshape(self.matrix)
+
+    def store(self, x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        """``matrix`` -> the parameter's own shape."""
+        inverse = [self.order.index(i) for i in range(len(self.order))]
+        return x.reshape([self.split[i] for i in self.order]).permute(inverse).reshape(shape)
 
 
 @dataclass(frozen=True)
@@ -92,10 +134,15 @@ class Parameter:
 
 @dataclass
 class Site:
-    """A weight whose gradient is a product, with every use of it. ``bias`` is the index of its bias, if matched."""
+    """A weight whose gradient is a product, with every use of it. ``bias`` is its bias, if matched.
+
+    ``parametrized``: the products make the gradient of a function of the weight, from which its own follows elementwise.
+    """
 
     parameter: Parameter
     taps: list[Tap]
+    view: View
+    parametrized: bool = False
     bias: Parameter | None = None
 
     @property
@@ -104,15 +151,21 @@ class Site:
         return tuple(sorted({tap.inputs for tap in self.taps if tap.inputs is not None}))
 
     @property
-    def matrix(self) -> tuple[int, int]:
-        return self.taps[0].matrix
+    def matrix(self) -> tuple[int, ...]:
+        return self.view.matrix
+
+    @property
+    def lookup(self) -> bool:
+        """Whether it is only ever looked up."""
+        return all(tap.lookup for tap in self.taps)
 
 
 @dataclass
 class StepGraph:
     """A joint forward and backward graph on its way through the passes.
 
-    ``seeds`` are the gradients of the outputs (AOTAutograd's tangents): whatever depends on them is backward.
+    ``seeds`` are the gradients of the outputs (AOTAutograd's tangents): whatever depends on them is backward. ``data`` are
+    the inputs that are not the model's own parameters and buffers.
     ``parameters`` are keyed by input position; after ``match`` each trainable one is a site, a bias or a decline.
     """
 
@@ -120,6 +173,7 @@ class StepGraph:
     inputs: list[fx.Node]
     parameters: dict[int, Parameter]
     seeds: list[fx.Node]
+    data: set[fx.Node] = field(default_factory=set)
     sites: dict[int, Site] = field(default_factory=dict)
     declines: dict[int, Decline] = field(default_factory=dict)
 
@@ -152,6 +206,13 @@ def source_line(node: fx.Node | None) -> str:
     trace = node.meta.get("stack_trace") if node is not None else None
     frames = [m for m in _FRAME.finditer(trace or "") if not m["file"].startswith(_NOT_THE_USERS)]
     return f"{frames[-1]['file'].rsplit('/', 1)[-1]}:{frames[-1]['line']}" if frames else ""
+
+
+def product(sizes: Iterable[int]) -> int:
+    total = 1
+    for size in sizes:
+        total *= size
+    return total
 
 
 def fake_value(node: fx.Node) -> torch.Tensor:

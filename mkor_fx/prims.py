@@ -4,13 +4,16 @@ Each operator has a native body in plain torch. Eager execution runs the body; `
 splices the result, so a graph that reads ``mkor_fx.inverse_update(L, [g], ...)`` ends as ordinary aten operators.
 
 Shape suffixes: ``N`` rows (batch x positions), ``M`` any width, ``O`` outputs, ``I`` inputs, ``D`` one side of a factor.
+Operators on a weight's matrices take a batch of them in front. How rows are read off operands is in ``rows.py``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 
 _library = torch.library.Library("mkor_fx", "DEF")
@@ -20,7 +23,10 @@ BODIES: dict[torch._ops.OpOverload, Callable] = {}
 
 
 def prim(schema: str) -> Callable[[Callable], torch._ops.OpOverload]:
-    """Define ``mkor_fx::<schema>`` with the decorated function as its body on every device."""
+    """Define ``mkor_fx::<schema>`` with the decorated function as its body on every device.
+
+    Bodies take any leading dimensions ``...``, so the operator under ``vmap`` is the same operator once more.
+    """
 
     def register(body: Callable) -> torch._ops.OpOverload:
         name = schema[: schema.index("(")]
@@ -28,9 +34,30 @@ def prim(schema: str) -> Callable[[Callable], torch._ops.OpOverload]:
         _library.impl(name, body, "CompositeExplicitAutograd")
         overload = getattr(torch.ops.mkor_fx, name).default
         BODIES[overload] = body
+
+        def batched(info: Any, in_dims: tuple, *args: Any) -> tuple[Tensor, int]:
+            leaves, spec = pytree.tree_flatten(args)
+            dims = pytree.tree_flatten(in_dims, is_leaf=lambda d: d is None)[0]
+            if len(dims) != len(leaves):  # a None stands for a whole list
+                dims = [
+                    d
+                    for d, arg in zip(in_dims, args)
+                    for d in (pytree.tree_leaves(d) if d is not None else [None] * len(pytree.tree_leaves(arg)))
+                ]
+            moved = [_leading(leaf, dim, info.batch_size) for leaf, dim in zip(leaves, dims)]
+            return overload(*pytree.tree_unflatten(moved, spec)), 0
+
+        torch.library.register_vmap(f"mkor_fx::{name}", batched, lib=_library)
         return overload
 
     return register
+
+
+def _leading(leaf: Any, dim: int | None, batch: int) -> Any:
+    """An argument under ``vmap`` with its batch as the first dimension."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    return leaf.expand(batch, *leaf.shape) if dim is None else leaf.movedim(dim, 0)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -41,46 +68,14 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 @prim("column_sum(Tensor rows) -> Tensor")
 def column_sum(rows_NM: Tensor) -> Tensor:
     """``sum_n rows[n]``, ``[M]``, accumulated in float32 (float64 for float64 rows)."""
-    return rows_NM.sum(0, dtype=accumulation_dtype(rows_NM.dtype))
+    return rows_NM.sum(-2, dtype=accumulation_dtype(rows_NM.dtype))
 
 
 @prim("column_square_sum(Tensor rows) -> Tensor")
 def column_square_sum(rows_NM: Tensor) -> Tensor:
     """``sum_n rows[n]**2``, ``[M]``, accumulated as ``column_sum`` and in the same pass over the rows."""
     wide = rows_NM.to(accumulation_dtype(rows_NM.dtype))
-    return (wide * wide).sum(0)
-
-
-@prim("unfold_rows(Tensor images, SymInt[] kernel, SymInt[] stride, SymInt[] padding, SymInt[] dilation) -> Tensor")
-def unfold_rows(
-    images: Tensor, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int]
-) -> Tensor:
-    """Rows that a convolution multiplies with its weight: ``[B*H_out*W_out, C*kh*kw]`` patches of ``[B, C, H, W]``."""
-    patches = torch.ops.aten.im2col(images, kernel, dilation, padding, stride)
-    return patches.transpose(1, 2).reshape(-1, patches.shape[1])
-
-
-@prim("patch_sum(Tensor images, SymInt[] kernel, SymInt[] stride, SymInt[] padding, SymInt[] dilation) -> Tensor")
-def patch_sum(images: Tensor, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int]) -> Tensor:
-    """``column_sum(unfold_rows(images))`` without the patches: sums the batch first, unfolds one image."""
-    image = images.sum(0, keepdim=True, dtype=accumulation_dtype(images.dtype))
-    return torch.ops.aten.im2col(image, kernel, dilation, padding, stride).sum((0, 2))
-
-
-@prim("one_hot_rows(Tensor indices, int size, int padding_idx, ScalarType dtype) -> Tensor")
-def one_hot_rows(indices: Tensor, size: int, padding_idx: int, dtype: torch.dtype) -> Tensor:
-    """Rows that an embedding multiplies with its weight: ``[N, size]`` one-hots; ``padding_idx`` rows are zero."""
-    flat = indices.reshape(-1, 1)
-    hot = flat == torch.arange(size, device=indices.device)
-    return (hot & (flat != padding_idx)).to(dtype)
-
-
-@prim("histogram(Tensor indices, int size, int padding_idx, ScalarType dtype) -> Tensor")
-def histogram(indices: Tensor, size: int, padding_idx: int, dtype: torch.dtype) -> Tensor:
-    """``column_sum(one_hot_rows(indices))`` without the one-hots, ``[size]``: how often each row was looked up."""
-    flat = indices.reshape(-1)
-    counts = torch.zeros(size, dtype=accumulation_dtype(dtype), device=indices.device)
-    return counts.index_add(0, flat, (flat != padding_idx).to(counts.dtype))
+    return (wide * wide).sum(-2)
 
 
 @prim("inverse_update(Tensor factor, Tensor[] vectors, float scale, float shift, float weight) -> Tensor")
@@ -96,16 +91,16 @@ def inverse_update(factor_DD: Tensor, vectors: list[Tensor], scale: float, shift
     factor = factor_DD.to(vectors[0].dtype)
     roots: list[Tensor] = []  # r_j with r r^T = weight u u^T / (1 + weight v^T u): a symmetric step stays symmetric
     for v_D in map(stored, vectors):
-        u_D = scale * (factor * v_D).sum(1) + shift * v_D
+        u_D = scale * (factor * v_D.unsqueeze(-2)).sum(-1) + shift * v_D
         for root_D in roots:
-            u_D = u_D - root_D * (root_D * v_D).sum()
+            u_D = u_D - root_D * (root_D * v_D).sum(-1, keepdim=True)
         u_D = stored(u_D)
-        divisor = 1 + weight * (v_D * u_D).sum()
+        divisor = 1 + weight * (v_D * u_D).sum(-1, keepdim=True)
         roots.append(stored(u_D * torch.where(divisor > 0, weight / divisor, torch.zeros_like(divisor)).sqrt()))
-    index_D = stored(torch.arange(factor.shape[0], dtype=factor.dtype, device=factor.device))
+    index_D = stored(torch.arange(factor.shape[-1], dtype=factor.dtype, device=factor.device))
     updated = scale * factor + shift * (index_D[:, None] == index_D).to(factor.dtype)
     for root_D in roots:
-        updated = updated - torch.outer(root_D, root_D)
+        updated = updated - root_D.unsqueeze(-1) * root_D.unsqueeze(-2)
     return updated.to(factor_DD.dtype)
 
 
@@ -120,15 +115,15 @@ def stored(x: Tensor) -> Tensor:
 @prim("unless_noise(Tensor vector, Tensor noise) -> Tensor")
 def unless_noise(v_D: Tensor, noise: Tensor) -> Tensor:
     """``v``, or zero where ``|v|^2`` does not exceed ``noise`` (0-dim)."""
-    return torch.where((v_D * v_D).sum() > noise, v_D, torch.zeros_like(v_D))
+    return torch.where(((v_D * v_D).sum(-1) > noise).unsqueeze(-1), v_D, torch.zeros_like(v_D))
 
 
 @prim("scale_to(Tensor vector, float squared_length) -> Tensor")
 def scale_to(v_D: Tensor, squared_length: float) -> Tensor:
     """``v`` brought to ``|v|^2 = squared_length``; zero stays zero. The largest entry is divided out first: no underflow."""
-    largest = v_D.abs().amax()
+    largest = v_D.abs().amax(-1, keepdim=True)
     scaled = v_D / torch.where(largest > 0, largest, torch.ones_like(largest))
-    squared = (scaled * scaled).sum()
+    squared = (scaled * scaled).sum(-1, keepdim=True)
     return scaled * torch.where(squared > 0, (squared_length / squared).sqrt(), squared)
 
 
@@ -147,7 +142,8 @@ def precondition(left_OO: Tensor | None, grad_OI: Tensor, right_II: Tensor | Non
 def rescale(direction: Tensor, grad: Tensor) -> Tensor:
     """``direction * |grad| / |direction|``; where that quotient is zero or not finite, the raw gradient."""
     dtype = accumulation_dtype(grad.dtype)
-    quotient = torch.linalg.vector_norm(grad, dtype=dtype) / torch.linalg.vector_norm(direction, dtype=dtype)
+    norms = [torch.linalg.vector_norm(t, dim=(-2, -1), keepdim=True, dtype=dtype) for t in (grad, direction)]
+    quotient = norms[0] / norms[1]
     usable = torch.isfinite(quotient) & (quotient > 0)
     return torch.where(usable, direction * quotient.to(direction.dtype), grad)
 
@@ -160,17 +156,3 @@ def rademacher(step: Tensor, side: int, size: int, dtype: torch.dtype) -> Tensor
         h = (((h >> 16) ^ h) * 0x45D9F3B) & 0x7FFFFFFF
     h = (h >> 16) ^ h
     return (1 - 2 * ((h >> 7) & 1)).to(dtype)
-
-
-def _patch_square_sum(images: Tensor, *geometry: list[int]) -> Tensor:
-    wide = images.to(accumulation_dtype(images.dtype))
-    return patch_sum(wide * wide, *geometry)
-
-
-#: sums over rows that need no rows: ``(reduction, producer of the rows)`` -> the same on the producer's arguments
-ROW_SUMS: dict[tuple, Callable] = {
-    (column_sum, unfold_rows): patch_sum,
-    (column_sum, one_hot_rows): histogram,
-    (column_square_sum, unfold_rows): _patch_square_sum,
-    (column_square_sum, one_hot_rows): histogram,
-}

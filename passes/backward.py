@@ -3,31 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from ..graphs import Graphs
-from ..ir import StepGraph
-from ..rules import Rule
-from .capture import Naming, capture_joint, described_gradients
+from ..ir import INPUTS_FIRST, INPUTS_LAST, StepGraph
+from ..rules import Gradient, Rule
+from .capture import described_gradients
 from .drop_in import Job, StatisticsPass, compile_flat, placeholder
 from .lower import new_fake_mode, plain_tracing
-from .pipeline import analyse
-from .rewrite import Layout, precondition_in_backward, refresh_after_backward, write_statistics
+from .rewrite import Layout, refreshed, split_statistics, uses_of, write_statistics
 from .trace import insert
-
-
-def find_layouts(
-    gm: fx.GraphModule, inputs: Sequence[Any], named: dict[int, str], naming: Naming, rule: Rule
-) -> dict[int, Layout]:
-    """The sites of a graph before it is compiled: what inputs the preconditioned one will need."""
-    step = capture_joint(gm, inputs, named, naming)
-    if step is None:
-        return {}
-    with plain_tracing():
-        analyse(step, rule, Graphs("analysis"))
-    return {index: Layout.of(site) for index, site in step.sites.items()}
 
 
 class BackwardPass(StatisticsPass):
@@ -109,3 +98,75 @@ def build_refresh(
             )
             outputs += [new[key] for key in state_nodes]
         return compile_flat(graph, outputs, backend, options, graphs)
+
+
+# ---- what is traced into the graphs ------------------------------------------------------------------------------------
+
+
+def precondition_in_backward(
+    rule: Rule,
+    layout: Layout,
+    grad: Tensor,
+    bias_grad: Tensor | None,
+    vectors: dict[int, Tensor],
+    state: dict[str, Tensor],
+    scale: Tensor,
+    size: int,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """``(direction, bias direction, carrier gradient)`` with the factors and norms from before this step.
+
+    The carrier's third row holds ``|G|^2, |D|^2`` of weight and bias of each matrix: additive, so micro-batches and ranks
+    can be summed. Linear in the gradient, given factors and ``scale``.
+    """
+    dtype, raw = scale.dtype, without_rescale(rule)
+
+    def member(
+        state: dict[str, Tensor], gradients: dict[str, Tensor], scale: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        directions = raw.precondition(state, Gradient(**gradients)).tensors()
+        norms = [_square_sum(t.get(name), dtype) for name in ("weight", "bias") for t in (gradients, directions)]
+        norms = [scale.new_zeros(()) if norm is None else norm for norm in norms]
+        if raw is not rule:
+            directions = {k: d * s.to(d.dtype) for (k, d), s in zip(directions.items(), scale)}
+        return directions, torch.stack(norms)
+
+    directions, norms = layout.each(member)(state, layout.orient(grad, bias_grad).tensors(), scale)
+    rows = [vectors.get(kind) for kind in (INPUTS_LAST, INPUTS_FIRST)] + [norms.flatten()]
+    padded = [
+        scale.new_zeros(size) if r is None else torch.nn.functional.pad(r.to(dtype), (0, size - r.numel()))
+        for r in rows
+    ]
+    bias = None if bias_grad is None else directions["bias"].reshape(bias_grad.shape)
+    return layout.store(directions["weight"], grad.shape), bias, torch.stack(padded)
+
+
+def _square_sum(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if x is None else (x.to(dtype) * x.to(dtype)).sum()
+
+
+def refresh_after_backward(
+    rule: Rule, layout: Layout, refresh: bool, carrier: Tensor, state: dict[str, Tensor], step: Tensor
+) -> dict[str, Tensor]:
+    """New state from a step's carrier: factors where ``refresh``, the scale always; unchanged where not finite."""
+    factors = {name: t for name, t in state.items() if name != "scale"}
+    finite = torch.isfinite(carrier).all()
+    if refresh:
+        nothing = Gradient(
+            carrier.new_zeros(layout.shape.O, layout.shape.I),
+            carrier.new_zeros(layout.shape.O) if layout.bias else None,
+        )
+
+        def member(factors: dict[str, Tensor], summaries: dict[int, list[Tensor]]) -> dict[str, Tensor]:
+            return refreshed(rule, factors, uses_of(rule, layout, summaries), nothing, step, finite)
+
+        summaries = split_statistics(rule, layout, {kind: carrier[kind] for kind in layout.kinds})
+        factors = layout.each(member)(factors, summaries)
+    scale = state["scale"]
+    norms = carrier[2, : 2 * scale.numel()].reshape([*scale.shape[:-1], 4])
+    quotient = (norms[..., 0::2] / norms[..., 1::2]).sqrt().to(scale.dtype)
+    usable = torch.isfinite(quotient) & (quotient > 0) & finite
+    return {**factors, "scale": torch.where(usable, quotient, scale)}
+
+
+def without_rescale(rule: Rule) -> Rule:
+    return replace(rule, rescale=False) if getattr(rule, "rescale", False) else rule  # type: ignore[type-var]

@@ -36,7 +36,7 @@ def decompositions() -> DecompositionTable:
     """Inductor's table without the ops that the op table matches: it would lose embeddings and small products."""
     from torch._inductor.decomposition import select_decomp_table
 
-    return DecompositionTable({op: body for op, body in select_decomp_table().items() if op not in TABLE})
+    return DecompositionTable({op: body for op, body in select_decomp_table().items() if str(op) not in TABLE})
 
 
 _copies = itertools.count()
@@ -54,10 +54,11 @@ def own_code(function: Callable) -> Callable:
 
 @dataclass(frozen=True)
 class Naming:
-    """Names of a model's trainable parameters, by identity; tied ones have their first name."""
+    """Names of a model's trainable parameters, by identity; tied ones have their first name. ``own``: all its tensors."""
 
     names: dict[int, str]
     skip: tuple[str, ...] = ()
+    own: frozenset[int] = frozenset()
 
     @classmethod
     def of(cls, model: nn.Module, skip: Sequence[str] = ()) -> Naming:
@@ -68,7 +69,7 @@ class Naming:
                     f"skip pattern {pattern!r} matches no parameter. Parameters: "
                     f"{', '.join(list(names.values())[:8])}{', ...' if len(names) > 8 else ''}"
                 )
-        return cls(names, tuple(skip))
+        return cls(names, tuple(skip), frozenset(map(id, [*model.parameters(), *model.buffers()])))
 
     def name(self, tensor: object) -> str | None:
         return self.names.get(id(tensor))
@@ -106,8 +107,14 @@ def dynamo_tensors(gm: fx.GraphModule) -> dict[int, Any]:
     return {i: argument.example for i, argument in enumerate(arguments) if argument is not None}
 
 
-def read_joint(module: fx.GraphModule, named: dict[int, str], naming: Naming) -> StepGraph:
-    """Wrap a joint graph; ``named`` are the parameters' names by input position."""
+def data_inputs(gm: fx.GraphModule, naming: Naming) -> frozenset[int]:
+    """Positions among the inputs of Dynamo's graph that hold no parameter or buffer of the model."""
+    arguments = enumerate(node.meta.get("grapharg") for node in gm.graph.find_nodes(op="placeholder"))
+    return frozenset(index for index, a in arguments if a is None or id(a.example) not in naming.own)
+
+
+def read_joint(module: fx.GraphModule, named: dict[int, str], data: frozenset[int], naming: Naming) -> StepGraph:
+    """Wrap a joint graph; ``named`` are the parameters' names by input position, ``data`` the data's positions."""
     graph = module.graph
     placeholders = graph.find_nodes(op="placeholder")
     by_index = {d.idx: n for n in placeholders if isinstance(d := n.meta.get("desc"), PlainAOTInput)}
@@ -131,7 +138,7 @@ def read_joint(module: fx.GraphModule, named: dict[int, str], naming: Naming) ->
     }
     seeds = [n for n in placeholders if isinstance(n.meta.get("desc"), TangentAOTInput)]
     inputs = [by_index[index] for index in sorted(by_index)]
-    return StepGraph(module, inputs, parameters, seeds)
+    return StepGraph(module, inputs, parameters, seeds, {by_index[index] for index in data})
 
 
 def described_outputs(graph: fx.Graph) -> list[tuple[fx.Node | None, Any]]:
@@ -153,11 +160,12 @@ def has_backward(graph: fx.Graph) -> bool:
     return any(isinstance(n.meta.get("desc"), TangentAOTInput) for n in graph.find_nodes(op="placeholder"))
 
 
-def capture_joint(gm: fx.GraphModule, inputs: Sequence[Any], named: dict[int, str], naming: Naming) -> StepGraph | None:
+def capture_joint(gm: fx.GraphModule, inputs: Sequence[Any], naming: Naming) -> StepGraph | None:
     """The joint graph of Dynamo's graph, to look at; None where nothing in it is differentiated."""
+    named = {index: name for index, (name, _) in dynamo_parameters(gm, naming).items()}
     with contextlib.ExitStack() as stack:
         joint = aot_export_joint_with_descriptors(stack, gm, tuple(inputs), decompositions=decompositions())
-        step = read_joint(joint.graph_module, named, naming)
+        step = read_joint(joint.graph_module, named, data_inputs(gm, naming), naming)
     return step if step.seeds else None
 
 
@@ -171,7 +179,7 @@ def capture_whole_step(gm: fx.GraphModule, example_inputs: Sequence[Any], naming
     check_loss(gm, named)
     with contextlib.ExitStack() as stack:
         joint = aot_export_joint_with_descriptors(stack, gm, tuple(example_inputs), decompositions=decompositions())
-        captured = read_joint(joint.graph_module, named, naming)
+        captured = read_joint(joint.graph_module, named, data_inputs(gm, naming), naming)
     if len(captured.seeds) != 1:
         raise ValueError(f"{len(captured.seeds)} outputs of the step carry gradients; only the loss may")
     described = [d for _, d in described_outputs(captured.graph)]

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from ..graphs import Graphs
 from ..ir import StepGraph
 from ..rules import Rule
-from .capture import Naming, described_gradients, has_backward, read_joint
+from .capture import Naming, capture_joint, described_gradients, has_backward, read_joint
 from .lower import FakeTensorMode, JointPass, compile_graph, new_fake_mode, plain_tracing
 from .pipeline import analyse, synthesise
 from .rewrite import Layout, Scales, update_site, write_statistics
@@ -30,6 +30,16 @@ class Capture:
     biases: dict[int, int] = field(default_factory=dict)
 
 
+def find_layouts(gm: fx.GraphModule, inputs: Sequence[Any], naming: Naming, rule: Rule) -> dict[int, Layout]:
+    """The sites of a graph before it is compiled: what inputs it will need beside Dynamo's."""
+    step = capture_joint(gm, inputs, naming)
+    if step is None:
+        return {}
+    with plain_tracing():
+        analyse(step, rule, Graphs("analysis"))
+    return {index: Layout.of(site) for index, site in step.sites.items()}
+
+
 class StatisticsPass(JointPass):
     """Runs on the joint graph before Inductor's own passes: writes each site's statistics into its carrier's gradient.
 
@@ -41,22 +51,23 @@ class StatisticsPass(JointPass):
         rule: Rule,
         naming: Naming,
         named: dict[int, str],
+        data: frozenset[int],
         carriers: dict[int, int],
         graphs: Graphs,
         inductor: bool,
     ) -> None:
-        self.rule, self.naming, self.named, self.carriers = rule, naming, named, carriers
+        self.rule, self.naming, self.named, self.data, self.carriers = rule, naming, named, data, carriers
         self.graphs, self.inductor, self.capture = graphs, inductor, Capture()
 
     def uuid(self) -> str:
-        content = repr((self.rule, self.naming.skip, self.named, self.carriers, self.inductor))
+        content = repr((self.rule, self.naming.skip, self.named, sorted(self.data), self.carriers, self.inductor))
         return hashlib.sha256(content.encode()).hexdigest()
 
     def __call__(self, graph: fx.Graph) -> None:
         if not has_backward(graph):
             return
         assert graph.owning_module is not None
-        step = read_joint(graph.owning_module, self.named, self.naming)
+        step = read_joint(graph.owning_module, self.named, self.data, self.naming)
         with plain_tracing():
             analyse(step, self.rule, self.graphs)
             synthesise(step, self._rewrite, self.graphs, inductor=self.inductor, partitioned=True)

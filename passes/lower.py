@@ -14,7 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from ..ir import StepGraph
-from ..prims import BODIES, ROW_SUMS
+from ..ops import ROW_SUMS
+from ..prims import BODIES
 from .core import graph_pass
 from .trace import Decompositions, insert
 
@@ -24,11 +25,15 @@ BACKENDS = ("inductor", "eager")
 @graph_pass(stage="lower")
 def shortcut_row_sums(step: StepGraph) -> None:
     """``column_sum(unfold_rows(x))`` -> ``patch_sum(x)``; ``column_sum(one_hot_rows(i))`` -> ``histogram(i)``."""
-    for node in list(step.graph.nodes):
+    left = list(step.graph.nodes)
+    while left:
+        node = left.pop()
         rows = node.args[0] if node.op == "call_function" and node.args else None
         if isinstance(rows, fx.Node) and (shortcut := ROW_SUMS.get((node.target, rows.target))) is not None:
+            before = node.prev
             with step.graph.inserting_before(node):
                 replacement = insert(step.graph, shortcut, *rows.args, label=node.meta.get("mkor_fx", ""))
+            left += _between(before, node)  # rows of rows
             node.replace_all_uses_with(replacement)
     step.graph.eliminate_dead_code()
 

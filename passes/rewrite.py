@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
 
-from ..ir import INPUTS_FIRST, INPUTS_LAST, Decline, Operand, Site, StepGraph, Tap
+from ..ir import INPUTS_FIRST, INPUTS_LAST, Decline, Operand, Site, StepGraph, Tap, View
 from ..rules import Gradient, Rule, Shape, Use
 from .core import graph_pass
 from .trace import insert
@@ -20,17 +20,23 @@ from .trace import insert
 class Layout:
     """How one parameter is stored and used: what the update has to know beside the tensors.
 
-    ``matrix`` is the parameter's matrix view; ``kinds`` the orientations in which it is used; ``bias`` its bias's length
-    matched or not.
+    ``kinds`` are the orientations in which it is used; ``bias`` whether its bias is matched; ``lookup`` whether it is only
+    ever looked up.
     """
 
-    matrix: tuple[int, int]
+    view: View
     kinds: tuple[int, ...]
     bias: bool
+    lookup: bool = False
 
     @classmethod
     def of(cls, site: Site) -> Layout:
-        return cls(site.matrix, site.kinds, site.bias is not None)
+        return cls(site.view, site.kinds, site.bias is not None, site.lookup)
+
+    @property
+    def members(self) -> int | None:
+        """How many matrices a batched weight consists of, None for one that is a matrix."""
+        return self.view.matrix[0] if len(self.view.matrix) == 3 else None
 
     @property
     def stored_inputs_first(self) -> bool:
@@ -39,24 +45,48 @@ class Layout:
 
     @property
     def shape(self) -> Shape:
-        outputs, inputs = self.matrix[::-1] if self.stored_inputs_first else self.matrix
-        return Shape(outputs, inputs, self.bias)
+        """Of one matrix."""
+        return self.shape_of_use(self.kinds[0])
+
+    def shape_of_use(self, kind: int) -> Shape:
+        """The matrix as a use in this orientation sees it."""
+        outputs, inputs = self.view.matrix[-2:] if kind == INPUTS_LAST else self.view.matrix[:-3:-1]
+        return Shape(outputs, inputs, self.bias and kind == self.kinds[0], self.lookup)
 
     def orient(self, grad: Tensor, bias: Tensor | None) -> Gradient:
-        """A gradient as stored -> ``[O, I]`` as rules see it."""
-        matrix = grad.reshape(self.matrix)
-        return Gradient(matrix.t() if self.stored_inputs_first else matrix, bias)
+        """A gradient as stored -> ``[O, I]`` as rules see it, ``[E, O, I]`` for a batched weight."""
+        matrix = self.view.see(grad)
+        if bias is not None:
+            bias = bias.reshape([*matrix.shape[:-2], -1])
+        return Gradient(matrix.transpose(-1, -2) if self.stored_inputs_first else matrix, bias)
 
     def store(self, direction_OI: Tensor, shape: torch.Size) -> Tensor:
         """``[O, I]`` -> the parameter's own shape."""
-        return (direction_OI.t() if self.stored_inputs_first else direction_OI).reshape(shape)
+        return self.view.store(direction_OI.transpose(-1, -2) if self.stored_inputs_first else direction_OI, shape)
+
+    def each(self, function: Callable) -> Callable:
+        """``function`` of one matrix on every member: rules see one at a time."""
+        return function if self.members is None else torch.vmap(function)
 
     def fresh_state(self, rule: Rule) -> Callable[[torch.device], dict[str, Tensor]]:
-        return partial(rule.init, self.shape)
+        return partial(self._fresh, rule)
+
+    def _fresh(self, rule: Rule, device: torch.device) -> dict[str, Tensor]:
+        state = rule.init(self.shape, device)
+        if self.members is None:
+            return state
+        return {name: t.expand(self.members, *t.shape).clone() for name, t in state.items()}
 
     def fresh_state_with_scale(self, rule: Rule, dtype: torch.dtype) -> Callable[[torch.device], dict[str, Tensor]]:
-        """With the ``scale`` that brings weight and bias direction to the last step's gradient norms, ``[2]``."""
-        return lambda device: {**rule.init(self.shape, device), "scale": torch.ones(2, dtype=dtype, device=device)}
+        """With the ``scale`` that brings weight and bias direction to the last step's gradient norms, ``[2]`` each."""
+        size = (2,) if self.members is None else (self.members, 2)
+        return lambda device: {**self._fresh(rule, device), "scale": torch.ones(size, dtype=dtype, device=device)}
+
+    def statistics_size(self, rule: Rule) -> int:
+        """Numbers in one statistics vector: each member's flat summary and the number of rows behind it."""
+        uses = map(self.shape_of_use, (INPUTS_LAST, INPUTS_FIRST))  # both: another graph may add the other one
+        sizes = [sum(s.numel() for s in summary_shapes(rule, shape)) for shape in uses]
+        return (max(sizes) + 1) * (self.members or 1)
 
 
 @graph_pass(stage="match", exact=True)
@@ -76,11 +106,12 @@ def decline_by_rule(step: StepGraph, *, rule: Rule) -> None:
             step.declines[bias.index] = Decline(f"{type(rule).__name__} leaves the bias of {weight} alone")
 
 
-def merge_layouts(first: Layout, second: Layout) -> Layout:
-    """A weight used in two graphs: the orientations of both. The bias stays only where both have it."""
-    if first.matrix != second.matrix:
-        raise ValueError(f"one weight is read as a matrix of {first.matrix} and of {second.matrix} in two graphs")
-    return Layout(first.matrix, tuple(sorted({*first.kinds, *second.kinds})), first.bias and second.bias)
+def merge_layouts(first: Layout, second: Layout) -> Layout | None:
+    """One weight in two graphs: both orientations, and its bias if it is that in both; None where they do not agree."""
+    if (first.view, first.lookup) != (second.view, second.lookup):
+        return None
+    kinds = tuple(sorted({*first.kinds, *second.kinds}))
+    return Layout(first.view, kinds, first.bias and second.bias, first.lookup)
 
 
 class Scales(NamedTuple):
@@ -90,46 +121,55 @@ class Scales(NamedTuple):
     gradient: Tensor
 
 
-def summary_shapes(rule: Rule, inputs: int, outputs: int) -> list[torch.Size]:
-    """Shapes of what ``rule.summarize`` returns for a weight of ``[outputs, inputs]``."""
+def summary_shapes(rule: Rule, shape: Shape) -> list[torch.Size]:
+    """Shapes of what ``rule.summarize`` returns for a use of one matrix."""
     with torch.device("meta"):
-        return [s.shape for s in rule.summarize(torch.empty(1, inputs), torch.empty(1, outputs))]
-
-
-def statistics_size(rule: Rule, matrix: tuple[int, int]) -> int:
-    """Numbers in one statistics vector: the summary, flat, and the number of rows behind it."""
-    sizes = [sum(s.numel() for s in summary_shapes(rule, *sides)) for sides in (matrix, matrix[::-1])]
-    return max(sizes) + 1
+        return [s.shape for s in rule.summarize(shape, torch.empty(1, shape.I), torch.empty(1, shape.O))]
 
 
 def summarize_use(
-    rule: Rule, a_view: Callable, a: tuple, g_view: Callable, g: tuple, count: Any, dtype: torch.dtype
+    rule: Rule,
+    layout: Layout,
+    kind: int,
+    a_view: Callable,
+    a: tuple,
+    g_view: Callable,
+    g: tuple,
+    count: Any,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """One use's statistics vector, ``[S]``: the flat summary, the number of rows last."""
+    """One use's statistics vector, ``[S]``: of each member the flat summary, then the number of rows."""
     a_NI, g_NO = a_view(*a), g_view(*g)
-    rows = torch.ones_like(g_NO[:, 0], dtype=dtype).sum() if count is None else count[0](*count[1:]).to(dtype)
-    return torch.cat([s.reshape(-1).to(dtype) for s in rule.summarize(a_NI, g_NO)] + [rows.reshape(1)])
+    if count is None:
+        rows = torch.ones_like(g_NO[..., 0], dtype=dtype).sum(-1)
+    else:
+        rows = count[0](*count[1:]).to(dtype).expand(g_NO.shape[:-2])
+    summary = layout.each(partial(rule.summarize, layout.shape_of_use(kind)))(a_NI, g_NO)
+    flat = [s.reshape([*rows.shape, -1]).to(dtype) for s in summary]
+    return torch.cat([*flat, rows.unsqueeze(-1)], -1).flatten()
 
 
 def write_statistics(graph: fx.Graph, rule: Rule, site: Site, dtype: torch.dtype) -> dict[int, fx.Node]:
     """Insert the statistics vector of each orientation in which the site's weight is used."""
     label = f"{site.parameter.name}: statistics"
     vectors: dict[int, fx.Node] = {}
+    layout = Layout.of(site)
     for tap in site.taps:
         assert tap.inputs is not None
-        vector = _write_use(graph, rule, tap, dtype, label)
+        vector = _write_use(graph, rule, layout, tap, dtype, label)
         known = vectors.get(tap.inputs)
         vectors[tap.inputs] = vector if known is None else insert(graph, torch.add, known, vector, label=label)
     return vectors
 
 
-def _write_use(graph: fx.Graph, rule: Rule, tap: Tap, dtype: torch.dtype, label: str) -> fx.Node:
+def _write_use(graph: fx.Graph, rule: Rule, layout: Layout, tap: Tap, dtype: torch.dtype, label: str) -> fx.Node:
     def spread(operand: Operand) -> tuple:
         return (operand.node, *operand.arguments)
 
     count = None if tap.count is None else (tap.count.view, *spread(tap.count))
     a, g = tap.a, tap.g
-    return insert(graph, summarize_use, rule, a.view, spread(a), g.view, spread(g), count, dtype, label=label)
+    operands = a.view, spread(a), g.view, spread(g)
+    return insert(graph, summarize_use, rule, layout, tap.inputs, *operands, count, dtype, label=label)
 
 
 def update_site(
@@ -145,101 +185,66 @@ def update_site(
 ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
     """The whole update of one parameter: ``(direction, bias direction, new state)``.
 
-    ``vectors`` are the statistics by orientation, each a flat summary with the number of rows behind it. State is
-    refreshed before it preconditions, and stays as it was where a statistic is not finite.
+    ``vectors`` are the statistics by orientation. State is refreshed before it preconditions, and stays as it was where a
+    statistic is not finite.
     """
-    oriented = layout.orient(grad, bias_grad)
-    if refresh:
-        finite = _finite(rule, oriented, vectors)
-        uses, read = _uses(rule, layout, vectors), oriented
-        if scales is not None:
-            finite = finite & torch.isfinite(scales.statistics) & torch.isfinite(scales.gradient)
-            uses = [use._replace(summary=rule.unscale(use.summary, scales.statistics)) for use in uses]
-            read = Gradient(*(None if g is None else g / scales.gradient.to(g.dtype) for g in oriented))
-        updated = rule.update(state, uses, read, step)
-        state = {name: torch.where(finite, updated[name], old) for name, old in state.items()}
-    direction, bias_direction = rule.precondition(state, oriented)
-    return layout.store(direction, grad.shape), bias_direction, state
+    gradients = layout.orient(grad, bias_grad)
+    finite = _finite(rule, gradients, vectors) if refresh else None
+    if refresh and scales is not None:
+        finite = finite & torch.isfinite(scales.statistics) & torch.isfinite(scales.gradient)
+
+    def member(
+        state: dict[str, Tensor], gradients: dict[str, Tensor], summaries: dict[int, list[Tensor]]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        if refresh:
+            read = Gradient(**gradients)
+            if scales is not None:
+                read = Gradient(**{name: g / scales.gradient.to(g.dtype) for name, g in gradients.items()})
+            uses = uses_of(rule, layout, summaries, scales)
+            state = refreshed(rule, state, uses, read, step, finite)
+        return rule.precondition(state, Gradient(**gradients)).tensors(), state
+
+    summaries = split_statistics(rule, layout, vectors)
+    directions, state = layout.each(member)(state, gradients.tensors(), summaries)
+    bias = None if bias_grad is None else directions["bias"].reshape(bias_grad.shape)
+    return layout.store(directions["weight"], grad.shape), bias, state
+
+
+def refreshed(
+    rule: Rule, state: dict[str, Tensor], uses: list[Use], grad: Gradient, step: Tensor, finite: Tensor
+) -> dict[str, Tensor]:
+    """New state of one matrix; as it was where a statistic is not finite, or no row was seen."""
+    updated = rule.update(state, uses, grad, step)
+    keep = finite & (sum((use.rows for use in uses[1:]), uses[0].rows) > 0)
+    return {name: torch.where(keep, updated[name], old) for name, old in state.items()}
 
 
 def _finite(rule: Rule, grad: Gradient, vectors: dict[int, Tensor]) -> Tensor:
     checks = [torch.isfinite(vector).all() for vector in vectors.values()]
     if rule.reads_gradient:
-        checks += [torch.isfinite(g).all() for g in grad if g is not None]
+        checks += [torch.isfinite(g).all() for g in grad.tensors().values()]
     finite = checks[0]
     for check in checks[1:]:
         finite = finite & check
     return finite
 
 
-def _uses(rule: Rule, layout: Layout, vectors: dict[int, Tensor]) -> list[Use]:
-    uses = []
+def split_statistics(rule: Rule, layout: Layout, vectors: dict[int, Tensor]) -> dict[int, list[Tensor]]:
+    """Statistics vectors as each orientation's summary with the number of rows behind it, ``[E, ...]`` if batched."""
+    split = {}
     for kind, vector in vectors.items():
-        outputs, inputs = layout.matrix if kind == INPUTS_LAST else layout.matrix[::-1]
-        shapes = summary_shapes(rule, inputs, outputs)
+        shapes = summary_shapes(rule, layout.shape_of_use(kind))
         sizes = [s.numel() for s in shapes]
-        *parts, rows, _ = vector.split([*sizes, 1, vector.numel() - sum(sizes) - 1])
-        summary = tuple(part.reshape(shape) for part, shape in zip(parts, shapes))
-        uses.append(Use(summary, rows[0], opposite=kind != layout.kinds[0]))
+        lead = () if layout.members is None else (layout.members,)
+        used = vector[: (layout.members or 1) * (sum(sizes) + 1)].reshape([*lead, -1])
+        *parts, rows = used.split([*sizes, 1], -1)
+        split[kind] = [*(p.reshape([*lead, *shape]) for p, shape in zip(parts, shapes)), rows.squeeze(-1)]
+    return split
+
+
+def uses_of(rule: Rule, layout: Layout, summaries: dict[int, list[Tensor]], scales: Scales | None = None) -> list[Use]:
+    uses = []
+    for kind, (*parts, rows) in summaries.items():
+        summary = tuple(parts) if scales is None else rule.unscale(tuple(parts), scales.statistics)
+        uses.append(Use(summary, rows, opposite=kind != layout.kinds[0]))
     return uses
-
-
-# ---- preconditioning inside the backward ----------------------------------------------------------------------------
-
-
-def precondition_in_backward(
-    rule: Rule,
-    layout: Layout,
-    grad: Tensor,
-    bias_grad: Tensor | None,
-    vectors: dict[int, Tensor],
-    state: dict[str, Tensor],
-    scale: Tensor,
-    size: int,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """``(direction, bias direction, carrier gradient)`` with the factors and norms from before this step.
-
-    The carrier's third row holds ``|G|^2, |D|^2`` of the weight and of the bias: additive, so micro-batches and ranks can
-    be summed. Linear in the gradient, given factors and ``scale``.
-    """
-    oriented = layout.orient(grad, bias_grad)
-    direction, bias_direction = without_rescale(rule).precondition(state, oriented)
-    dtype = scale.dtype
-    pairs = ((oriented.weight, direction), (bias_grad, bias_direction))
-    zero = scale.new_zeros(())
-    norms = [zero if t is None else (t.to(dtype) * t.to(dtype)).sum() for pair in pairs for t in pair]
-    if getattr(rule, "rescale", False):
-        direction = direction * scale[0].to(grad.dtype)
-        bias_direction = None if bias_direction is None else bias_direction * scale[1].to(grad.dtype)
-    rows = [vectors.get(kind) for kind in (INPUTS_LAST, INPUTS_FIRST)] + [torch.stack(norms)]
-    padded = [
-        scale.new_zeros(size) if r is None else torch.nn.functional.pad(r.to(dtype), (0, size - r.numel()))
-        for r in rows
-    ]
-    return layout.store(direction, grad.shape), bias_direction, torch.stack(padded)
-
-
-def refresh_after_backward(
-    rule: Rule, layout: Layout, refresh: bool, carrier: Tensor, state: dict[str, Tensor], step: Tensor
-) -> dict[str, Tensor]:
-    """New state from a step's carrier: factors where ``refresh``, the scale always; unchanged where not finite."""
-    state = dict(state)
-    scale = state.pop("scale")
-    finite = torch.isfinite(carrier).all()
-    new = state
-    if refresh:
-        nothing = Gradient(
-            carrier.new_zeros(layout.shape.O, layout.shape.I),
-            carrier.new_zeros(layout.shape.O) if layout.bias else None,
-        )
-        uses = _uses(rule, layout, {kind: carrier[kind] for kind in layout.kinds})
-        updated = rule.update(state, uses, nothing, step)
-        new = {name: torch.where(finite, updated[name], old) for name, old in state.items()}
-    before, after = carrier[2, 0:4:2], carrier[2, 1:4:2]
-    quotient = (before / after).sqrt().to(scale.dtype)
-    usable = torch.isfinite(quotient) & (quotient > 0) & finite
-    return {**new, "scale": torch.where(usable, quotient, scale)}
-
-
-def without_rescale(rule: Rule) -> Rule:
-    return replace(rule, rescale=False) if getattr(rule, "rescale", False) else rule  # type: ignore[type-var]

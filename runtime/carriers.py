@@ -13,29 +13,27 @@ class Carriers:
     """One leaf a parameter, seen by nobody else: autograd adds its gradient up over micro-batches, uses and graphs."""
 
     def __init__(self) -> None:
-        self._leaves: dict[int, tuple[nn.Parameter, Tensor]] = {}
+        self._leaves: dict[int, tuple[nn.Parameter, dict[tuple[int, ...], Tensor]]] = {}
 
     def of(self, param: nn.Parameter, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """The carrier of ``param``, on its device."""
-        leaf = self._get(param)
-        if leaf is None or leaf.device != param.device:
-            leaf = torch.zeros(shape, dtype=dtype, device=param.device, requires_grad=True)
-            self._leaves[id(param)] = (param, leaf)
-        return leaf
+        """The carrier of ``param``, on its device. Graphs that do not agree on its shape have one each."""
+        leaves = self._of(param)
+        if shape not in leaves or leaves[shape].device != param.device:
+            leaves[shape] = torch.zeros(shape, dtype=dtype, device=param.device, requires_grad=True)
+            self._leaves[id(param)] = (param, leaves)
+        return leaves[shape]
 
     def gradient(self, param: nn.Parameter) -> Tensor | None:
         """The statistics that have arrived since ``clear``, or None."""
-        leaf = self._get(param)
-        return None if leaf is None else leaf.grad
+        return next((leaf.grad for leaf in self._of(param).values() if leaf.grad is not None), None)
 
     def clear(self, param: nn.Parameter) -> None:
-        leaf = self._get(param)
-        if leaf is not None:
+        for leaf in self._of(param).values():
             leaf.grad = None
 
-    def _get(self, param: nn.Parameter) -> Tensor | None:
-        entry = self._leaves.get(id(param))
-        return entry[1] if entry is not None and entry[0] is param else None
+    def _of(self, param: nn.Parameter) -> dict[tuple[int, ...], Tensor]:
+        known, leaves = self._leaves.get(id(param), (None, {}))
+        return leaves if known is param else {}
 
 
 def before_backward(outputs: Any, action: Callable[[], None]) -> None:

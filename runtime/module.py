@@ -57,8 +57,11 @@ class Preconditioner:
 
     # ---- the forward's side -------------------------------------------------------------------------------------------
 
-    def register(self, param: nn.Parameter, layout: Any, bias: nn.Parameter | None) -> None:
-        """``param`` is a site (``layout``) or declined (None) in a graph. Declined in one graph is declined."""
+    def register(self, param: nn.Parameter, layout: Any, bias: nn.Parameter | None) -> bool:
+        """``param`` is a site (``layout``) or declined (None) in a graph. Declined in one graph is declined.
+
+        Returns whether this graph sees it as the others do; if not, it is declined.
+        """
         known = self.known.get(id(param))
         if known is None or known.param is not param:
             known = self.known[id(param)] = Known(param)
@@ -67,7 +70,9 @@ class Preconditioner:
         elif layout is not None and known.layout is not None:
             known.layout = self._merge(known.layout, layout)
             known.bias = bias if known.bias is bias else None
-        known.declined |= layout is None
+        agrees = layout is None or known.layout is not None
+        known.declined |= layout is None or not agrees
+        return agrees
 
     def watch_backward(self, outputs: Any, params: Sequence[nn.Parameter]) -> None:
         """Start the statistics of ``params`` afresh when a backward begins that finds no accumulated gradient."""

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch._functorch._aot_autograd.descriptors import PlainAOTInput
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mkor_fx.graphs import Graphs
 from mkor_fx.ir import Operand, Site, StepGraph
-from mkor_fx.passes.backward import capture_joint
-from mkor_fx.passes.capture import Naming, dynamo_parameters, own_code
+from mkor_fx.passes.capture import Naming, capture_joint, own_code
 from mkor_fx.passes.drop_in import placeholder
 from mkor_fx.passes.lower import plain_tracing
 from mkor_fx.passes.pipeline import analyse
@@ -48,7 +48,7 @@ class Joint:
 
 def rows(env: dict[fx.Node, Any], operand: Operand) -> Tensor:
     """What an operand stands for, given the value of every node."""
-    arguments = [env[a] if isinstance(a, fx.Node) else a for a in operand.arguments]
+    arguments = pytree.tree_map_only(fx.Node, env.__getitem__, operand.arguments)
     return operand.view(env[operand.node], *arguments)
 
 
@@ -57,8 +57,7 @@ def capture(model: nn.Module, *args: Any, match: bool = True) -> list[Joint]:
     naming, found = Naming.of(model), []
 
     def backend(gm, inputs):
-        named = {index: name for index, (name, _) in dynamo_parameters(gm, naming).items()}
-        step = capture_joint(gm, inputs, named, naming)
+        step = capture_joint(gm, inputs, naming)
         if match:
             with plain_tracing():
                 analyse(step, MKOR(), Graphs("test"))

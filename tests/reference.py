@@ -18,10 +18,12 @@ class Reference:
         names = {p: name for name, p in model.named_parameters() if p.requires_grad}
         for use in sorted(model.modules(), key=lambda m: isinstance(m, torch.nn.Embedding)):  # embeddings after heads
             W, b = getattr(use, "weight", None), getattr(use, "bias", None)
-            if W in names and isinstance(use, torch.nn.Linear | torch.nn.Conv2d) and getattr(use, "groups", 1) == 1:
-                self.sites[names[W]] = names[W], W, b if b in names and bias != "off" else None
-                for side, n in ("L", len(W)), ("R", W[0].numel() + (b in names and bias == "joint")):
-                    self.state |= {f"{names[W]}.{side}": torch.eye(n, dtype=factor_dtype)} if n <= max_factor else {}
+            lookup = isinstance(use, torch.nn.Embedding) and names.get(W) not in self.sites  # no factor of the vocabulary
+            if W in names and (lookup or isinstance(use, torch.nn.Linear | torch.nn.Conv2d) and vars(use).get("groups", 1) == 1):
+                keys = ("" if lookup else f"{names[W]}.L", f"{names[W]}.{'L' if lookup else 'R'}")
+                self.sites[names[W]] = names[W], W, b if b in names and bias != "off" else None, keys
+                for key, n in zip(keys, (len(W), W[0].numel() + (b in names and bias == "joint")), strict=True):
+                    self.state |= {key: torch.eye(n, dtype=factor_dtype)} if key and n <= max_factor else {}
             if names.get(W) in self.sites:
                 use.register_forward_hook(lambda use, x, y, name=names[W]: self.watch(name, use, x[0].detach(), y))
 
@@ -66,8 +68,8 @@ class Reference:
 
     @torch.no_grad()
     def step(self):
-        for name, W, b in filter(lambda site: site[1].grad is not None, self.sites.values()):
-            keys, joint = (f"{name}.L", f"{name}.R"), b is not None and self.bias == "joint"
+        for name, W, b, keys in filter(lambda site: site[1].grad is not None, self.sites.values()):
+            joint = b is not None and self.bias == "joint"
             G_OI = torch.cat([W.grad.flatten(1), *([b.grad[:, None]] if joint else [])], 1).to(self.math)
             for key, vs in zip(keys, zip(*self.vectors(name, G_OI), strict=True), strict=False):
                 if key in self.state and self.steps % self.refresh_every == 0 and torch.cat(vs).isfinite().all():

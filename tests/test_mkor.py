@@ -21,7 +21,8 @@ def gradient(dtype=torch.float64, seed=0):
 
 
 def use(rule, a_NI, g_NO, opposite=False):
-    return Use(rule.summarize(a_NI, g_NO), torch.tensor(float(len(a_NI)), dtype=a_NI.dtype), opposite)
+    shape = Shape(g_NO.shape[1], a_NI.shape[1])
+    return Use(rule.summarize(shape, a_NI, g_NO), torch.tensor(float(len(a_NI)), dtype=a_NI.dtype), opposite)
 
 
 def one_use(rule, seed=0, dtype=torch.float64):

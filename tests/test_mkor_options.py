@@ -6,7 +6,7 @@ import re
 import pytest
 import reference
 import torch
-from test_mkor import IN, OUT, ROWS, STEP, fresh, gradient, mkor, one_use, randn, use
+from test_mkor import IN, OUT, ROWS, SHAPE, STEP, fresh, gradient, mkor, one_use, randn, use
 from torch import nn
 
 import mkor_fx
@@ -68,8 +68,8 @@ def test_sides_above_max_factor_stay_the_identity():
 def test_clamp_bounds_the_entries_of_every_row_before_they_are_summed():
     rule, free = mkor(clamp=0.5), mkor()
     a_NI, g_NO = randn(ROWS, IN), 3 * randn(ROWS, OUT, seed=1)
-    expected = free.summarize(a_NI.clamp(-0.5, 0.5), g_NO.clamp(-0.5, 0.5))
-    for actual, want, unclamped in zip(rule.summarize(a_NI, g_NO), expected, free.summarize(a_NI, g_NO)):
+    expected = free.summarize(SHAPE, a_NI.clamp(-0.5, 0.5), g_NO.clamp(-0.5, 0.5))
+    for actual, want, unclamped in zip(rule.summarize(SHAPE, a_NI, g_NO), expected, free.summarize(SHAPE, a_NI, g_NO)):
         assert torch.equal(actual, want) and not torch.equal(actual, unclamped)
 
 
@@ -90,8 +90,8 @@ def test_rescale_keeps_norms_and_survives_a_zero_gradient():
 def test_unscale_gives_the_summary_of_unscaled_gradients(form, statistic):
     rule, a_NI, g_NO = mkor(form=form, statistic=statistic), randn(ROWS, IN), randn(ROWS, OUT, seed=1)
     scale = torch.tensor(65536.0).double()
-    unscaled = rule.unscale(rule.summarize(a_NI, g_NO * scale), scale)
-    for actual, expected in zip(unscaled, rule.summarize(a_NI, g_NO), strict=True):
+    unscaled = rule.unscale(rule.summarize(SHAPE, a_NI, g_NO * scale), scale)
+    for actual, expected in zip(unscaled, rule.summarize(SHAPE, a_NI, g_NO), strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=0)
 
 

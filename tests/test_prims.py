@@ -9,15 +9,16 @@ from joint import program
 
 from mkor_fx import prims
 from mkor_fx.ir import verify
+from mkor_fx.ops import rows
 from mkor_fx.passes.lower import expand, shortcut_row_sums
 
 STEP = torch.tensor(3)
-GEOMETRIES = [  # kernel, stride, padding, dilation
-    ([3, 2], [1, 1], [0, 0], [1, 1]),
-    ([3, 2], [2, 1], [1, 0], [1, 2]),
-    ([1, 1], [2, 2], [0, 0], [1, 1]),
-    ([2, 3], [3, 2], [2, 1], [2, 1]),
-    ([3, 3], [1, 2], [2, 2], [2, 2]),
+GEOMETRIES = [  # kernel, stride, padding, dilation, positions, groups
+    ([3, 2], [1, 1], [0, 0], [1, 1], [7, 7], 1),
+    ([3, 2], [2, 1], [1, 0], [1, 2], [5, 6], 1),
+    ([1, 1], [2, 2], [0, 0], [1, 1], [5, 4], 1),
+    ([2, 3], [3, 2], [2, 1], [2, 1], [4, 4], 1),
+    ([3, 3], [1, 2], [2, 2], [2, 2], [9, 4], 3),
 ]
 
 
@@ -34,10 +35,12 @@ IMAGES, INDICES = randn(2, 3, 9, 8), torch.tensor([[4, 1, 1, 0], [2, 4, 4, 1]])
 EXAMPLES = {
     prims.column_sum: [(randn(7, 3),)],
     prims.column_square_sum: [(randn(7, 3),)],
-    prims.unfold_rows: [(IMAGES, *geometry) for geometry in GEOMETRIES],
-    prims.patch_sum: [(IMAGES, *geometry) for geometry in GEOMETRIES],
-    prims.one_hot_rows: [(INDICES, 6, padding, torch.float64) for padding in (-1, 1)],
-    prims.histogram: [(INDICES, 6, padding, torch.float64) for padding in (-1, 1)],
+    rows.unfold_rows: [(IMAGES, *geometry) for geometry in GEOMETRIES],
+    rows.patch_sum: [(IMAGES, *geometry) for geometry in GEOMETRIES],
+    rows.one_hot_rows: [(INDICES, 6, padding, torch.float64) for padding in (-1, 1)],
+    rows.histogram: [(INDICES, 6, padding, torch.float64) for padding in (-1, 1)],
+    rows.member_rows: [(randn(7, 3), torch.tensor([0, 2, 2, 4, 0, 2, 3]), 4)],
+    rows.place_rows: [(randn(7, 6), [], [6, 2, 9]), (randn(2, 7, 6), [2, 1, 4], [2, 0, 2, 3, 1, 5])],
     prims.inverse_update: [(spd(5), [randn(5, seed=j) for j in range(k)], 0.9, 0.1, 0.5) for k in (1, 2, 3)],
     prims.precondition: [
         (left, randn(4, 5), right) for left in (spd(4), None) for right in (spd(5), None)
@@ -47,7 +50,11 @@ EXAMPLES = {
     prims.scale_to: [(vector, 10.0) for vector in (randn(5), torch.zeros(5).double(), 1e-30 * randn(5))],
     prims.rademacher: [(STEP, 1, 17, torch.float64)],
 }
-CALLS = [pytest.param(op, args, id=f"{op}-{i}") for op in prims.BODIES for i, args in enumerate(EXAMPLES[op])]
+CALLS = [pytest.param(op, args, id=f"{op}-{i}") for op in EXAMPLES for i, args in enumerate(EXAMPLES[op])]
+
+
+def test_every_operator_has_an_example():
+    assert set(EXAMPLES) == set(prims.BODIES)
 
 
 @pytest.mark.parametrize("inductor", [False, True])
@@ -76,11 +83,12 @@ def test_operator_is_what_its_schema_and_fake_results_say(op, args):
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_unfold_rows_are_what_a_convolution_multiplies_with_its_weight(geometry):
-    kernel, stride, padding, dilation = geometry
-    weight = randn(5, 3, *kernel, seed=1)
-    expected = F.conv2d(IMAGES, weight, None, stride, padding, dilation)
-    rows_NI = prims.unfold_rows(IMAGES, *geometry)
-    actual = (rows_NI @ weight.flatten(1).T).unflatten(0, (2, *expected.shape[2:])).movedim(-1, 1)
+    kernel, stride, padding, dilation, positions, groups = geometry
+    weight = randn(6, 3 // groups, *kernel, seed=1)
+    expected = F.conv2d(IMAGES, weight, None, stride, padding, dilation, groups)
+    rows_ENI = rows.unfold_rows(IMAGES, *geometry).reshape(groups, -1, weight[0].numel())
+    products_ENO = rows_ENI @ weight.reshape(groups, -1, weight[0].numel()).mT
+    actual = products_ENO.movedim(0, 1).flatten(1).unflatten(0, (2, *positions)).movedim(-1, 1)
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -88,13 +96,12 @@ def test_unfold_rows_are_what_a_convolution_multiplies_with_its_weight(geometry)
 def test_one_hot_rows_are_what_an_embedding_multiplies_with_its_weight(padding_idx):
     expected = F.one_hot(INDICES.flatten(), 6).double()
     expected[INDICES.flatten() == padding_idx] = 0
-    rows = prims.one_hot_rows(INDICES, 6, padding_idx, torch.float64)
-    assert torch.equal(rows, expected)
+    assert torch.equal(rows.one_hot_rows(INDICES, 6, padding_idx, torch.float64), expected)
 
 
 ROW_CASES = [
     pytest.param(reduction, producer, args, id=f"{reduction.__name__}-{producer.__name__}-{i}")
-    for reduction, producer in prims.ROW_SUMS
+    for reduction, producer in rows.ROW_SUMS
     for i, args in enumerate(EXAMPLES[producer])
 ]
 
@@ -102,16 +109,17 @@ ROW_CASES = [
 @pytest.mark.parametrize("reduction, producer, args", ROW_CASES)
 def test_row_sum_shortcut_equals_the_sum_over_its_rows(reduction, producer, args):
     expected = reduction(producer(*args))
-    actual = prims.ROW_SUMS[reduction, producer](*args)
+    actual = rows.ROW_SUMS[reduction, producer](*args)
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
-    step = program(lambda x: reduction(producer(x, *args[1:])), args[0])
+    tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+    step = program(lambda *x: reduction(producer(*x, *args[len(x) :])), *tensors)
     shortcut_row_sums(step)
     assert not step.graph.find_nodes(op="call_function", target=producer), "the rows are still made"
     expand(step)
     verify(step, "lower")
     step.module.recompile()
-    assert torch.equal(step.module(args[0]), actual)
+    assert torch.equal(step.module(*tensors), actual)
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
@@ -135,14 +143,14 @@ def test_inverse_update_computes_in_the_dtype_of_the_vectors_and_keeps_that_of_t
 def test_sums_over_bfloat16_rows_accumulate_in_float32():
     ones = torch.ones(1000, 3, dtype=torch.bfloat16)  # a bfloat16 sum of ones stops at 256
     images = torch.ones(1000, 1, 2, 2, dtype=torch.bfloat16)
-    geometry = ([1, 1], [1, 1], [0, 0], [1, 1])
+    geometry = ([1, 1], [1, 1], [0, 0], [1, 1], [2, 2], 1)
     indices = torch.zeros(1000, dtype=torch.int64)
-    shortcuts = [shortcut for (_, producer), shortcut in prims.ROW_SUMS.items() if producer is prims.unfold_rows]
+    shortcuts = [shortcut for (_, producer), shortcut in rows.ROW_SUMS.items() if producer is rows.unfold_rows]
     sums = [
         (prims.column_sum(ones), 1000.0),
         (prims.column_square_sum(ones), 1000.0),
-        (prims.patch_sum(images, *geometry), 4000.0),
-        (prims.histogram(indices, 1, -1, torch.bfloat16), 1000.0),
+        (rows.patch_sum(images, *geometry), 4000.0),
+        (rows.histogram(indices, 1, -1, torch.bfloat16), 1000.0),
         *((shortcut(images, *geometry), 4000.0) for shortcut in shortcuts),
     ]
     for actual, expected in sums:

@@ -188,7 +188,7 @@ EXPECTED = {
         **_sites("token", "blocks.0.attention.qkv", "blocks.1.attention.qkv", bias=False),
         **_sites(*(f"blocks.{i}.{layer}" for i in (0, 1) for layer in ("attention.out", "up", "down"))),
         **_norms("blocks.0.norm1", "blocks.0.norm2", "blocks.1.norm1", "blocks.1.norm2", "norm"),
-        "position.weight": "declined",
+        "position.weight": "site",
     },
     "checkpointed": _sites("enter", "block.1", "block.4", "head") | _norms("block.0"),
     "breaks": _sites(*(f"{i}.linear" for i in range(6))),

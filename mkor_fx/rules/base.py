@@ -15,11 +15,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Shape:
-    """One preconditioned weight as a rule sees it: ``O`` outputs, ``I`` inputs, with or without a bias of ``O``."""
+    """One matrix of a preconditioned weight as a rule sees it: ``O`` outputs, ``I`` inputs, maybe with a bias of ``O``.
+
+    ``lookup``: the inputs are one-hots (an embedding of a vocabulary of ``I``).
+    """
 
     O: int  # noqa: E741
     I: int  # noqa: E741
     bias: bool = False
+    lookup: bool = False
 
 
 class Use(NamedTuple):
@@ -38,7 +42,11 @@ class Gradient(NamedTuple):
     """``weight`` is ``[O, I]`` whatever way the parameter is stored; ``bias`` is ``[O]`` or None."""
 
     weight: Tensor
-    bias: Tensor | None
+    bias: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that there are, by name."""
+        return {name: t for name, t in self._asdict().items() if t is not None}
 
 
 State = dict[str, Tensor]
@@ -47,7 +55,9 @@ State = dict[str, Tensor]
 class Rule(ABC):
     """An update rule. Subclasses are frozen dataclasses: a rule is its options and holds no tensors.
 
-    Where its operands are not finite the library keeps the old state, so ``update`` need not look.
+    It is written for one matrix. A batch of them (experts, groups of a convolution) runs under ``vmap``, each member with
+    a state of its own. Where its operands are not finite, or a member has seen no row, the library keeps the old state,
+    so ``update`` need not look.
     """
 
     #: whether ``update`` reads the gradient (then a gradient that is not finite leaves the state alone, too)
@@ -62,8 +72,11 @@ class Rule(ABC):
         return True
 
     @abstractmethod
-    def summarize(self, a_NI: Tensor, g_NO: Tensor) -> tuple[Tensor, ...]:
-        """What one use of the weight contributes, as sums over rows: exactly what crosses the network."""
+    def summarize(self, shape: Shape, a_NI: Tensor, g_NO: Tensor) -> tuple[Tensor, ...]:
+        """What one use of the weight contributes, as sums over rows: exactly what crosses the network.
+
+        ``shape`` is the weight as this use sees it: the other way round in an opposite one.
+        """
 
     @abstractmethod
     def update(self, state: State, uses: list[Use], grad: Gradient, step: Tensor) -> State:

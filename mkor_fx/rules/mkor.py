@@ -115,9 +115,13 @@ class MKOR(Rule):
         return self.gamma / 2 if self.zeta is None else self.zeta
 
     def init(self, shape: Shape, device: torch.device) -> State:
-        """``{"L": eye(O), "R": eye(I)}`` in ``factor_dtype``, sides above ``max_factor`` left out."""
+        """``{"L": eye(O), "R": eye(I)}`` in ``factor_dtype``, sides above ``max_factor`` left out.
+
+        The vocabulary of an embedding is a side that is left out, too: the second moment of one-hots is diagonal, which
+        base optimizers with a scale an element take care of, while a full factor would move rows that no token has used.
+        """
         inputs = shape.I + (shape.bias and self.bias == "joint")
-        sides = {"L": shape.O, "R": inputs}
+        sides = {"L": shape.O} if shape.lookup else {"L": shape.O, "R": inputs}
         return {
             name: torch.eye(size, dtype=self.factor_dtype, device=device)
             for name, size in sides.items()
@@ -127,8 +131,9 @@ class MKOR(Rule):
     def preconditions_bias(self, shape: Shape) -> bool:
         return self.bias == "joint" or (self.bias == "left" and shape.O <= self.max_factor)
 
-    def summarize(self, a_NI: Tensor, g_NO: Tensor) -> tuple[Tensor, ...]:
-        """``sum_n a[n]``, ``sum_n g[n]`` and how large either is by rounding alone: ``I + O + 3`` numbers with the rows.
+    def summarize(self, shape: Shape, a_NI: Tensor, g_NO: Tensor) -> tuple[Tensor, ...]:
+        """``sum_n a[n]``, ``sum_n g[n]`` and how large either is by rounding alone: ``I + O + 3`` numbers with the rows,
+        nothing of a side that has no factor.
 
         Some sums are zero in exact arithmetic: of ``g`` in front of a batch norm or in an attention's keys, of ``a``
         behind centred data. ``scale_free`` would blow their rounding up to full size, so it needs to know. Each entry
@@ -138,10 +143,14 @@ class MKOR(Rule):
             return ()
         if self.clamp is not None:
             a_NI, g_NO = a_NI.clamp(-self.clamp, self.clamp), g_NO.clamp(-self.clamp, self.clamp)
-        sums = column_sum(a_NI), column_sum(g_NO)
+        kept = (
+            None if shape.lookup or shape.I > self.max_factor else a_NI,
+            None if shape.O > self.max_factor else g_NO,
+        )
+        sums = tuple(torch.zeros(0, device=g_NO.device) if rows is None else column_sum(rows) for rows in kept)
         if self.form != "scale_free":
             return sums
-        return *sums, _rounding(a_NI), _rounding(g_NO)
+        return *sums, *(torch.zeros((), device=g_NO.device) if rows is None else _rounding(rows) for rows in kept)
 
     def unscale(self, summary: tuple[Tensor, ...], scale: Tensor) -> tuple[Tensor, ...]:
         """``g`` is linear in the scale, its rounding quadratic, the inputs do not depend on it."""
