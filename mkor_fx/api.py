@@ -8,10 +8,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 from torch.distributed import ProcessGroup
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from .config import Options, check_model, check_optimizer, check_rule
-from .distributed import Communication, find_ranks
+from .distributed import Communication, find_ranks, inside_ddp, without_ddp
 from .drop_in import DropIn
 from .passes.capture import Naming
 from .passes.lower import raising_user_errors
@@ -27,6 +28,8 @@ def compile(
     refresh_every: int = 1,
     skip: Sequence[str] = (),
     precondition: Literal["step", "backward"] = "step",
+    process_group: ProcessGroup | None = None,
+    communication: Communication = Communication(),  # noqa: B008  (frozen)
     backend: str = "inductor",
     dynamic: bool | None = None,
     fullgraph: bool = False,
@@ -50,6 +53,10 @@ def compile(
         precondition: ``"step"``: at the optimizer's step, on gradients that are accumulated, averaged and clipped.
             ``"backward"``: inside the backward, so that ``.grad`` arrives preconditioned; for loops without a torch
             optimizer. It uses the factors from before the step and the last step's norms for the rescale.
+        process_group: ranks that train together; None is the world where torch.distributed is initialised, or that of the
+            DistributedDataParallel. Gradients are the wrapper's business (inside or outside of ``compile``) or yours;
+            statistics are summed once an optimizer step, whatever number of micro-batches it has.
+        communication: buckets and checks; ``average`` must be as the gradients', the mean over ranks.
         backend: ``"inductor"``, or ``"eager"`` to run the rewritten graphs uncompiled.
         dynamic, fullgraph, mode, options: as in torch.compile.
 
@@ -69,7 +76,13 @@ def compile(
     check_rule(rule)
     if precondition not in ("step", "backward"):
         raise ValueError(f"precondition={precondition!r}: must be 'step' or 'backward'")
-    return DropIn(model, rule, chosen, precondition).handle
+    inner, group = model, process_group
+    if isinstance(model, DistributedDataParallel):
+        inner, group = model.module, process_group or model.process_group
+    if communication.average != "ranks":
+        raise ValueError("Communication(average='rows') needs compile_step: here the gradients are averaged elsewhere")
+    handle = DropIn(inner, rule, chosen, precondition, find_ranks(group), communication).handle
+    return inside_ddp(model, handle) if isinstance(model, DistributedDataParallel) else handle
 
 
 def compile_step(
@@ -133,6 +146,7 @@ def compile_step(
     check_model(model)
     if rule is not None:
         check_rule(rule)
+    model, process_group = without_ddp(model, process_group)
     check_optimizer(model, optimizer)
     Naming.of(model, chosen.skip)
     loss_of = loss_function(model, loss_fn, return_outputs)

@@ -9,13 +9,15 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import fx, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from .config import Options
+from .graphs import Graphs
 from .ir import StepGraph
-from .passes.bucket import Sizes
 from .passes.capture import dynamo_tensors
-from .passes.collectives import describe
+from .passes.collectives import Group, Sizes, describe
+from .passes.drop_in import Job
 from .rules import Rule
 from .runtime.optimizer import numbers_of, read_number, tensor_state
 from .runtime.ranks import Ranks
@@ -59,6 +61,14 @@ class Communication:
         object.__setattr__(self, "sizes", sizes)
 
 
+def plan_of_update(rule: Rule, jobs: Sequence[Job], options: Options, graphs: Graphs) -> str:
+    """As ``plan_of``, of a program that runs at the optimizer's step."""
+    lines = [f"torch {torch.__version__}, {torch.get_num_threads()} threads", f"rule {rule}"]
+    lines += [f"refresh_every {options.refresh_every}, skip {options.skip}, backend {options.backend}"]
+    lines += [f"{job.name}: {job.layout}, refresh {job.refresh}" for job in jobs]
+    return "\n".join([*lines, *describe(graphs["schedule"].module.graph)])
+
+
 def find_ranks(process_group: dist.ProcessGroup | None) -> Ranks | None:
     """The given group's ranks, the world's where torch.distributed is initialised, or None: one process.
 
@@ -75,12 +85,47 @@ def find_ranks(process_group: dist.ProcessGroup | None) -> Ranks | None:
     return Ranks(process_group)
 
 
+def group_of(ranks: Ranks | None, communication: Communication) -> Group | None:
+    return None if ranks is None else Group(ranks.name, ranks.size, communication.sizes)
+
+
+def without_ddp(model: nn.Module, process_group: dist.ProcessGroup | None) -> tuple[nn.Module, Any]:
+    """The module inside a DistributedDataParallel, and the process group to use: its own unless another is given.
+
+    Raises:
+        ValueError: the wrapper has been told to do what a compiled step does itself.
+    """
+    if not isinstance(model, DistributedDataParallel):
+        return model, process_group
+    asked = {
+        "a communication hook": bool(model._comm_hooks),
+        "find_unused_parameters=True": model.find_unused_parameters,
+        "mixed_precision": model.mixed_precision is not None,
+        "join": model._join_config.enable,
+    }
+    for what, there in asked.items():
+        if there:
+            raise ValueError(
+                f"compile_step writes its own collectives and cannot honour DistributedDataParallel's {what}: pass the "
+                "module inside, or use mkor_fx.compile with your own loop"
+            )
+    return model.module, process_group or model.process_group
+
+
+def inside_ddp(ddp: DistributedDataParallel, handle: nn.Module) -> nn.Module:
+    """Another instance of the wrapper around the compiled ``handle`` of its module, with the handle's attributes."""
+    outer = object.__new__(type(ddp))
+    outer.__dict__.update(ddp.__dict__, mkor=handle.mkor, graphs=handle.graphs, coverage=handle.coverage)
+    outer.__dict__["_modules"] = {**ddp._modules, "module": handle}
+    return outer
+
+
 def check_still_alone() -> None:
     """A step that was made for one process must not go on silently in several."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         raise ValueError(
-            "torch.distributed was initialised after compile_step: ranks would train apart. Call init_process_group "
-            "before compile_step"
+            "torch.distributed was initialised after mkor_fx was called: ranks would train apart. Call init_process_group "
+            "first"
         )
 
 

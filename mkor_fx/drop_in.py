@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,17 +11,19 @@ from torch import Tensor, fx, nn
 
 from .config import Options
 from .coverage import Coverage
+from .distributed import Communication, check_still_alone, group_of, plan_of_update
 from .graphs import Graphs
 from .ir import Decline
 from .passes.backward import BackwardPass, build_refresh
 from .passes.capture import Naming, data_inputs, decompositions, dynamo_parameters, own_code, with_inputs
 from .passes.drop_in import Job, StatisticsPass, build_update, find_layouts
-from .passes.lower import compile_joint, raising_user_errors
+from .passes.lower import compile_joint, one_graph_under_ddp, raising_user_errors
 from .passes.rewrite import merge_layouts
 from .prims import accumulation_dtype
 from .rules import Rule
 from .runtime.backward import BackwardPreconditioner
 from .runtime.module import Preconditioner
+from .runtime.ranks import Ranks
 
 #: trainable parameters of one graph: input position -> (name, parameter)
 Params = dict[int, tuple[str, nn.Parameter]]
@@ -39,8 +42,17 @@ def _tensors(params: Params) -> dict[int, Tensor]:
 class DropIn:
     """One compiled model: captures its graphs, keeps their stages, owns the preconditioner. ``handle`` is the user's."""
 
-    def __init__(self, model: nn.Module, rule: Rule, options: Options, precondition: str) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        rule: Rule,
+        options: Options,
+        precondition: str,
+        ranks: Ranks | None,
+        communication: Communication,
+    ) -> None:
         self.model, self.rule, self.options = model, rule, options
+        self.ranks, self.group = ranks, group_of(ranks, communication)
         self.naming = Naming.of(model, options.skip)
         self.coverage = Coverage(model, rule)
         self.captured: list[Graphs] = []
@@ -52,9 +64,11 @@ class DropIn:
                     "a rule that reads the gradient at its refresh (statistic='gradient') cannot precondition in "
                     "the backward, where the refresh comes later: use precondition='step'"
                 )
-            self.runtime = BackwardPreconditioner(model, rule, options.refresh_every, self._build_refresh, Job)
+            make: Callable[..., Any] = partial(BackwardPreconditioner, build_refresh=self._build_refresh)
         else:
-            self.runtime = Preconditioner(model, rule, options.refresh_every, self._build_update, Job, merge_layouts)
+            make = partial(Preconditioner, build_update=self._build_update, merge=merge_layouts)
+        every = communication.check_replicas_every
+        self.runtime = make(model, rule, options.refresh_every, job=Job, ranks=ranks, check_replicas_every=every)
         self._ran = False
         self.handle = self._make_handle()
 
@@ -67,7 +81,8 @@ class DropIn:
         compiled = raising_user_errors(torch.compile(call, backend=self._backend, fullgraph=fullgraph, dynamic=dynamic))
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            result = compiled(*args, **kwargs)
+            with one_graph_under_ddp():
+                result = compiled(*args, **kwargs)
             if not self._ran:
                 raise RuntimeError(
                     f"no graph was captured from {type(self.model).__name__}: its forward runs outside of "
@@ -161,20 +176,29 @@ class DropIn:
 
     def _build_refresh(self, jobs: list[Job], carriers: list[Tensor], states: list[dict], step: Tensor) -> Callable:
         graphs = Graphs(f"{type(self.model).__name__}: refresh of {len(jobs)} weights")
-        program = build_refresh(
-            self.rule, jobs, carriers, states, step, self.options.backend, self.options.inductor, graphs
-        )
-        self.updates.append(graphs)
-        return program
+        about = self.rule, jobs, carriers, states, step
+        return self._built(build_refresh, about, jobs, graphs)
 
     def _build_update(
         self, jobs: list[Job], examples: list[dict], step: Tensor, scales: tuple[Tensor, ...]
     ) -> Callable:
         graphs = Graphs(f"{type(self.model).__name__}: update of {len(jobs)} weights")
-        program = build_update(
-            self.rule, jobs, examples, step, scales, self.options.backend, self.options.inductor, graphs
-        )
-        self.updates.append(graphs)
+        about = self.rule, jobs, examples, step, scales
+        return self._built(build_update, about, jobs, graphs)
+
+    def _built(self, build: Callable[..., Callable], about: tuple, jobs: list[Job], graphs: Graphs) -> Callable:
+        """A program for the optimizer's step, on which all ranks agree before it runs."""
+        try:
+            program = build(*about, self.options.backend, self.options.inductor, graphs, self.group)
+            self.updates.append(graphs)
+        except Exception as error:
+            if self.ranks is not None:
+                self.ranks.failed(error)
+            raise
+        if self.ranks is None:
+            check_still_alone()
+        else:
+            self.ranks.agree(plan_of_update(self.rule, jobs, self.options, graphs))
         return program
 
 

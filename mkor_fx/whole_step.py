@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from .config import Options
 from .coverage import Coverage
-from .distributed import Communication, buffer_names, check_still_alone, plan_of
+from .distributed import Communication, buffer_names, check_still_alone, group_of, plan_of
 from .graphs import Graphs
 from .passes.capture import Naming, WholeStep, capture_whole_step, dynamo_parameters, own_code
 from .passes.collectives import Network
@@ -85,11 +85,10 @@ def build_whole_step(
         step.prepare_optimizer(list(trained.values()))
         update = trace_update(step.optimizer, list(trained.values()))
         device = next(iter(trained.values())).device
-        ranks, network = step.ranks, None
-        if ranks is None:
+        group = group_of(step.ranks, communication)
+        if group is None:
             check_still_alone()
-        else:
-            network = Network(whole.graph, ranks.name, ranks.size)
+        network = None if group is None else Network(whole.graph, group)
         writer = StepWriter(whole, network, buffer_names(gm, step.model))
 
         def rewrite(_: WholeStep) -> None:
@@ -101,9 +100,8 @@ def build_whole_step(
             writer.apply(update, directions, optimizer_states, step.numbers(device))
             writer.finish(skip_nonfinite, step.skip_counter(device))
 
-        buckets = communication.sizes if network is not None else None
-        synthesise(whole, rewrite, graphs, inductor=False, buckets=buckets)
-        keep_order = Overlap() if network is not None else None
+        synthesise(whole, rewrite, graphs, inductor=False, group=group)
+        keep_order = None if group is None else Overlap()
         compiled = compile_graph(whole.module, options.backend, options.inductor, keep_order)
 
     step.follow_branches(update.branches)
@@ -111,7 +109,7 @@ def build_whole_step(
     step.compilations += 1
 
     plan = ""
-    if ranks is not None:
+    if group is not None:
         about = {"skip_nonfinite": skip_nonfinite, "communication": communication, "steps": step.mkor.step}
         plan = plan_of(whole, step.optimizer, list(trained.values()), rule, options, variant=variant, **about)
 

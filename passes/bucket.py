@@ -8,22 +8,13 @@ import torch
 from torch import Tensor, fx
 
 from ..ir import StepGraph
-from .collectives import Message, c10d, copy_of_first_rank, starts, sum_over_ranks, wait_of
+from .collectives import Message, Sizes, c10d, copy_of_first_rank, starts, sum_over_ranks, wait_of
 from .core import graph_pass
 from .match import downstream
 from .schedule import readiness, sort_by_dependencies
 from .trace import insert
 
 aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Bytes at which a bucket is full, and the dtype in which statistics travel (None: as they are)."""
-
-    statistics: int = 128 << 10
-    gradients: int = 25 << 20
-    dtype: torch.dtype | None = None
 
 
 @dataclass
@@ -94,7 +85,7 @@ def _pieces(graph: fx.Graph, start: fx.Node, sizes: Sizes) -> list[Piece]:
     pieces = []
     for at, node in enumerate(nodes):
         value = node.meta["val"]
-        narrow = message.kind == "statistics" and sizes.dtype is not None and value.numel() > 1
+        narrow = sizes.dtype is not None and len(nodes) > 1 and value.numel() > 1
         dtype = sizes.dtype if narrow else value.dtype  # counts and noise levels do not fit into half precision
         pieces.append(Piece(node, start, at, Message(message.kind, message.name, value.numel()), dtype))
     return pieces

@@ -21,6 +21,24 @@ WAIT = c10d.wait_tensor.default
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """Bytes at which a bucket is full, and the dtype in which statistics travel (None: as they are)."""
+
+    statistics: int = 128 << 10
+    gradients: int = 25 << 20
+    dtype: torch.dtype | None = None
+
+
+@dataclass(frozen=True)
+class Group:
+    """A process group as graphs know it: its name, how many ranks it has, and the size of buckets."""
+
+    name: str
+    size: int
+    buckets: Sizes
+
+
+@dataclass(frozen=True)
 class Message:
     """What one tensor in a collective is: ``kind`` is "statistics", "gradient", "loss", "rows" or "buffer"."""
 
@@ -66,8 +84,8 @@ def copy_of_first_rank(x: Tensor, group: str) -> tuple[Tensor, Tensor]:
 class Network:
     """Writes collectives over one process group into a graph, at its insertion point."""
 
-    def __init__(self, graph: fx.Graph, group: str, size: int) -> None:
-        self.graph, self.group, self.size = graph, group, size
+    def __init__(self, graph: fx.Graph, group: Group) -> None:
+        self.graph, self.group, self.size = graph, group.name, group.size
 
     def sum(self, node: fx.Node, kind: str, name: str) -> fx.Node:
         """The sum of ``node`` over all ranks, bitwise the same on each."""

@@ -248,6 +248,11 @@ def outside_dynamo() -> contextlib.AbstractContextManager:
     return torch._guards.tracing(None)
 
 
+def one_graph_under_ddp() -> contextlib.AbstractContextManager:
+    """Dynamo does not split what is captured inside at the buckets of a DistributedDataParallel around it."""
+    return torch._dynamo.config.patch(optimize_ddp=False)
+
+
 def raising_user_errors(compiled: Callable[..., Any]) -> Callable[..., Any]:
     """Errors that the library raises for the user while Dynamo compiles arrive as themselves, without Dynamo's wrapping."""
 

@@ -9,8 +9,9 @@ from typing import Any
 from ..graphs import Graphs
 from ..ir import StepGraph
 from ..rules import Rule
-from .bucket import Sizes, bucket
+from .bucket import bucket
 from .canonicalize import cancel_double_transpose, drop_detach, spell_transposes
+from .collectives import Group
 from .core import run_passes
 from .lower import expand, shortcut_row_sums, store_scalars
 from .match import find_sites
@@ -37,17 +38,17 @@ def synthesise(
     *,
     inductor: bool,
     partitioned: bool = False,
-    buckets: Sizes | None = None,
+    group: Group | None = None,
 ) -> None:
     """rewrite -> schedule -> lower: ``rewrite`` writes statistics and updates, aten comes out.
 
     ``inductor``: expand what Inductor wants decomposed, too. ``partitioned``: torch will split the graph into forward and
-    backward and honour checkpoints itself. ``buckets``: merge and order the collectives that ``rewrite`` has written.
+    backward and honour checkpoints itself. ``group``: merge and order the collectives that ``rewrite`` has written.
     """
     run_passes(step, [rewrite], "rewrite", graphs)
     ordering = [update_when_ready] if partitioned else SCHEDULE
-    if buckets is not None:
-        ordering = [partial(bucket, sizes=buckets), *ordering, schedule]
+    if group is not None:
+        ordering = [partial(bucket, sizes=group.buckets), *ordering, schedule]
     run_passes(step, ordering, "schedule", graphs)
     lowering = [shortcut_row_sums, partial(expand, inductor=inductor)]
     run_passes(step, lowering if partitioned else [*lowering, store_scalars], "lower", graphs)

@@ -12,6 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _get_process_group_store
 
+from .state import FactorState
+
 #: steps made so far over each group: their keys in its store must not meet
 _made: Counter[dist.ProcessGroup] = Counter()
 
@@ -118,6 +120,38 @@ class Ranks:
                     "tensors differ). Load the same checkpoint on every rank, and change parameters, buffers, factors "
                     "and optimizer state on all ranks alike"
                 )
+
+
+class Replicas:
+    """Compares the replicas of one model: when its factors come from outside, and every ``every`` steps.
+
+    ``state()`` is what must be equal, by name; ``replaced()`` what rank 0 decides at the first step.
+    """
+
+    def __init__(
+        self,
+        ranks: Ranks | None,
+        mkor: FactorState,
+        every: int,
+        state: Callable[[], dict[str, Tensor]],
+        replaced: Callable[[], Iterable[Tensor]] = tuple,
+    ) -> None:
+        self.ranks, self.mkor, self.every, self.state, self.replaced = ranks, mkor, every, state, replaced
+        self._generation = -1
+
+    def check(self) -> None:
+        """To be called once a step, before it begins."""
+        if self.ranks is None:
+            return
+        step, generation = self.mkor.step, self.mkor.generation
+        if generation != self._generation:
+            self.ranks.agree(f"factors at step {step}, loaded {generation} times")
+            if self._generation == -1:
+                self.ranks.copy_from_first(self.replaced())
+            self._generation = generation
+        elif not self.every or step % self.every:
+            return
+        self.ranks.compare(self.state(), f"before step {step}")
 
 
 def checksum(tensor: Tensor) -> Tensor:

@@ -153,6 +153,12 @@ class FactorState:
             tensor.fill_(step)
 
 
+def state_of(model: nn.Module, mkor: FactorState) -> dict[str, Tensor]:
+    """Parameters, buffers and factors by name."""
+    factors = {f"factor {key}": tensor for key, tensor in mkor.tensors().items()}
+    return {**dict(model.named_parameters()), **dict(model.named_buffers()), **factors}
+
+
 def _fits(factor: Tensor, param: Tensor) -> bool:
     """Whether a square factor can belong to a parameter: its side is one of a matrix view's, a bias column more or not."""
     splits = [param.shape[:k].numel() for k in range(param.dim() + 1)]

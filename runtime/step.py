@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from .optimizer import PackedNumbers, initialise_state, structure_of, tensor_state
-from .ranks import Ranks
-from .state import FactorState
+from .ranks import Ranks, Replicas
+from .state import FactorState, state_of
 
 
 class CompiledStep:
@@ -35,7 +35,7 @@ class CompiledStep:
         check_replicas_every: int = 0,
     ) -> None:
         self.model, self.optimizer, self.refresh_every = model, optimizer, refresh_every
-        self.ranks, self.check_replicas_every = ranks, check_replicas_every
+        self.ranks = ranks
         self.mkor = FactorState(model)
         self.variants: dict[str, Any] = {}
         self.coverage: Any = None
@@ -49,7 +49,8 @@ class CompiledStep:
         self._skipped: Tensor | None = None
         self._arguments: tuple[tuple, dict] = ((), {})
         self._plans: dict[str, str] = {}
-        self._generation = -1
+        own = lambda: [*model.parameters(), *model.buffers()]
+        self._replicas = Replicas(ranks, self.mkor, check_replicas_every, self.state_tensors, own)
 
     @property
     def graphs(self) -> Any:
@@ -100,21 +101,15 @@ class CompiledStep:
         if self._plans.get(variant) != plan:
             self.ranks.agree(plan)
             self._plans[variant] = plan
-        if self._generation != self.mkor.generation:
-            self._generation = self.mkor.generation
-            self.ranks.agree(f"factors at step {self.mkor.step}, loaded {self.mkor.generation} times")
-            self.ranks.copy_from_first([*self.model.parameters(), *self.model.buffers()])
-            self.ranks.compare(self.state_tensors(), f"before step {self.mkor.step}")
-        elif self.check_replicas_every and self.mkor.step % self.check_replicas_every == 0:
-            self.ranks.compare(self.state_tensors(), f"before step {self.mkor.step}")
+        self._replicas.check()
 
     def state_tensors(self) -> dict[str, Tensor]:
         """All that a step changes, by name."""
-        tensors = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        tensors = state_of(self.model, self.mkor)
         for name, param in self.model.named_parameters():
             state = tensor_state(self.optimizer, param)
             tensors |= {f"optimizer state {key} of {name}": tensor for key, tensor in state.items()}
-        return tensors | {f"factor {key}": tensor for key, tensor in self.mkor.tensors().items()}
+        return tensors
 
     def rows(self, device: torch.device) -> Tensor:
         """The first dimension of the step's last tensor argument, 0-dim float."""

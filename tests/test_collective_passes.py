@@ -13,8 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import mkor_fx
 from mkor_fx import Communication
 from mkor_fx.ir import StepGraph
-from mkor_fx.passes.bucket import Sizes, bucket
-from mkor_fx.passes.collectives import Network, describe, is_start, is_wait, starts
+from mkor_fx.passes.bucket import bucket
+from mkor_fx.passes.collectives import Group, Network, Sizes, describe, is_start, is_wait, starts
 from mkor_fx.passes.overlap import hidden_under, is_heavy, schedule
 from mkor_fx.passes.pin import pin
 from mkor_fx.passes.trace import insert
@@ -37,7 +37,7 @@ def program(layers=4):
     """Products forward and backward; each layer's vector (one of them a sum of two) and gradient are summed over ranks.
     Outputs: what has been summed, and its sum as a write to an input."""
     graph, mode = fx.Graph(), FakeTensorMode()
-    network = Network(graph, dist.group.WORLD.group_name, 1)
+    network = Network(graph, Group(dist.group.WORLD.group_name, 1, Sizes()))
 
     def given(name, *shape):
         node = graph.placeholder(name)

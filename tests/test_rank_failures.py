@@ -147,7 +147,7 @@ def initialise_late(rank, size, path):
 
 def test_a_process_group_that_comes_too_late(tmp_path):
     for error in processes.errors(initialise_late, 2, str(tmp_path / "late")):
-        assert "initialised after compile_step" in error
+        assert "initialised after mkor_fx was called" in error
 
 
 @pytest.mark.parametrize("option", [{"statistics_bytes": 0}, {"gradient_bytes": 1.5}, {"average": "mean"},
