@@ -11,12 +11,12 @@ READY := $(VENV)/ready
 READY_DEV := $(VENV)/ready-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench sweep clean
+.PHONY: help setup demo test fuzz check bench sweep clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
 	@echo
-	@echo '  TASK=digits|fashion|fashion-ae|lm for demo, ARGS="..." for options of demo, test, bench and sweep'
+	@echo '  TASK=digits|fashion|fashion-ae|lm for demo, ARGS="..." for options of demo, test, fuzz, bench and sweep'
 
 setup: $(READY)  ## virtual environment in .venv with everything the other targets need
 
@@ -40,6 +40,9 @@ demo: $(READY)  ## AdamW without and with mkor_fx on real data: table, demo-outp
 
 test: $(READY)  ## run the tests
 	$(RUN) -m pytest $(ARGS)
+
+fuzz: $(READY)  ## hold 1000 random programs to their reference (half an hour): ARGS="--seeds 0:1000"
+	$(RUN) -m tests.fuzz $(or $(ARGS),--seeds 0:1000)
 
 check: $(READY_DEV)  ## lint and type-check
 	$(RUN) -m ruff check .

@@ -4,6 +4,7 @@ from .api import compile, compile_step
 from .distributed import Communication
 from .explain import explain
 from .ops import op_rule
+from .progress import progress
 from .rules import MKOR, Rule
 
-__all__ = ["MKOR", "Communication", "Rule", "compile", "compile_step", "explain", "op_rule"]
+__all__ = ["MKOR", "Communication", "Rule", "compile", "compile_step", "explain", "op_rule", "progress"]

@@ -1,14 +1,20 @@
-"""What is preconditioned, and why not: one line for every trainable parameter."""
+"""What is preconditioned, and why not: one entry for every trainable parameter."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
 
-import tabulate
 import torch
 from torch import nn
 
-from .ir import Decline, StepGraph
+from .costs import Costs, Work, aligned, cost_table, count_costs
+from .graphs import ModelGraphs, module_path
+from .ir import Decline, Site, StepGraph, source_line
 from .passes.rewrite import Layout
 from .rules import Rule
 
@@ -18,7 +24,10 @@ UNSEEN = Decline("not seen in a graph with gradients")
 
 @dataclass(frozen=True)
 class Entry:
-    """One trainable parameter. ``factors`` are the shapes of its state; ``declined`` is None for what is covered."""
+    """One trainable parameter. ``factors`` are the shapes of its state; ``declined`` is None for what is covered.
+
+    ``sources`` are the user's lines that use it (``"model.py:12"``), ``modules`` the paths of the modules that they run in.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -29,20 +38,46 @@ class Entry:
     sent: int = 0
     bias_of: str = ""
     declined: Decline | None = None
+    sources: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()
+    work: Work | None = None
 
     @property
     def elements(self) -> int:
         return torch.Size(self.shape).numel()
 
+    @property
+    def matrix(self) -> bool:
+        """Whether at least two of its dimensions are larger than one: what a Kronecker-factored rule is for."""
+        return sum(size > 1 for size in self.shape) >= 2
+
+    @property
+    def note(self) -> str:
+        """Its factors, whose factor it shares, or why it has none."""
+        if self.declined is not None:
+            return str(self.declined)
+        return f"L of {self.bias_of}" if self.bias_of else ", ".join(f"{k} {times(s)}" for k, s in self.factors.items())
+
+
+class Fractions(NamedTuple):
+    """Covered fractions: of the trainable parameters, of their elements, and both of the matrix parameters alone."""
+
+    parameters: float
+    elements: float
+    matrix_parameters: float
+    matrix_elements: float
+
 
 class Coverage:
     """The trainable parameters of a model in order, each preconditioned or declined with its reason.
 
-    ``print(coverage)`` is a table; ``covered`` and ``declined`` are lists of entries; ``share()`` the fractions covered.
+    ``print(coverage)`` is a table, ``table(costs=True)`` what each weight costs, ``to_json()`` everything; ``covered`` and
+    ``declined`` are lists of entries; ``graphs`` the programs seen so far and ``to_html(path)`` a page of it all.
     """
 
     def __init__(self, model: nn.Module, rule: Rule | None) -> None:
         self._rule = rule
+        self.graphs = ModelGraphs(self, type(model).__name__)
         self._entries = {
             name: Entry(name, tuple(p.shape), declined=UNSEEN)
             for name, p in model.named_parameters()
@@ -56,44 +91,52 @@ class Coverage:
         """
         names = names or {index: parameter.name for index, parameter in step.parameters.items()}
         for site in step.sites.values():
-            layout = Layout.of(site)
-            assert self._rule is not None
-            state = layout.fresh_state(self._rule)(torch.device("meta"))
-            sent = layout.statistics_size(self._rule) * len(site.kinds)
-            ops = "+".join(dict.fromkeys(tap.op for tap in site.taps)) + (" of f(W)" if site.parametrized else "")
-            self._merge(
-                Entry(
-                    names[site.parameter.index],
-                    site.parameter.shape,
-                    ops,
-                    len(site.taps),
-                    {key: tuple(t.shape) for key, t in state.items()},
-                    sum(t.numel() * t.element_size() for t in state.values()),
-                    sent,
-                )
-            )
+            entry = self._site_entry(site, names[site.parameter.index])
+            self._merge(entry)
             if site.bias is not None:
                 self._merge(
                     Entry(
                         names[site.bias.index],
                         site.bias.shape,
                         "bias",
-                        len(site.taps),
-                        bias_of=names[site.parameter.index],
+                        entry.uses,
+                        bias_of=entry.name,
+                        sources=entry.sources,
+                        modules=entry.modules,
                     )
                 )
         for index, decline in step.declines.items():
-            self._merge(Entry(names[index], step.parameters[index].shape, declined=decline))
+            sources = (decline.source,) if decline.source else ()
+            self._merge(Entry(names[index], step.parameters[index].shape, declined=decline, sources=sources))
+
+    def _site_entry(self, site: Site, name: str) -> Entry:
+        assert self._rule is not None
+        layout = Layout.of(site)
+        state = layout.fresh_state(self._rule)(torch.device("meta"))
+        nodes = [tap.node for tap in site.taps]
+        return Entry(
+            name,
+            site.parameter.shape,
+            "+".join(dict.fromkeys(tap.op for tap in site.taps)) + (" of f(W)" if site.parametrized else ""),
+            len(site.taps),
+            {key: tuple(t.shape) for key, t in state.items()},
+            sum(t.numel() * t.element_size() for t in state.values()),
+            layout.statistics_size(self._rule) * len(site.kinds),
+            sources=tuple(filter(None, dict.fromkeys(map(source_line, nodes)))),
+            modules=tuple(filter(None, dict.fromkeys(map(module_path, nodes)))),
+            work=Work.of(site),
+        )
 
     def decline(self, name: str, decline: Decline) -> None:
-        self._merge(Entry(name, self._entries[name].shape, declined=decline))
+        known = self._entries[name]
+        self._merge(Entry(name, known.shape, declined=decline, sources=known.sources))
 
     def _merge(self, entry: Entry) -> None:
         known = self._entries.get(entry.name)
         if known is None or known.declined is UNSEEN or (entry.declined is not None and known.declined is None):
             self._entries[entry.name] = entry
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Entry]:
         return iter(self._entries.values())
 
     def __getitem__(self, name: str) -> Entry:
@@ -109,29 +152,96 @@ class Coverage:
 
     def share(self) -> tuple[float, float]:
         """Covered share of the trainable parameters and of their elements."""
-        total = sum(entry.elements for entry in self)
-        elements = sum(entry.elements for entry in self.covered)
-        return len(self.covered) / max(1, len(self._entries)), elements / max(1, total)
+        return _share(list(self))
+
+    @property
+    def coverage(self) -> Fractions:
+        """Covered fractions, of all trainable parameters and of those that are matrices."""
+        return Fractions(*self.share(), *_share([entry for entry in self if entry.matrix]))
+
+    def costs(self, name: str) -> Costs | None:
+        """What refreshing and preconditioning the weight ``name`` costs; None for a bias and for what is declined."""
+        entry = self[name]
+        if entry.work is None or self._rule is None:
+            return None
+        return count_costs(self._rule, entry.work)
+
+    def assert_full(self, allow: Sequence[str] = ()) -> None:
+        """Hold a model to full coverage, in its own tests: every matrix parameter is preconditioned.
+
+        Args:
+            allow: glob patterns of parameter names that may be left out. Each has to be needed.
+
+        Raises:
+            AssertionError: names every uncovered matrix parameter with its reason and source line, or every pattern that
+                no uncovered matrix parameter needs.
+        """
+        patterns = (allow,) if isinstance(allow, str) else tuple(allow)
+        gaps = [entry for entry in self.declined if entry.matrix]
+        idle = [p for p in patterns if not any(fnmatchcase(entry.name, p) for entry in gaps)]
+        gaps = [entry for entry in gaps if not any(fnmatchcase(entry.name, p) for p in patterns)]
+        total = sum(entry.matrix for entry in self)
+        lines = [f"{len(gaps)} of {total} matrix parameters are not preconditioned:"] if gaps else []
+        lines += [f"  {entry.name} {times(entry.shape)}: {entry.declined}" for entry in gaps]
+        lines += [f"allow pattern {p!r} matches no uncovered matrix parameter: remove it" for p in idle]
+        if lines:
+            raise AssertionError("\n".join(lines))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain lists, dicts, strings and numbers."""
+        return {
+            "coverage": self.coverage._asdict(),
+            "state_bytes": sum(e.state_bytes for e in self),
+            "sent": sum(e.sent for e in self),
+            "parameters": [self._entry_dict(entry) for entry in self],
+        }
+
+    def _entry_dict(self, entry: Entry) -> dict[str, Any]:
+        costs = self.costs(entry.name)
+        plain = {key: value for key, value in vars(entry).items() if key != "work"}
+        plain["declined"] = entry.declined and asdict(entry.declined)
+        own = {"elements": entry.elements, "matrix": entry.matrix, "note": entry.note}
+        return {**plain, **own, "costs": costs and asdict(costs)}
+
+    def to_json(self) -> str:
+        """:meth:`to_dict` as text."""
+        return json.dumps(self.to_dict(), indent=1)
+
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """One page, for any browser and without a network: this table, the stages of every program and their diffs."""
+        self.graphs.to_html(path)
+
+    def table(self, costs: bool = False) -> str:
+        """The table that is printed; with ``costs`` what each weight costs instead."""
+        if not costs:
+            return str(self)
+        return cost_table({e.name: counted for e in self if (counted := self.costs(e.name)) is not None})
 
     def __str__(self) -> str:
         rows = []
         for e in self:
-            factors = ", ".join(f"{key} {'x'.join(map(str, shape))}" for key, shape in e.factors.items())
-            note = str(e.declined) if e.declined is not None else (f"L of {e.bias_of}" if e.bias_of else factors)
             numbers = [e.uses or "", f"{e.state_bytes:,}" if e.state_bytes else "", f"{e.sent:,}" if e.sent else ""]
             op = "declined" if e.declined is not None else e.op
-            rows.append([e.name, "x".join(map(str, e.shape)) or "scalar", op, *numbers, note])
+            rows.append([e.name, times(e.shape) or "scalar", op, *numbers, e.note])
         headers = ["parameter", "shape", "op", "uses", "state bytes", "sent", "factors, or why not"]
-        by_number, by_element = self.share()
+        matrices = [e for e in self if e.matrix]
         return (
-            tabulate.tabulate(
-                rows,
-                headers,
-                tablefmt="simple",
-                disable_numparse=True,
-                colalign=("left", "left", "left", "right", "right", "right", "left"),
-            )
-            + f"\n{len(self.covered)} of {len(self._entries)} trainable parameters preconditioned ({by_number:.0%}), "
-            f"{by_element:.1%} of their elements; state {sum(e.state_bytes for e in self):,} bytes, "
+            aligned(rows, headers, "lllrrrl")
+            + f"\n{len(self.covered)} of {len(self._entries)} trainable parameters preconditioned, "
+            f"{sum(e.declined is None for e in matrices)} of {len(matrices)} matrices, "
+            f"{self.share()[1]:.1%} of all elements;\n"
+            f"state {sum(e.state_bytes for e in self):,} bytes, "
             f"{sum(e.sent for e in self):,} numbers of statistics a refresh"
         )
+
+
+def times(shape: Sequence[int]) -> str:
+    """``(3, 4) -> "3x4"``"""
+    return "x".join(map(str, shape))
+
+
+def _share(entries: list[Entry]) -> tuple[float, float]:
+    """Covered fraction of entries and of their elements; of nothing, all is covered."""
+    covered = [entry for entry in entries if entry.declined is None]
+    elements, total = (sum(entry.elements for entry in some) for some in (covered, entries))
+    return len(covered) / len(entries) if entries else 1.0, elements / total if total else 1.0

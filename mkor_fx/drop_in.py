@@ -15,7 +15,15 @@ from .distributed import Communication, check_still_alone, group_of, plan_of_upd
 from .graphs import Graphs
 from .ir import Decline
 from .passes.backward import BackwardPass, build_refresh
-from .passes.capture import Naming, data_inputs, decompositions, dynamo_parameters, own_code, with_inputs
+from .passes.capture import (
+    Naming,
+    data_inputs,
+    decompositions,
+    dynamo_parameters,
+    own_code,
+    trace_artifact,
+    with_inputs,
+)
 from .passes.drop_in import Job, StatisticsPass, build_update, find_layouts
 from .passes.lower import compile_joint, one_graph_under_ddp, raising_user_errors
 from .passes.rewrite import merge_layouts
@@ -55,8 +63,6 @@ class DropIn:
         self.ranks, self.group = ranks, group_of(ranks, communication)
         self.naming = Naming.of(model, options.skip)
         self.coverage = Coverage(model, rule)
-        self.captured: list[Graphs] = []
-        self.updates: list[Graphs] = []
         self.runtime: Preconditioner | BackwardPreconditioner
         if precondition == "backward":
             if rule.reads_gradient:
@@ -91,7 +97,7 @@ class DropIn:
             return result
 
         handle.__dict__.update(
-            _compiled_call_impl=run, mkor=self.runtime.mkor, graphs=ModelGraphs(self), coverage=self.coverage
+            _compiled_call_impl=run, mkor=self.runtime.mkor, graphs=self.coverage.graphs, coverage=self.coverage
         )
         return handle
 
@@ -102,10 +108,15 @@ class DropIn:
             self.naming = Naming.of(self.model, self.options.skip)
         params = dynamo_parameters(gm, self.naming)
         if not params or not torch.is_grad_enabled():
-            return compile_joint(gm, inputs, None, {}, self.options.backend, self.options.inductor)
-        graphs = Graphs(f"{type(self.model).__name__}: graph {len(self.captured)}, forward and backward")
+            return compile_joint(gm, inputs, None, {}, self.options.backend, self.options.inductor, [])
+        captured = self.coverage.graphs.captured
+        graphs = self._graphs(f"graph {len(captured)}, forward and backward")
         compiled, statistics, added = self._program(gm, inputs, params, graphs)
-        self.captured.append(graphs)
+        captured.append(graphs)
+        if statistics.capture.step is not None:
+            seen_here = Coverage(self.model, self.rule)
+            seen_here.add(statistics.capture.step)
+            trace_artifact("mkor_fx_coverage", seen_here.to_json)
         seen: set[tuple[int, ...]] = set()
 
         def run(*args: Any) -> Any:
@@ -158,7 +169,11 @@ class DropIn:
     ) -> Callable:
         extended, extended_inputs = with_inputs(gm, inputs, added)
         backend, options = self.options.backend, self.options.inductor
-        return compile_joint(extended, extended_inputs, statistics, decompositions(), backend, options)
+        code = statistics.graphs.code
+        return compile_joint(extended, extended_inputs, statistics, decompositions(), backend, options, code)
+
+    def _graphs(self, what: str) -> Graphs:
+        return Graphs(f"{type(self.model).__name__}: {what}", self.coverage)
 
     def _register(self, statistics: StatisticsPass, params: dict[int, nn.Parameter]) -> None:
         """Tell the runtime and the coverage what this graph says of the parameters it is called with."""
@@ -175,22 +190,20 @@ class DropIn:
                     self.coverage.decline(self.runtime.mkor.name(param), DISAGREE)
 
     def _build_refresh(self, jobs: list[Job], carriers: list[Tensor], states: list[dict], step: Tensor) -> Callable:
-        graphs = Graphs(f"{type(self.model).__name__}: refresh of {len(jobs)} weights")
         about = self.rule, jobs, carriers, states, step
-        return self._built(build_refresh, about, jobs, graphs)
+        return self._built(build_refresh, about, jobs, self._graphs(f"refresh of {len(jobs)} weights"))
 
     def _build_update(
         self, jobs: list[Job], examples: list[dict], step: Tensor, scales: tuple[Tensor, ...]
     ) -> Callable:
-        graphs = Graphs(f"{type(self.model).__name__}: update of {len(jobs)} weights")
         about = self.rule, jobs, examples, step, scales
-        return self._built(build_update, about, jobs, graphs)
+        return self._built(build_update, about, jobs, self._graphs(f"update of {len(jobs)} weights"))
 
     def _built(self, build: Callable[..., Callable], about: tuple, jobs: list[Job], graphs: Graphs) -> Callable:
         """A program for the optimizer's step, on which all ranks agree before it runs."""
         try:
             program = build(*about, self.options.backend, self.options.inductor, graphs, self.group)
-            self.updates.append(graphs)
+            self.coverage.graphs.updates.append(graphs)
         except Exception as error:
             if self.ranks is not None:
                 self.ranks.failed(error)
@@ -207,47 +220,3 @@ def _call_of(handle: nn.Module) -> Callable[..., Any]:
         return handle._call_impl(*args, **kwargs)
 
     return call
-
-
-class ModelGraphs:
-    """The programs of a drop-in model: ``list(model.graphs)``, or the stages of the first captured one by name."""
-
-    def __init__(self, owner: DropIn) -> None:
-        self._owner = owner
-
-    @property
-    def captured(self) -> list[Graphs]:
-        """Forward and backward, one a graph."""
-        return self._owner.captured
-
-    @property
-    def updates(self) -> list[Graphs]:
-        """The programs that run at the optimizer's step."""
-        return self._owner.updates
-
-    def __iter__(self):
-        return iter([*self.captured, *self.updates])
-
-    def __getitem__(self, stage: str):
-        return self._first[stage]
-
-    def op_counts(self, stage: str):
-        return self._first.op_counts(stage)
-
-    def diff(self, before: str, after: str) -> str:
-        return self._first.diff(before, after)
-
-    @property
-    def _first(self) -> Graphs:
-        if not self.captured:
-            raise RuntimeError("nothing is compiled yet: call the model once with gradients enabled")
-        return self.captured[0]
-
-    def __str__(self) -> str:
-        return "\n\n".join(map(str, self)) or "nothing is compiled yet"
-
-    def __deepcopy__(self, memo: dict) -> None:
-        """A copied model is a plain one."""
-
-    def __reduce__(self) -> tuple:
-        return type(None), ()

@@ -26,14 +26,15 @@ def explain(
     skip: Sequence[str] = (),
     **kwargs: Any,
 ) -> Coverage:
-    """Coverage of every trainable parameter: op, uses, factor sizes, bytes and traffic, or why it is declined.
+    """Coverage of every trainable parameter: op, uses, factor sizes, bytes, traffic and costs, or why it is declined.
 
     ``explain(step)`` and ``explain(compiled_model)`` tell what has been compiled. ``explain(model, *batch)`` needs no
     training: it captures the model on the example batch, computes nothing and changes nothing. With ``loss_fn`` the last
     element of the batch is the target, as in ``compile_step``.
 
     Returns:
-        Coverage: prints as a table; ``covered``, ``declined`` and ``share()`` for programs.
+        Coverage: prints as a table. ``table(costs=True)``, ``to_json()``, ``to_html(path)``; ``coverage``, ``covered`` and
+        ``declined`` for programs; ``assert_full(allow=[...])`` for a model's own tests.
 
     Raises:
         ValueError: nothing has been compiled yet and no batch is given.
@@ -47,13 +48,15 @@ def explain(
     check_model(model)
     check_rule(rule)
     naming, coverage = Naming.of(model, skip), Coverage(model, rule)
+    captured = coverage.graphs.captured
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         named = {index: name for index, (name, _) in dynamo_parameters(gm, naming).items()}
         step = capture_joint(gm, inputs, naming)
         if step is not None:
+            captured.append(Graphs(f"{type(model).__name__}: graph {len(captured)}, explained", coverage))
             with plain_tracing():
-                analyse(step, rule, Graphs("explain"))
+                analyse(step, rule, captured[-1])
         results = [node.meta["example_value"] for node in gm.graph.output_node().args[0]]
 
         def run(*values: Any) -> list[Any]:  # one graph may serve many instances, each with its own parameters

@@ -1,13 +1,51 @@
-"""Every stage's graph, kept to be looked at: print, count, compare."""
+"""Every stage's graph, kept to be looked at: print, count, compare, draw."""
 
 from __future__ import annotations
 
 import difflib
+import os
+import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import tabulate
+import torch
 from torch import Tensor, fx
+
+from .dump import Dump
+from .ir import StepGraph
+
+if TYPE_CHECKING:
+    from .coverage import Coverage
+
+Path = str | os.PathLike[str]
+
+
+def node_text(node: fx.Node) -> str:
+    """One line for a node: ``mm_3 = aten.mm(permute_2, view)  # [8, 16]``."""
+    value = node.meta.get("val")
+    shape = f"  # {list(value.shape)}" if isinstance(value, Tensor) else ""
+    if node.op == "placeholder":
+        return f"{node.name}: input{shape}"
+    arguments = ", ".join([*map(str, node.args), *(f"{key}={value}" for key, value in node.kwargs.items())])
+    if node.op == "output":
+        return f"return {arguments}"
+    return f"{node.name} = {target_name(node)}({arguments}){shape}"
+
+
+def target_name(node: fx.Node) -> str:
+    """``aten.mm``, ``aten.sum.dim_IntList``, ``getitem``"""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return str(node.target).removesuffix(".default")
+    return getattr(node.target, "__name__", str(node.target))
+
+
+def module_path(node: fx.Node) -> str:
+    """The user's name of the module whose forward the node belongs to, ``"blocks.0.mlp"``; '' for the model itself."""
+    stack = node.meta.get("fwd_nn_module_stack") or node.meta.get("nn_module_stack") or {}
+    return re.sub(r"^L\['\w+'\]\.?", "", list(stack.values())[-1][0]) if stack else ""
 
 
 @dataclass(frozen=True)
@@ -36,10 +74,7 @@ class Stage:
             if own != label:
                 lines.append(f"# {own}")
                 label = own
-            value = node.meta["val"]
-            shape = f"  # {list(value.shape)}" if isinstance(value, Tensor) else ""
-            arguments = ", ".join([*map(str, node.args), *(f"{key}={value}" for key, value in node.kwargs.items())])
-            lines.append(f"{node.name} = {node.target}({arguments}){shape}".replace(".default(", "("))
+            lines.append(node_text(node))
         return "\n".join(lines)
 
     @property
@@ -48,11 +83,19 @@ class Stage:
 
 
 class Graphs:
-    """The stages of one compiled program in order: ``graphs["rewrite"]``, ``graphs.diff("match", "rewrite")``."""
+    """The stages of one compiled program in order: ``graphs["rewrite"]``, ``graphs.diff("match", "rewrite")``.
 
-    def __init__(self, title: str) -> None:
-        self.title = title
+    ``parameters`` names the inputs that are trainable parameters, ``products`` the nodes that make each matched weight's
+    gradient. ``code`` is what Inductor has generated, one text for each graph that it was given; empty without it.
+    """
+
+    def __init__(self, title: str, coverage: Coverage | None = None) -> None:
+        self.title, self.coverage = title, coverage
         self.stages: dict[str, Stage] = {}
+        self.parameters: dict[str, str] = {}
+        self.products: dict[str, list[str]] = {}
+        self.code: list[str] = []
+        self.dump = Dump(title)
 
     def record(self, name: str, module: fx.GraphModule, seconds: float) -> None:
         copy = fx.Graph()
@@ -60,12 +103,17 @@ class Graphs:
         copy.output(output)
         self.stages[name] = Stage(name, fx.GraphModule(module, copy, class_name=name), seconds)
 
+    def describe(self, step: StepGraph) -> None:
+        """Take over what the matcher has found, by node names."""
+        self.parameters = {p.node.name: p.name for p in step.parameters.values()}
+        self.products = {site.parameter.name: [tap.node.name for tap in site.taps] for site in step.sites.values()}
+
     def __getitem__(self, name: str) -> Stage:
         if name not in self.stages:
             raise KeyError(f"no stage {name!r}; kept: {', '.join(self.stages) or 'none, the program has not run yet'}")
         return self.stages[name]
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Stage]:
         return iter(self.stages.values())
 
     def op_counts(self, name: str) -> Counter[str]:
@@ -77,6 +125,22 @@ class Graphs:
         old, new = (self[name].print_readable(print_output=False).splitlines() for name in (before, after))
         return "\n".join(difflib.unified_diff(old, new, before, after, lineterm=""))
 
+    def to_html(self, path: Path) -> None:
+        """One page, for any browser and without a network: coverage, stages, diffs of any two, generated code."""
+        from .report import write_report
+
+        write_report(path, self.title, [self], self.coverage)
+
+    def to_svg(self, path: Path, name: str) -> None:
+        """Draw how one weight's gradient is made and used: product, operands, statistics, update. Needs Graphviz' ``dot``.
+
+        Raises:
+            ValueError: no such weight among the matched ones, or no ``dot``.
+        """
+        from .drawing import write_svg
+
+        write_svg(path, name, [self])
+
     def __str__(self) -> str:
         rows, previous = [], 0
         for stage in self:
@@ -85,3 +149,57 @@ class Graphs:
         return f"{self.title}\n" + tabulate.tabulate(
             rows, ["stage", "nodes", "change", "ms"], tablefmt="simple", disable_numparse=True
         )
+
+
+class ModelGraphs:
+    """All programs of a model: ``list(graphs)``, or the stages of the first captured one by name.
+
+    ``captured``: forward and backward, one a graph (a whole step: one a variant). ``updates``: what runs at the optimizer's
+    step.
+    """
+
+    def __init__(self, coverage: Coverage, title: str) -> None:
+        self.coverage, self.title = coverage, title
+        self.captured: list[Graphs] = []
+        self.updates: list[Graphs] = []
+
+    def __iter__(self) -> Iterator[Graphs]:
+        return iter([*self.captured, *self.updates])
+
+    def __getitem__(self, stage: str) -> Stage:
+        return self._first[stage]
+
+    def op_counts(self, stage: str) -> Counter[str]:
+        return self._first.op_counts(stage)
+
+    def diff(self, before: str, after: str) -> str:
+        return self._first.diff(before, after)
+
+    def to_html(self, path: Path) -> None:
+        """As :meth:`Graphs.to_html`, with every program on the page."""
+        from .report import write_report
+
+        assert self._first
+        write_report(path, self.title, list(self), self.coverage)
+
+    def to_svg(self, path: Path, name: str) -> None:
+        """As :meth:`Graphs.to_svg`, with the part of every program that works on the weight."""
+        from .drawing import write_svg
+
+        assert self._first
+        write_svg(path, name, list(self))
+
+    @property
+    def _first(self) -> Graphs:
+        if not self.captured:
+            raise RuntimeError("nothing is compiled yet: call the model once with gradients enabled")
+        return self.captured[0]
+
+    def __str__(self) -> str:
+        return "\n\n".join(map(str, self)) or "nothing is compiled yet"
+
+    def __deepcopy__(self, memo: dict) -> None:
+        """A copied model is a plain one."""
+
+    def __reduce__(self) -> tuple:
+        return type(None), ()

@@ -201,11 +201,17 @@ _NOT_THE_USERS = tuple(os.path.dirname(file) + os.sep for file in (torch.__file_
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
 
 
-def source_line(node: fx.Node | None) -> str:
-    """``file.py:12`` of the user's code that made the node (its innermost frame outside torch and this library), or ''."""
+def source_frame(node: fx.Node | None) -> tuple[str, int] | None:
+    """``(path, line)`` of the user's code that made the node: its innermost frame outside torch and this library."""
     trace = node.meta.get("stack_trace") if node is not None else None
     frames = [m for m in _FRAME.finditer(trace or "") if not m["file"].startswith(_NOT_THE_USERS)]
-    return f"{frames[-1]['file'].rsplit('/', 1)[-1]}:{frames[-1]['line']}" if frames else ""
+    return (frames[-1]["file"], int(frames[-1]["line"])) if frames else None
+
+
+def source_line(node: fx.Node | None) -> str:
+    """:func:`source_frame` as ``file.py:12``, or ''."""
+    frame = source_frame(node)
+    return f"{os.path.basename(frame[0])}:{frame[1]}" if frame else ""
 
 
 def product(sizes: Iterable[int]) -> int:
@@ -223,12 +229,12 @@ def fake_value(node: fx.Node) -> torch.Tensor:
 def verify(step: StepGraph, stage: str) -> None:
     """Hold a stage's graph to its grammar; a failure is a fault of the library, never of the user.
 
-    Every stage: well-formed, every tensor node typed. From ``match`` on: each trainable parameter has exactly one role.
-    After ``lower``: no ``mkor_fx::`` operator left.
+    Every stage: well-formed, every node that is read typed. From ``match`` on: each trainable parameter has exactly one
+    role. After ``lower``: no ``mkor_fx::`` operator left.
     """
     step.graph.lint()
     for node in step.graph.nodes:
-        if node.op == "call_function" and "val" not in node.meta:
+        if node.op == "call_function" and "val" not in node.meta and node.users:
             raise AssertionError(f"after {stage}: node {node} ({node.target}) has no meta['val']")
         if stage == "lower" and getattr(node.target, "namespace", None) == "mkor_fx":
             raise AssertionError(f"after lower: {node.target} was not expanded")

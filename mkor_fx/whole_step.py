@@ -12,7 +12,7 @@ from .config import Options
 from .coverage import Coverage
 from .distributed import Communication, buffer_names, check_still_alone, group_of, plan_of
 from .graphs import Graphs
-from .passes.capture import Naming, WholeStep, capture_whole_step, dynamo_parameters, own_code
+from .passes.capture import Naming, WholeStep, capture_whole_step, dynamo_parameters, own_code, trace_artifact
 from .passes.collectives import Network
 from .passes.lower import compile_graph, plain_tracing
 from .passes.optimizer import trace_update
@@ -62,7 +62,8 @@ def build_whole_step(
     held = {id(p) for group in step.optimizer.param_groups for p in group["params"]}
     params = {index: p for index, (_, p) in dynamo_parameters(gm, naming).items()}
     variant = "plain" if rule is None else "refresh" if refresh else "reuse"
-    graphs, coverage = Graphs(f"{type(step.model).__name__}: {variant} step"), Coverage(step.model, rule)
+    coverage = Coverage(step.model, rule)
+    graphs = Graphs(f"{type(step.model).__name__}: {variant} step", coverage)
 
     whole = capture_whole_step(gm, example_inputs, naming)
     for index, parameter in whole.parameters.items():
@@ -77,6 +78,7 @@ def build_whole_step(
     with plain_tracing():
         analyse(whole, rule, graphs)
         coverage.add(whole)
+        trace_artifact("mkor_fx_coverage", coverage.to_json)
         states = {
             index: step.mkor.create(params[index], Layout.of(site).fresh_state(rule))
             for index, site in whole.sites.items()
@@ -102,10 +104,11 @@ def build_whole_step(
 
         synthesise(whole, rewrite, graphs, inductor=False, group=group)
         keep_order = None if group is None else Overlap()
-        compiled = compile_graph(whole.module, options.backend, options.inductor, keep_order)
+        compiled = compile_graph(whole.module, options.backend, options.inductor, graphs.code, keep_order)
 
     step.follow_branches(update.branches)
     step.variants[variant], step.coverage = graphs, coverage
+    coverage.graphs.captured += step.variants.values()
     step.compilations += 1
 
     plan = ""

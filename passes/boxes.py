@@ -116,6 +116,17 @@ class Box:
         return replace(self, dims=(*self.dims[:dim], (piece, *rest), *self.dims[dim + 1 :]))
 
 
+def at_dimensions(side: Side, shape: Sequence[int]) -> tuple[Side, Side]:
+    """``(pinned, side)``: a piece that is one index of a parameter's own dimension is a member, not rows of a matrix."""
+    strides = {product(shape[d + 1 :]) for d in range(len(shape))}
+    pinned, rest = [], []
+    for axis in side:
+        one = axis.split(1) if axis.partial and axis.size * axis.stride in strides else None
+        pinned += [] if one is None else [one[0]]
+        rest.append(axis if one is None else one[1])
+    return tuple(pinned), merge(rest)
+
+
 def view_of(members: Side, first: Side, last: Side) -> View | None:
     """How to see a parameter as matrices with these sides, or None if they are not all of it."""
     axes = [*members, *first, *last]

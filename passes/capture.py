@@ -79,6 +79,16 @@ class Naming:
         return next((f"skipped by pattern {p!r}" for p in self.skip if fnmatchcase(name, p)), None)
 
 
+def trace_artifact(name: str, text: Callable[[], str]) -> None:
+    """Leave ``text()`` in torch's trace log (``TORCH_TRACE``, read by tlparse), under what is being compiled now."""
+    torch._logging.trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": name, "encoding": "string"},
+        payload_fn=text,
+        expect_trace_id=False,
+    )
+
+
 @dataclass
 class WholeStep(StepGraph):
     """A joint graph whose only seed belongs to the loss, with what is to be written back.
@@ -180,6 +190,11 @@ def capture_whole_step(gm: fx.GraphModule, example_inputs: Sequence[Any], naming
     with contextlib.ExitStack() as stack:
         joint = aot_export_joint_with_descriptors(stack, gm, tuple(example_inputs), decompositions=decompositions())
         captured = read_joint(joint.graph_module, named, data_inputs(gm, naming), naming)
+    if len(captured.inputs) + len(captured.seeds) != len(captured.graph.find_nodes(op="placeholder")):
+        raise ValueError(
+            "the step holds an operation with side effects that are kept in order (torch.linalg.solve checks its result "
+            "so), which one program cannot return: use mkor_fx.compile(model) with your own loop"
+        )
     if len(captured.seeds) != 1:
         raise ValueError(f"{len(captured.seeds)} outputs of the step carry gradients; only the loss may")
     described = [d for _, d in described_outputs(captured.graph)]

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ..dump import pass_name
 from ..graphs import Graphs
 from ..ir import StepGraph, verify
+from .capture import trace_artifact
+
+log = logging.getLogger("mkor_fx")
 
 
 @dataclass(frozen=True)
@@ -31,11 +36,31 @@ def graph_pass(*, stage: str, exact: bool = False) -> Callable[[Callable[..., No
     return lambda run: GraphPass(run, stage, exact)
 
 
-def run_passes(step: StepGraph, pipeline: list[Callable[[StepGraph], None]], stage: str, graphs: Graphs) -> None:
-    """Run a stage's passes in order, hold the result to the stage's grammar and keep a copy of it."""
-    start = time.perf_counter()
-    for graph_pass_ in pipeline:
+def run_passes(step: StepGraph, pipeline: list[Callable[[StepGraph], None]], stage: str, graphs: Graphs | None) -> None:
+    """Run a stage's passes in order, hold the result to the stage's grammar and keep a copy of it in ``graphs``.
+
+    Each stage kept is also an artifact of torch's trace log, and with ``MKOR_FX_DUMP`` each pass a pair of files.
+    """
+    name = "" if graphs is None else f"{len(graphs.stages):02}_{stage}"
+
+    def dump(what: str) -> None:
+        if graphs is not None:
+            graphs.dump.write(f"{name}.{what}", step.module)
+
+    dump("before")
+    seconds = 0.0
+    for position, graph_pass_ in enumerate(pipeline):
+        dump(f"{position}_{pass_name(graph_pass_)}.before")
+        start = time.perf_counter()
         graph_pass_(step)
+        seconds += time.perf_counter() - start
+        dump(f"{position}_{pass_name(graph_pass_)}.after")
+    start = time.perf_counter()
     step.module.recompile()
     verify(step, stage)
-    graphs.record(stage, step.module, time.perf_counter() - start)
+    if graphs is None:
+        return
+    graphs.record(stage, step.module, seconds + time.perf_counter() - start)
+    dump("after")
+    log.info("%s: %s: %d nodes, %.0f ms", graphs.title, stage, graphs[stage].nodes, graphs[stage].seconds * 1e3)
+    trace_artifact(f"mkor_fx_{name}", lambda: graphs[stage].print_readable(print_output=False))

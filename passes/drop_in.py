@@ -38,7 +38,7 @@ def find_layouts(gm: fx.GraphModule, inputs: Sequence[Any], naming: Naming, rule
     if step is None:
         return {}
     with plain_tracing():
-        analyse(step, rule, Graphs("analysis"))
+        analyse(step, rule, None)
     return {index: Layout.of(site) for index, site in step.sites.items()}
 
 
@@ -202,7 +202,7 @@ def compile_flat(
     graph.output(outputs)
     program = StepGraph(fx.GraphModule({}, graph), graph.find_nodes(op="placeholder"), {}, [])
     synthesise(program, lambda _: None, graphs, inductor=False, group=group)
-    return compile_graph(program.module, backend, options, None if group is None else Overlap())
+    return compile_graph(program.module, backend, options, graphs.code, None if group is None else Overlap())
 
 
 def partial_update(rule: Rule, job: Job) -> Callable:

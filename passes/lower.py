@@ -119,11 +119,15 @@ def plain_tracing() -> Iterator[None]:
 
 
 def compile_graph(
-    module: fx.GraphModule, backend: str, options: dict[str, Any], keep_order: PostGradPass | None = None
+    module: fx.GraphModule,
+    backend: str,
+    options: dict[str, Any],
+    code: list[str],
+    keep_order: PostGradPass | None = None,
 ) -> Callable[..., list]:
     """A callable over the graph's placeholders that returns its flat outputs; inputs that it copies into are mutated.
 
-    ``keep_order`` runs behind all of Inductor's own graph passes.
+    What Inductor generates is appended to ``code``; ``keep_order`` runs behind all of its own graph passes.
     """
     module.recompile()
     if backend == "eager":
@@ -134,8 +138,21 @@ def compile_graph(
         options = _with_pass(options, "post_grad_custom_post_pass", keep_order)
     examples = [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")]
     fake_mode = next(e.fake_mode for e in examples if isinstance(e, torch._subclasses.FakeTensor))
-    with torch._guards.tracing(torch._guards.TracingContext(fake_mode)):
+    with torch._guards.tracing(torch._guards.TracingContext(fake_mode)), _collecting(code):
         return compile_fx(module, examples, config_patches=options)
+
+
+@contextlib.contextmanager
+def _collecting(code: list[str]) -> Iterator[None]:
+    """Append the program that Inductor generates, or finds in a cache, for each graph compiled inside."""
+    from torch._inductor.graph import GraphLowering
+
+    earlier = GraphLowering.save_output_code
+    GraphLowering.save_output_code = code.append
+    try:
+        yield
+    finally:
+        GraphLowering.save_output_code = earlier
 
 
 def inductor_options(mode: str | None, options: dict[str, Any] | None) -> dict[str, Any]:
@@ -189,20 +206,28 @@ def compile_joint(
     decompositions: dict,
     backend: str,
     options: dict[str, Any],
+    code: list[str],
 ) -> Callable[..., Any]:
     """Compile Dynamo's graph for training, its joint graph rewritten by ``joint_pass``; plainly without.
+
+    What Inductor generates is appended to ``code``: the forward's program now, the backward's when it first runs.
 
     AOTAutograd's cache is left out, since it would skip the pass; Inductor's own cache stays in.
     """
     with torch._functorch.config.patch(enable_autograd_cache=False):
         if backend == "eager":
             return _aot_eager(gm, inputs, joint_pass, decompositions)
-        from torch._inductor.compile_fx import compile_fx
+        from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
         if joint_pass is None:
             return compile_fx(gm, list(inputs), config_patches=options)
+
+        def inner(*args: Any, **kwargs: Any) -> Any:
+            with _collecting(code):
+                return compile_fx_inner(*args, **kwargs)
+
         patches = _with_pass(options, "joint_custom_pre_pass", joint_pass)
-        return compile_fx(gm, list(inputs), config_patches=patches, decompositions=decompositions)
+        return compile_fx(gm, list(inputs), inner, config_patches=patches, decompositions=decompositions)
 
 
 def _with_pass(options: dict[str, Any], hook: str, added: CustomGraphPass) -> dict[str, Any]:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import logging
-
 import torch
 from torch import fx
 
 from ..ir import Decline, Parameter, Site, StepGraph, fake_value, product, source_line
 from ..ops import CASTS, VIEWS
-from .boxes import Box, merge, view_of, wholes
+from .boxes import Box, merge, view_of
 from .core import graph_pass
 from .read import Use, on_whole, pieces, read_piece, where
 
-log = logging.getLogger("mkor_fx")
 aten = torch.ops.aten
 
 #: beside pointwise operators, what a function of a weight may consist of for its gradient to be followed through
@@ -44,7 +41,7 @@ def find_sites(step: StepGraph) -> None:
         for tap in taps:
             check_inputs(tap, parameter)
         first = uses[index][0]
-        view = view_of(*map(wholes, first.sides))
+        view = view_of(*first.whole)
         assert view is not None
         step.sites[index] = Site(parameter, taps, view, parametrized=behind is not None)
     for index, parameter in step.parameters.items():
@@ -54,8 +51,6 @@ def find_sites(step: StepGraph) -> None:
             if owner is not None:
                 owner.bias = parameter
                 step.declines.pop(index, None), step.sites.pop(index, None)
-    for index, parameter in step.parameters.items():
-        log.debug("%s %s: %s", parameter.name, parameter.shape, step.declines.get(index, step.role(index).value))
 
 
 def downstream(seeds: list[fx.Node] | set[fx.Node]) -> set[fx.Node]:
@@ -88,20 +83,19 @@ def read_uses(grad: fx.Node, shape: tuple[int, ...], backward: set[fx.Node]) -> 
     """The products that make up a gradient, all turned to see the weight as the same matrices."""
     uses: list[Use] = []
     for piece in pieces(grad, Box.whole(shape)):
-        use = read_piece(piece, backward)
+        use = read_piece(piece, shape, backward)
         if isinstance(use, Decline):
             return use
-        flip = use.last and use.first and use.last[0].stride > use.first[0].stride
-        if uses:
-            flip = [*map(wholes, use.sides)] != [*map(wholes, uses[0].sides)]
-        use = use.flipped() if flip else use
-        sides = [*map(wholes, use.sides)]
-        if uses and sides != [*map(wholes, uses[0].sides)]:
-            return Decline("its uses read it as different matrices", *where(use.tap.node))
-        if view_of(*sides) is None:
-            return Decline("the pieces that are used do not make up a matrix", *where(use.tap.node))
         uses.append(use)
-    return uses or Decline("its gradient is zero", *where(grad))
+    if not uses:
+        return Decline("its gradient is zero", *where(grad))
+    ways = [{use.whole: use for use in reversed(read.readings())} for read in uses]
+    shared = [whole for whole in (use.whole for use in uses[0].readings()) if all(whole in way for way in ways)]
+    if not shared:
+        return Decline("its uses read it as different matrices", *where(uses[-1].tap.node))
+    if view_of(*shared[0]) is None:
+        return Decline("the pieces that are used do not make up a matrix", *where(uses[-1].tap.node))
+    return [way[shared[0]] for way in ways]
 
 
 class WeightFunctions:
@@ -133,8 +127,7 @@ class WeightFunctions:
             else:
                 stack += [arg for arg in node.all_input_nodes if arg not in seen]
                 seen.update(node.all_input_nodes)
-        sides = {tuple(map(wholes, use.sides)) for use in uses}
-        return uses if len(sides) == 1 else None
+        return uses if len({use.whole for use in uses}) == 1 else None
 
     def _products(self, node: fx.Node, shape: tuple[int, ...], backward: set[fx.Node]) -> list[Use] | None:
         value = node.meta.get("val")

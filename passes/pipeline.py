@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -19,16 +20,23 @@ from .overlap import schedule
 from .rewrite import decline_by_rule
 from .schedule import recompute_checkpoints, update_when_ready
 
+log = logging.getLogger("mkor_fx")
+
 CANONICALIZE = [spell_transposes, drop_detach, cancel_double_transpose]
 SCHEDULE = [recompute_checkpoints, update_when_ready]
 
 
-def analyse(step: StepGraph, rule: Rule | None, graphs: Graphs) -> None:
-    """capture -> canonicalize -> match: every trainable parameter gets its role."""
+def analyse(step: StepGraph, rule: Rule | None, graphs: Graphs | None) -> None:
+    """capture -> canonicalize -> match: every trainable parameter gets its role. ``graphs=None`` keeps and logs nothing."""
     run_passes(step, [], "capture", graphs)
     run_passes(step, CANONICALIZE, "canonicalize", graphs)
     matching = [find_sites] if rule is None else [find_sites, partial(decline_by_rule, rule=rule)]
     run_passes(step, matching, "match", graphs)
+    if graphs is None:
+        return
+    graphs.describe(step)
+    for index, parameter in step.parameters.items():
+        log.debug("%s %s: %s", parameter.name, parameter.shape, step.declines.get(index, step.role(index).value))
 
 
 def synthesise(

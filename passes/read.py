@@ -21,7 +21,7 @@ from ..ops.rows import (
     placed_rows,
     where_live,
 )
-from .boxes import Box, Side, merge
+from .boxes import Box, Side, at_dimensions, merge, wholes
 
 aten = torch.ops.aten
 
@@ -45,6 +45,25 @@ class Use:
 
     def flipped(self) -> Use:
         return Use(self.tap.flipped(), self.members, self.last, self.first)
+
+    def readings(self) -> list[Use]:
+        """The ways in which this use can see the parameter, the usual one first: outermost dimension first, and one row
+        (or column) as a piece of a matrix rather than as a member."""
+        found = [self]
+        if self.members and not self.tap.batched:
+            found += [
+                Use(self.tap, (), merge((*self.members, *self.first)), self.last),
+                Use(self.tap, (), self.first, merge((*self.members, *self.last))),
+            ]
+        if self.first and self.last and self.last[0].stride > self.first[0].stride:
+            return [use.flipped() for use in found] + found
+        return found + [use.flipped() for use in found]
+
+    @property
+    def whole(self) -> tuple[Side, Side, Side]:
+        """The sides of the whole parameter."""
+        members, first, last = map(wholes, self.sides)
+        return members, first, last
 
     @property
     def sides(self) -> tuple[Side, Side, Side]:
@@ -114,8 +133,8 @@ def _is_zero(node: fx.Node) -> bool:
     return node.target is aten.full.default and node.args[1] == 0
 
 
-def read_piece(piece: Piece, backward: set[fx.Node]) -> Use | Decline:
-    """Read the product that makes a piece off its op table row, and say which operand is which."""
+def read_piece(piece: Piece, shape: tuple[int, ...], backward: set[fx.Node]) -> Use | Decline:
+    """Read the product that makes a piece of a parameter of ``shape`` off its op table row, and which operand is which."""
     node, output = piece.node, None
     if node.op == "call_function" and getattr(node.target, "__name__", "") == "getitem":
         node, output = node.args
@@ -132,8 +151,9 @@ def read_piece(piece: Piece, backward: set[fx.Node]) -> Use | Decline:
     if seen is None:
         reason = f"its gradient is made as {tap.matrix}, which is no matrix view of it"
         return Decline(reason, *where(node))
-    members = merge((*seen.pinned, *(seen.dims[0] if tap.batched else ())))
-    return Use(replace(tap, bias_grads=tap.bias_grads | row_sums(tap)), members, *seen.dims[-2:])
+    (outer, first), (inner, last) = (at_dimensions(side, shape) for side in seen.dims[-2:])
+    members = merge((*seen.pinned, *outer, *inner, *(seen.dims[0] if tap.batched else ())))
+    return Use(replace(tap, bias_grads=tap.bias_grads | row_sums(tap)), members, first, last)
 
 
 def assign_roles(tap: Tap, backward: set[fx.Node]) -> Tap | Decline:

@@ -31,7 +31,7 @@ class BackwardPreconditioner:
         check_replicas_every: int = 0,
     ) -> None:
         self.rule, self.refresh_every = rule, refresh_every
-        self.mkor = FactorState(model, before_save=self.flush)
+        self.mkor = FactorState(model, refresh_every, self.flush)
         self.carriers, self.ranks = Carriers(), ranks
         self._replicas = Replicas(ranks, self.mkor, check_replicas_every, self.mkor.tensors)
         self._build_refresh, self._job = build_refresh, job

@@ -45,7 +45,7 @@ class Preconditioner:
         check_replicas_every: int = 0,
     ) -> None:
         self.rule, self.refresh_every, self.ranks = rule, refresh_every, ranks
-        self.mkor = FactorState(model)
+        self.mkor = FactorState(model, refresh_every)
         self._replicas = Replicas(ranks, self.mkor, check_replicas_every, lambda: state_of(model, self.mkor))
         self.carriers = Carriers()
         self.known: dict[int, Known] = {}

@@ -16,8 +16,10 @@ class FactorState:
     follow their parameter's device, and no cast of the model touches them.
     """
 
-    def __init__(self, model: nn.Module, before_save: Callable[[], None] = lambda: None) -> None:
-        self._model = model
+    def __init__(
+        self, model: nn.Module, refresh_every: int = 1, before_save: Callable[[], None] = lambda: None
+    ) -> None:
+        self._model, self._refresh_every = model, refresh_every
         self._before_save = before_save
         self._names: dict[int, tuple[str, nn.Parameter]] = {}
         self._factors: dict[str, dict[str, Tensor]] = {}
@@ -105,6 +107,29 @@ class FactorState:
 
     def __reduce__(self) -> tuple:
         return type(None), ()
+
+    def metrics(self, per_factor: bool = False) -> dict[str, float]:
+        """What can be said of the factors now, as plain numbers. Changes nothing; waits for the device, once.
+
+        ``steps`` and ``refreshes`` so far; ``factor_min`` and ``factor_max``: the extreme diagonal entries of all square
+        factors (the largest entry of a positive definite matrix lies there; a ``factor_min`` that is not positive says that
+        one is not). ``per_factor`` adds ``"<parameter>.<factor>.min"`` and ``".max"`` of each.
+        """
+        diagonals = {
+            f"{name}.{key}": tensor.detach().diagonal(dim1=-2, dim2=-1)
+            for name, factors in self._factors.items()
+            for key, tensor in factors.items()
+            if tensor.dim() >= 2 and tensor.shape[-1] == tensor.shape[-2]
+        }
+        found: dict[str, float] = {"steps": self._step, "refreshes": -(-self._step // self._refresh_every)}
+        if diagonals:
+            ends = [torch.stack([d.amin(), d.amax()]).to(torch.float64) for d in diagonals.values()]
+            low, high = torch.stack([e.to(ends[0].device, non_blocking=True) for e in ends]).t().tolist()
+            found |= {"factor_min": min(low), "factor_max": max(high)}
+            if per_factor:
+                for key, least, most in zip(diagonals, low, high):
+                    found |= {f"{key}.min": least, f"{key}.max": most}
+        return found
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 

@@ -36,7 +36,7 @@ class CompiledStep:
     ) -> None:
         self.model, self.optimizer, self.refresh_every = model, optimizer, refresh_every
         self.ranks = ranks
-        self.mkor = FactorState(model)
+        self.mkor = FactorState(model, refresh_every)
         self.variants: dict[str, Any] = {}
         self.coverage: Any = None
         self.compilations = 0
@@ -51,6 +51,7 @@ class CompiledStep:
         self._plans: dict[str, str] = {}
         own = lambda: [*model.parameters(), *model.buffers()]
         self._replicas = Replicas(ranks, self.mkor, check_replicas_every, self.state_tensors, own)
+        self._loss: Tensor | None = None
 
     @property
     def graphs(self) -> Any:
@@ -62,6 +63,11 @@ class CompiledStep:
     def skipped(self) -> int:
         """Steps skipped because the loss or a gradient was not finite. Reading it waits for the device."""
         return 0 if self._skipped is None else int(self._skipped)
+
+    def metrics(self, per_factor: bool = False) -> dict[str, float]:
+        """The last ``loss``, steps ``skipped`` so far, and ``mkor.metrics()``, as plain numbers. Waits for the device."""
+        last = {} if self._loss is None else {"loss": float(self._loss)}
+        return {**last, "skipped": self.skipped, **self.mkor.metrics(per_factor)}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -80,6 +86,7 @@ class CompiledStep:
             if self.ranks is not None:
                 self.ranks.failed(error)
             raise
+        self._loss = result[0] if isinstance(result, tuple) else result
         self.mkor.advance()
         self._fresh_groups.clear()
         self.optimizer._opt_called = True  # type: ignore[attr-defined]  # what learning-rate schedulers look at

@@ -58,6 +58,8 @@ def capture(model: nn.Module, *args: Any, match: bool = True) -> list[Joint]:
 
     def backend(gm, inputs):
         step = capture_joint(gm, inputs, naming)
+        if step is None:  # nothing in this graph is differentiated
+            return gm
         if match:
             with plain_tracing():
                 analyse(step, MKOR(), Graphs("test"))
@@ -85,7 +87,7 @@ def _value(node: fx.Node, values: tuple) -> Any:
     description, fake = node.meta["desc"], node.meta["val"]
     if isinstance(description, PlainAOTInput):
         return values[description.idx]
-    return torch.ones(fake.shape, dtype=fake.dtype)
+    return torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype).fill_(1)
 
 
 def program(function, *tensors: Tensor) -> StepGraph:

@@ -18,8 +18,9 @@ class Reference:
         names = {p: name for name, p in model.named_parameters() if p.requires_grad}
         for use in sorted(model.modules(), key=lambda m: isinstance(m, torch.nn.Embedding)):  # embeddings after heads
             W, b = getattr(use, "weight", None), getattr(use, "bias", None)
-            lookup = isinstance(use, torch.nn.Embedding) and names.get(W) not in self.sites  # no factor of the vocabulary
-            if W in names and (lookup or isinstance(use, torch.nn.Linear | torch.nn.Conv2d) and vars(use).get("groups", 1) == 1):
+            lookup = isinstance(use, torch.nn.Embedding) and names.get(W) not in self.sites  # no factor of a vocabulary
+            layer = isinstance(use, torch.nn.Linear | torch.nn.Conv2d) and getattr(use, "groups", 1) == 1
+            if W in names and (lookup or layer):
                 keys = ("" if lookup else f"{names[W]}.L", f"{names[W]}.{'L' if lookup else 'R'}")
                 self.sites[names[W]] = names[W], W, b if b in names and bias != "off" else None, keys
                 for key, n in zip(keys, (len(W), W[0].numel() + (b in names and bias == "joint")), strict=True):

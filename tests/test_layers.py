@@ -16,10 +16,14 @@ TREES = {module: ast.parse(path.read_text()) for module, path in FILES.items()}
 ALLOWED = {
     "mkor_fx.ir": set(),
     "mkor_fx.prims": {"mkor_fx.ir"},
-    "mkor_fx.graphs": set(),
+    "mkor_fx.dump": set(),
+    "mkor_fx.graphs": {"mkor_fx.ir", "mkor_fx.dump", "mkor_fx.coverage", "mkor_fx.report", "mkor_fx.drawing"},
+    "mkor_fx.report": {"mkor_fx.ir", "mkor_fx.graphs", "mkor_fx.coverage"},
+    "mkor_fx.drawing": {"mkor_fx.graphs"},
+    "mkor_fx.progress": set(),
     "mkor_fx.ops.*": {"mkor_fx.ir", "mkor_fx.prims"},
     "mkor_fx.rules.*": {"mkor_fx.ir", "mkor_fx.prims"},
-    "mkor_fx.passes.*": {"mkor_fx.ir", "mkor_fx.ops", "mkor_fx.rules", "mkor_fx.prims", "mkor_fx.graphs",
+    "mkor_fx.passes.*": {"mkor_fx.ir", "mkor_fx.ops", "mkor_fx.rules", "mkor_fx.prims", "mkor_fx.graphs", "mkor_fx.dump",
                          "mkor_fx.runtime.optimizer"},
     "mkor_fx.runtime.*": {"mkor_fx.ir", "mkor_fx.prims"},
 }  # fmt: skip
@@ -30,6 +34,7 @@ PRIVATE = {
     "torch._guards": {"mkor_fx.passes.capture", "mkor_fx.passes.lower"},
     "torch._dynamo": {"mkor_fx.passes.lower"},
     "torch.distributed.distributed_c10d": {"mkor_fx.runtime.ranks"},
+    "torch._logging": {"mkor_fx.passes.capture"},
 }
 
 

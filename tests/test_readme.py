@@ -3,9 +3,13 @@
 import contextlib
 import io
 import re
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
+
+import mkor_fx
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -33,6 +37,28 @@ def test_the_lines_about_looking_run():
         exec(looking, namespace)
     operations = re.findall(r"mkor_fx\.\w+\(", printed.getvalue())
     assert set(re.findall(r"mkor_fx\.\w+\(", excerpt)) <= set(operations)
+
+
+def test_the_other_lines_run_too(tmp_path, monkeypatch):
+    """The page, the check before training, and the progress line, in the order of the README."""
+    monkeypatch.chdir(tmp_path)
+    if shutil.which("dot") is None:
+        monkeypatch.setattr(mkor_fx.graphs.Graphs, "to_svg", lambda *arguments: None)
+    example = next(block for block in BLOCKS if "compile_step(" in block)
+    namespace: dict = {"loader": [(torch.randn(64, 1, 8, 8), torch.randint(0, 10, (64,)))] * 20}
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as line:
+        exec(example.replace("optimizer)\n", "optimizer, backend='eager')\n"), namespace)
+        for mark in (".to_html(", "table(costs=True)", "mkor_fx.progress("):
+            block = next(block for block in BLOCKS if mark in block)
+            exec(block.replace('allow=["*.position"]', ""), namespace)
+    assert (tmp_path / "report.html").is_file()
+    last = line.getvalue().splitlines()[-1]
+    assert last.startswith("20/20 (100%)  loss") and "40 refreshes" in last
+
+
+def test_the_picture_is_there_and_small():
+    (picture,) = re.findall(r"!\[[^]]+\]\(([^)]+)\)", README)
+    assert 0 < (ROOT / picture).stat().st_size < 300_000
 
 
 @pytest.mark.parametrize("target", re.findall(r"^make (\w+)", README, re.M))

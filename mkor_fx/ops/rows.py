@@ -181,7 +181,11 @@ def place_rows(rows_NM: Tensor, members: list[int], columns: list[int]) -> Tenso
     where the weight has none. ``[N, M]`` or ``[E, N, M]`` become ``[N, full M]`` or ``[full E, N, full M]``.
     """
     rows = rows_NM.shape[-2]
-    return _place(rows_NM, members, [rows, 0, rows], columns)
+    return _place(rows_NM, *_batch(members), [rows, 0, rows], columns)
+
+
+def _batch(members: list[int]) -> list[list[int]]:
+    return [members] if members else []
 
 
 def _place(x: Tensor, *groups: list[int]) -> Tensor:
@@ -189,7 +193,7 @@ def _place(x: Tensor, *groups: list[int]) -> Tensor:
     pads = [n for size, start, full in reversed(axes) for n in (start, full - start - size)]
     padded = torch.nn.functional.pad(x.reshape([size for size, _, _ in axes]), pads)
     shape: list[int] = []
-    for group in filter(None, groups):
+    for group in groups:
         full = 1
         for n in group[2::3]:
             full = full * n
@@ -246,9 +250,11 @@ ROW_SUMS: dict[tuple, Callable] = {
     (column_sum, unfold_rows): patch_sum,
     (column_sum, one_hot_rows): histogram,
     (column_sum, member_rows): _member_sum,
-    (column_sum, place_rows): lambda rows, *axes: _place(column_sum(rows), *axes),
+    (column_sum, place_rows): lambda rows, members, columns: _place(column_sum(rows), *_batch(members), columns),
     (column_square_sum, unfold_rows): lambda images, *geometry: patch_sum(_squared(images), *geometry),
     (column_square_sum, one_hot_rows): histogram,
     (column_square_sum, member_rows): lambda rows, *members: _member_sum(_squared(rows), *members),
-    (column_square_sum, place_rows): lambda rows, *axes: _place(column_square_sum(rows), *axes),
+    (column_square_sum, place_rows): lambda rows, members, columns: _place(
+        column_square_sum(rows), *_batch(members), columns
+    ),
 }

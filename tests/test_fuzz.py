@@ -1,0 +1,51 @@
+"""Fifty random programs agree with their reference, and at least nine in ten of their supported weights are sites."""
+
+import functools
+from dataclasses import replace
+
+import pytest
+from fuzz import check
+from fuzz.program import Part, draw
+
+from mkor_fx import MKOR
+
+SEEDS = range(50)
+outcome_of = functools.cache(lambda seed: check.check(draw(seed)))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_random_program_agrees_or_is_declined(seed):
+    outcome = outcome_of(seed)
+    assert not outcome.failure, f"{outcome.failure}\n{outcome.detail}\n{outcome.program}"
+
+
+def test_declining_does_not_pass_for_being_right():
+    outcomes = [outcome_of(seed) for seed in SEEDS]
+    supported = sum(len(outcome.supported) for outcome in outcomes)
+    missed = [reason for outcome in outcomes for reason in outcome.missed.values()]
+    assert supported >= 50
+    assert len(missed) <= 0.1 * supported, missed
+    assert sum(bool(outcome.refused) for outcome in outcomes) <= 5
+
+
+PLAN = replace(
+    draw(0), parts=(Part("Linear", 1), Part("line", 0), Part("Linear", 2)), door="step", integers=False, autocast=False,
+    frozen=0.0, shape=(3,), rule={"form": "forgetful", "gamma": 0.77}, refresh_every=1, sizes=(3, 3), dynamic=None,
+)  # fmt: skip
+
+
+def test_it_compiles_with_inductor():
+    outcome = check.check(PLAN, backend="inductor")
+    assert not outcome.failure and len(outcome.sites) == 2, outcome
+
+
+def test_wrong_statistics_are_found(monkeypatch):
+    right = MKOR.summarize
+    monkeypatch.setattr(MKOR, "summarize", lambda rule, a, g: right(rule, a, 2 * g))
+    wrong = check.check(replace(PLAN, rule={**PLAN.rule, "gamma": 0.76}))  # traces are kept by rule
+    assert wrong.failure == "direction of a site: linear", wrong
+
+
+def test_rows_that_are_not_the_gradients_are_found(monkeypatch):
+    monkeypatch.setattr(check, "rows", lambda env, operand, right=check.rows: 2 * right(env, operand))
+    assert check.check(PLAN).failure.startswith("identity")
