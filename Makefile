@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TASK ?= digits
 ARGS ?=
+RANKS ?= 2
 
 TORCH := torch==2.13.0
 RUN := $(VENV)/bin/python
@@ -11,10 +12,10 @@ READY := $(VENV)/ready
 READY_DEV := $(VENV)/ready-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test fuzz check bench sweep clean
+.PHONY: help setup demo demo-ddp test fuzz check bench overlap sweep clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo '  TASK=digits|fashion|fashion-ae|lm for demo, ARGS="..." for options of demo, test, fuzz, bench and sweep'
 
@@ -38,6 +39,9 @@ $(READY_DEV): $(READY)
 demo: $(READY)  ## AdamW without and with mkor_fx on real data: table, demo-output/loss.png and graph.txt
 	$(RUN) -m benchmarks.demo $(TASK) $(ARGS)
 
+demo-ddp: $(READY)  ## the demo on 2 gloo ranks: RANKS=2
+	$(RUN) -m torch.distributed.run --standalone --nproc-per-node $(RANKS) -m benchmarks.demo_ddp $(TASK) $(ARGS)
+
 test: $(READY)  ## run the tests
 	$(RUN) -m pytest $(ARGS)
 
@@ -50,6 +54,9 @@ check: $(READY_DEV)  ## lint and type-check
 
 bench: $(READY)  ## time a compiled step of a small GPT with and without MKOR
 	$(RUN) -m benchmarks.step_time $(ARGS)
+
+overlap: $(READY)  ## how much communication hides under compute, and weak scaling
+	$(RUN) -m benchmarks.overlap $(ARGS)
 
 sweep: $(READY)  ## learning-rate sweep over three seeds (slow): sweep-output/report.md
 	$(RUN) -m benchmarks.sweep $(ARGS)

@@ -51,14 +51,14 @@ class FactorState:
     # ---- factors ----------------------------------------------------------------------------------------------------
 
     def name(self, param: nn.Parameter) -> str:
-        """First name of ``param`` in the model.
+        """First name of ``param`` in the model, now or before: sharding wrappers swap parameters in and out.
 
         Raises:
             ValueError: the model does not own it.
         """
         entry = self._names.get(id(param))
         if entry is None or entry[1] is not param:
-            self._names = {id(p): (name, p) for name, p in self._model.named_parameters()}
+            self._names |= {id(p): (name, p) for name, p in self._model.named_parameters()}
             entry = self._names.get(id(param))
         if entry is None:
             raise ValueError(f"a parameter of shape {tuple(param.shape)} is not one of the compiled model's")
