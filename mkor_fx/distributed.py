@@ -120,6 +120,35 @@ def inside_ddp(ddp: DistributedDataParallel, handle: nn.Module) -> nn.Module:
     return outer
 
 
+def check_sharding(model: nn.Module, precondition: str) -> None:
+    """Preconditioning multiplies whole matrices, so it has to happen where gradients are whole.
+
+    Raises:
+        ValueError: parameters are sharded, and this way of preconditioning would not see their whole gradients.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+    from torch.distributed.tensor import DTensor
+
+    modules = list(model.modules())
+    if any(isinstance(module, FullyShardedDataParallel) for module in modules):
+        raise ValueError("FullyShardedDataParallel flattens parameters into vectors: use torch's fully_shard instead")
+    if any(isinstance(module, FSDPModule) for module in modules):
+        if precondition != "backward":
+            raise ValueError(
+                "fully_shard leaves each rank a part of every gradient, and preconditioning needs whole ones: use "
+                "mkor_fx.compile(model, precondition='backward'), which sees them before they are scattered"
+            )
+        return
+    sharded = [name for name, p in model.named_parameters() if isinstance(p, DTensor)]
+    if sharded:
+        raise ValueError(
+            f"{len(sharded)} parameters are DTensors without fully_shard ({sharded[0]}, ...): tensor-parallel parameters "
+            "are not supported. Leave them to the base optimizer: compile the modules that hold the others"
+        )
+
+
 def check_still_alone() -> None:
     """A step that was made for one process must not go on silently in several."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from .config import Options
 from .coverage import Coverage
-from .distributed import Communication, check_still_alone, group_of, plan_of_update
+from .distributed import Communication, check_sharding, check_still_alone, group_of, plan_of_update
 from .graphs import Graphs
 from .ir import Decline
 from .passes.backward import BackwardPass, build_refresh
@@ -105,6 +105,7 @@ class DropIn:
         """Dynamo's backend: carriers in, statistics pass on the joint graph, roles resolved at each call."""
         self._ran = True
         if self.naming.names.keys() != {id(p) for p in self.model.parameters()}:
+            check_sharding(self.model, "backward" if isinstance(self.runtime, BackwardPreconditioner) else "step")
             self.naming = Naming.of(self.model, self.options.skip)
         params = dynamo_parameters(gm, self.naming)
         if not params or not torch.is_grad_enabled():
