@@ -61,6 +61,12 @@ class Communication:
         object.__setattr__(self, "sizes", sizes)
 
 
+def present_numbers(optimizer: Optimizer) -> str:
+    """The optimizer's numbers as they are, a line each: equal on all ranks, but not for ever."""
+    numbers = ((number, float(read_number(optimizer, number))) for number in numbers_of(optimizer))
+    return "\n".join(f"{number.key} of group {number.group}: {value}" for number, value in numbers)
+
+
 def plan_of_update(rule: Rule, jobs: Sequence[Job], options: Options, graphs: Graphs) -> str:
     """As ``plan_of``, of a program that runs at the optimizer's step."""
     lines = [f"torch {torch.__version__}, {torch.get_num_threads()} threads", f"rule {rule}"]
@@ -176,9 +182,7 @@ def plan_of(
     lines = [f"torch {torch.__version__}, {torch.get_num_threads()} threads", f"rule {rule}"]
     lines += [f"{key} {value}" for key, value in more.items()]
     lines += [f"refresh_every {options.refresh_every}, skip {options.skip}, backend {options.backend}"]
-    lines += [f"optimizer {type(optimizer).__name__}"]
-    for number in numbers_of(optimizer):
-        lines.append(f"{number.key} of group {number.group}: {float(read_number(optimizer, number))}")
+    lines += [f"optimizer {type(optimizer).__name__}, numbers {[*map(tuple, numbers_of(optimizer))]}"]
     lines += [f"optimizer state {[*map(list, (tensor_state(optimizer, p) for p in params))]}"]
     for index, parameter in step.parameters.items():
         role = step.role(index).value

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from .config import Options
 from .coverage import Coverage
-from .distributed import Communication, buffer_names, check_still_alone, group_of, plan_of
+from .distributed import Communication, buffer_names, check_still_alone, group_of, plan_of, present_numbers
 from .graphs import Graphs
 from .passes.capture import Naming, WholeStep, capture_whole_step, dynamo_parameters, own_code, trace_artifact
 from .passes.collectives import Network
@@ -113,11 +113,11 @@ def build_whole_step(
 
     plan = ""
     if group is not None:
-        about = {"skip_nonfinite": skip_nonfinite, "communication": communication, "steps": step.mkor.step}
+        about = {"skip_nonfinite": skip_nonfinite, "communication": communication}
         plan = plan_of(whole, step.optimizer, list(trained.values()), rule, options, variant=variant, **about)
 
     def run(*args: Any) -> list[Any]:
-        step.begin(variant, plan)
+        step.begin(variant, plan, present_numbers)
         with plain_tracing():
             return compiled(*args, *(step.tensor(slot, args, device) for slot in writer.slots))
 
