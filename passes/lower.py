@@ -184,13 +184,6 @@ class PostGradPass(CustomGraphPass):
     """A pass behind all of Inductor's own over a graph; ``uuid`` is its cache key, and a cache hit skips it."""
 
 
-def hash_of(*files: str) -> bytes:
-    """What a pass whose code is in ``files`` returns as its ``uuid``."""
-    from torch._inductor.custom_graph_pass import get_hash_for_files
-
-    return get_hash_for_files(files)
-
-
 def depend(graph: fx.Graph, needs: dict[fx.Node, list[fx.Node]]) -> None:
     """Give each node of ``needs``, in the order of the graph, further nodes that must run before it."""
     from torch._inductor.fx_passes.control_dependencies import preserve_node_ordering
@@ -276,6 +269,20 @@ def outside_dynamo() -> contextlib.AbstractContextManager:
 def one_graph_under_ddp() -> contextlib.AbstractContextManager:
     """Dynamo does not split what is captured inside at the buckets of a DistributedDataParallel around it."""
     return torch._dynamo.config.patch(optimize_ddp=False)
+
+
+def nccl_milliseconds(size: int, ranks: int, collective: str) -> float:
+    """Inductor's analytical estimate of a collective over ``size`` bytes on H100s; a broadcast counts as an all-reduce."""
+    from torch._inductor import comm_analysis as model
+
+    kinds = model.NCCL_COLL
+    found = {"all_gather": kinds.ALL_GATHER, "reduce_scatter": kinds.REDUCE_SCATTER}
+    kind = next((kind for name, kind in found.items() if name in collective), kinds.ALL_REDUCE)
+    earlier, model.get_gpu_type = model.get_gpu_type, lambda: model.NVIDIA_GPU_TYPE.HOPPER
+    try:
+        return model.estimate_nccl_collective_runtime_impl(size, ranks, kind)
+    finally:
+        model.get_gpu_type = earlier
 
 
 def raising_user_errors(compiled: Callable[..., Any]) -> Callable[..., Any]:
