@@ -15,7 +15,7 @@ from .config import Options, check_model, check_optimizer, check_rule
 from .distributed import Communication, check_sharding, find_ranks, inside_ddp, without_ddp
 from .drop_in import DropIn
 from .passes.capture import Naming
-from .passes.lower import raising_user_errors
+from .passes.lower import facing_user
 from .rules import MKOR, Rule
 from .runtime.step import CompiledStep
 from .whole_step import build_whole_step, loss_function
@@ -157,7 +157,7 @@ def compile_step(
         def mkor_fx(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
             return build_whole_step(step, rule, refresh, chosen, skip_nonfinite, communication, gm, inputs)
 
-        return raising_user_errors(torch.compile(loss_of, backend=mkor_fx, fullgraph=True, dynamic=dynamic))
+        return facing_user(torch.compile(loss_of, backend=mkor_fx, fullgraph=True, dynamic=dynamic))
 
     every = refresh_every if rule is not None else 1
     return CompiledStep(model, optimizer, build, every, find_ranks(process_group), communication.check_replicas_every)

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import flop_registry
 
 from .api import compile_step
 from .passes.collectives import is_start, is_wait
-from .passes.lower import nccl_milliseconds
+from .passes.estimate import nccl_milliseconds
 from .passes.overlap import is_heavy
 from .rules import MKOR, Rule
 

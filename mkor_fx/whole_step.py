@@ -8,6 +8,7 @@ from typing import Any
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
+from . import reasons
 from .config import Options
 from .coverage import Coverage
 from .distributed import Communication, buffer_names, check_still_alone, group_of, plan_of, present_numbers
@@ -68,9 +69,9 @@ def build_whole_step(
     whole = capture_whole_step(gm, example_inputs, naming)
     for index, parameter in whole.parameters.items():
         if rule is None:
-            parameter.excluded = "no rule: the plain step"
+            parameter.excluded = reasons.NO_RULE
         elif id(params[index]) not in held:
-            parameter.excluded = "the optimizer does not hold it"
+            parameter.excluded = reasons.NOT_HELD
     trained = {i: params[i] for i, p in whole.parameters.items() if p.grad is not None and id(params[i]) in held}
     if not trained:
         raise ValueError("no parameter that the optimizer holds gets a gradient from this loss")

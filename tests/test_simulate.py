@@ -11,7 +11,7 @@ from torch import nn
 import mkor_fx
 from benchmarks.overlap import passes
 from mkor_fx import MKOR, Communication
-from mkor_fx.passes.lower import nccl_milliseconds
+from mkor_fx.passes.estimate import nccl_milliseconds
 
 LAYERS, WIDTH, RULE = 6, 1024, MKOR()
 
