@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TASK ?= digits
 ARGS ?=
+RANKS ?= 2
 
 TORCH := torch==2.13.0
 RUN := $(VENV)/bin/python
@@ -12,10 +13,10 @@ READY_DEV := $(VENV)/ready-dev
 MINILM := $(VENV)/minilm/vaderSentiment-3.3.1.tar.gz
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test fuzz check bench sweep minilm clean
+.PHONY: help setup demo demo-ddp test fuzz check bench overlap sweep minilm clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo '  TASK=digits|fashion|fashion-ae|lm for demo, ARGS="..." for options of demo, test, fuzz, bench, sweep and minilm'
 
@@ -45,6 +46,9 @@ $(MINILM): $(READY)
 demo: $(READY)  ## AdamW without and with mkor_fx on real data: table, demo-output/loss.png and graph.txt
 	$(RUN) -m benchmarks.demo $(TASK) $(ARGS)
 
+demo-ddp: $(READY)  ## the demo on 2 gloo ranks: RANKS=2
+	$(RUN) -m torch.distributed.run --standalone --nproc-per-node $(RANKS) -m benchmarks.demo_ddp $(TASK) $(ARGS)
+
 test: $(MINILM)  ## run the tests
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal $(ARGS)
 
@@ -57,6 +61,9 @@ check: $(READY_DEV)  ## lint and type-check
 
 bench: $(READY)  ## time a compiled step of a small GPT with and without MKOR
 	$(RUN) -m benchmarks.step_time $(ARGS)
+
+overlap: $(READY)  ## how much communication hides under compute, and weak scaling
+	$(RUN) -m benchmarks.overlap $(ARGS)
 
 sweep: $(READY)  ## learning-rate sweep over three seeds (slow): sweep-output/report.md
 	$(RUN) -m benchmarks.sweep $(ARGS)

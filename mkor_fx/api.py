@@ -7,9 +7,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
+from torch.distributed import ProcessGroup
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from .config import Options, check_model, check_optimizer, check_rule
+from .distributed import Communication, check_sharding, find_ranks, inside_ddp, without_ddp
 from .drop_in import DropIn
 from .passes.capture import Naming
 from .passes.lower import facing_user
@@ -25,6 +28,8 @@ def compile(
     refresh_every: int = 1,
     skip: Sequence[str] = (),
     precondition: Literal["step", "backward"] = "step",
+    process_group: ProcessGroup | None = None,
+    communication: Communication = Communication(),  # noqa: B008  (frozen)
     backend: str = "inductor",
     dynamic: bool | None = None,
     fullgraph: bool = False,
@@ -48,6 +53,10 @@ def compile(
         precondition: ``"step"``: at the optimizer's step, on gradients that are accumulated, averaged and clipped.
             ``"backward"``: inside the backward, so that ``.grad`` arrives preconditioned; for loops without a torch
             optimizer. It uses the factors from before the step and the last step's norms for the rescale.
+        process_group: ranks that train together; None is the world where torch.distributed is initialised, or that of the
+            DistributedDataParallel. Gradients are the wrapper's business (inside or outside of ``compile``) or yours;
+            statistics are summed once an optimizer step, whatever number of micro-batches it has.
+        communication: buckets and checks; ``average`` must be as the gradients', the mean over ranks.
         backend: ``"inductor"``, or ``"eager"`` to run the rewritten graphs uncompiled.
         dynamic, fullgraph, mode, options: as in torch.compile.
 
@@ -67,7 +76,14 @@ def compile(
     check_rule(rule)
     if precondition not in ("step", "backward"):
         raise ValueError(f"precondition={precondition!r}: must be 'step' or 'backward'")
-    return DropIn(model, rule, chosen, precondition).handle
+    inner, group = model, process_group
+    if isinstance(model, DistributedDataParallel):
+        inner, group = model.module, process_group or model.process_group
+    if communication.average != "ranks":
+        raise ValueError("Communication(average='rows') needs compile_step: here the gradients are averaged elsewhere")
+    check_sharding(inner, precondition)
+    handle = DropIn(inner, rule, chosen, precondition, find_ranks(group), communication).handle
+    return inside_ddp(model, handle) if isinstance(model, DistributedDataParallel) else handle
 
 
 def compile_step(
@@ -79,6 +95,8 @@ def compile_step(
     refresh_every: int = 1,
     skip: Sequence[str] = (),
     skip_nonfinite: bool = True,
+    process_group: ProcessGroup | None = None,
+    communication: Communication = Communication(),  # noqa: B008  (frozen)
     return_outputs: bool = False,
     backend: str = "inductor",
     dynamic: bool | None = None,
@@ -103,6 +121,9 @@ def compile_step(
         refresh_every: steps per factor refresh; the first step refreshes.
         skip: glob patterns of parameter names that keep their raw gradient.
         skip_nonfinite: a step whose loss or gradients are not finite changes nothing at all (``step.skipped`` counts).
+        process_group: ranks that train together, each on its part of the batch; None is the world where
+            torch.distributed is initialised. Parameters and buffers start as rank 0's, the loss is the mean over ranks.
+        communication: buckets, averaging, checks.
         return_outputs: return ``(loss, outputs)``, the model's outputs detached.
         backend: ``"inductor"``, or ``"eager"`` to run the rewritten graph uncompiled.
         dynamic, fullgraph, mode, options: as in torch.compile. A whole step needs ``fullgraph=True``.
@@ -126,14 +147,17 @@ def compile_step(
     check_model(model)
     if rule is not None:
         check_rule(rule)
+    model, process_group = without_ddp(model, process_group)
+    check_sharding(model, "step")
     check_optimizer(model, optimizer)
     Naming.of(model, chosen.skip)
     loss_of = loss_function(model, loss_fn, return_outputs)
 
     def build(step: CompiledStep, refresh: bool) -> Callable[..., Any]:
         def mkor_fx(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-            return build_whole_step(step, rule, refresh, chosen, skip_nonfinite, gm, inputs)
+            return build_whole_step(step, rule, refresh, chosen, skip_nonfinite, communication, gm, inputs)
 
         return facing_user(torch.compile(loss_of, backend=mkor_fx, fullgraph=True, dynamic=dynamic))
 
-    return CompiledStep(model, optimizer, build, refresh_every if rule is not None else 1)
+    every = refresh_every if rule is not None else 1
+    return CompiledStep(model, optimizer, build, every, find_ranks(process_group), communication.check_replicas_every)

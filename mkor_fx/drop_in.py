@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, fx, nn
 from . import reasons
 from .config import Options
 from .coverage import Coverage
+from .distributed import Communication, check_sharding, check_still_alone, group_of, plan_of_update
 from .graphs import Graphs
 from .ir import Decline
 from .passes.backward import BackwardPass, build_refresh
@@ -30,6 +32,7 @@ from .prims import accumulation_dtype
 from .rules import Rule
 from .runtime.backward import BackwardPreconditioner
 from .runtime.module import Preconditioner
+from .runtime.ranks import Ranks
 
 #: trainable parameters of one graph: input position -> (name, parameter)
 Params = dict[int, tuple[str, nn.Parameter]]
@@ -48,8 +51,17 @@ def _tensors(params: Params) -> dict[int, Tensor]:
 class DropIn:
     """One compiled model: captures its graphs, keeps their stages, owns the preconditioner. ``handle`` is the user's."""
 
-    def __init__(self, model: nn.Module, rule: Rule, options: Options, precondition: str) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        rule: Rule,
+        options: Options,
+        precondition: str,
+        ranks: Ranks | None,
+        communication: Communication,
+    ) -> None:
         self.model, self.rule, self.options = model, rule, options
+        self.ranks, self.group = ranks, group_of(ranks, communication)
         self.naming = Naming.of(model, options.skip)
         self.coverage = Coverage(model, rule)
         self.runtime: Preconditioner | BackwardPreconditioner
@@ -59,9 +71,11 @@ class DropIn:
                     "a rule that reads the gradient at its refresh (statistic='gradient') cannot precondition in "
                     "the backward, where the refresh comes later: use precondition='step'"
                 )
-            self.runtime = BackwardPreconditioner(model, rule, options.refresh_every, self._build_refresh, Job)
+            make: Callable[..., Any] = partial(BackwardPreconditioner, build_refresh=self._build_refresh)
         else:
-            self.runtime = Preconditioner(model, rule, options.refresh_every, self._build_update, Job, merge_layouts)
+            make = partial(Preconditioner, build_update=self._build_update, merge=merge_layouts)
+        every = communication.check_replicas_every
+        self.runtime = make(model, rule, options.refresh_every, job=Job, ranks=ranks, check_replicas_every=every)
         self._ran = False
         self.handle = self._make_handle()
 
@@ -91,6 +105,7 @@ class DropIn:
         """Dynamo's backend: carriers in, statistics pass on the joint graph, roles resolved at each call."""
         self._ran = True
         if self.naming.names.keys() != {id(p) for p in self.model.parameters()}:
+            check_sharding(self.model, "backward" if isinstance(self.runtime, BackwardPreconditioner) else "step")
             self.naming = Naming.of(self.model, self.options.skip)
         params = dynamo_parameters(gm, self.naming)
         if not params or not torch.is_grad_enabled():
@@ -176,21 +191,28 @@ class DropIn:
                     self.coverage.decline(self.runtime.mkor.name(param), DISAGREE)
 
     def _build_refresh(self, jobs: list[Job], carriers: list[Tensor], states: list[dict], step: Tensor) -> Callable:
-        graphs = self._graphs(f"refresh of {len(jobs)} weights")
-        program = build_refresh(
-            self.rule, jobs, carriers, states, step, self.options.backend, self.options.inductor, graphs
-        )
-        self.coverage.graphs.updates.append(graphs)
-        return program
+        about = self.rule, jobs, carriers, states, step
+        return self._built(build_refresh, about, jobs, self._graphs(f"refresh of {len(jobs)} weights"))
 
     def _build_update(
         self, jobs: list[Job], examples: list[dict], step: Tensor, scales: tuple[Tensor, ...]
     ) -> Callable:
-        graphs = self._graphs(f"update of {len(jobs)} weights")
-        program = build_update(
-            self.rule, jobs, examples, step, scales, self.options.backend, self.options.inductor, graphs
-        )
-        self.coverage.graphs.updates.append(graphs)
+        about = self.rule, jobs, examples, step, scales
+        return self._built(build_update, about, jobs, self._graphs(f"update of {len(jobs)} weights"))
+
+    def _built(self, build: Callable[..., Callable], about: tuple, jobs: list[Job], graphs: Graphs) -> Callable:
+        """A program for the optimizer's step, on which all ranks agree before it runs."""
+        try:
+            program = build(*about, self.options.backend, self.options.inductor, graphs, self.group)
+            self.coverage.graphs.updates.append(graphs)
+        except Exception as error:
+            if self.ranks is not None:
+                self.ranks.failed(error)
+            raise
+        if self.ranks is None:
+            check_still_alone()
+        else:
+            self.ranks.agree(plan_of_update(self.rule, jobs, self.options, graphs))
         return program
 
 

@@ -11,10 +11,13 @@ from torch import Tensor, fx, nn
 from . import reasons
 from .config import Options
 from .coverage import Coverage
+from .distributed import Communication, buffer_names, check_still_alone, group_of, plan_of, present_numbers
 from .graphs import Graphs
 from .passes.capture import Naming, WholeStep, capture_whole_step, dynamo_parameters, own_code, trace_artifact
+from .passes.collectives import Network
 from .passes.lower import compile_graph, plain_tracing
 from .passes.optimizer import trace_update
+from .passes.pin import Overlap
 from .passes.pipeline import analyse, synthesise
 from .passes.rewrite import Layout
 from .passes.whole_step import StepWriter
@@ -51,6 +54,7 @@ def build_whole_step(
     refresh: bool,
     options: Options,
     skip_nonfinite: bool,
+    communication: Communication,
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
 ) -> Callable[..., Any]:
@@ -84,26 +88,37 @@ def build_whole_step(
         step.prepare_optimizer(list(trained.values()))
         update = trace_update(step.optimizer, list(trained.values()))
         device = next(iter(trained.values())).device
-        writer = StepWriter(whole)
+        group = group_of(step.ranks, communication)
+        if group is None:
+            check_still_alone()
+        network = None if group is None else Network(whole.graph, group)
+        writer = StepWriter(whole, network, buffer_names(gm, step.model))
 
         def rewrite(_: WholeStep) -> None:
-            writer.seed_with_one()
-            directions = writer.raw_gradients()
+            writer.seed(step.rows(device) if communication.average == "rows" else None)
+            directions = writer.take_gradients(list(trained))
             if rule is not None:
                 directions |= writer.precondition(rule, refresh, states, step.mkor.step_tensor(device))
             optimizer_states = {i: tensor_state(step.optimizer, p) for i, p in trained.items()}
             writer.apply(update, directions, optimizer_states, step.numbers(device))
             writer.finish(skip_nonfinite, step.skip_counter(device))
 
-        synthesise(whole, rewrite, graphs, inductor=False)
-        compiled = compile_graph(whole.module, options.backend, options.inductor, graphs.code)
+        synthesise(whole, rewrite, graphs, inductor=False, group=group)
+        keep_order = None if group is None else Overlap()
+        compiled = compile_graph(whole.module, options.backend, options.inductor, graphs.code, keep_order)
 
     step.follow_branches(update.branches)
     step.variants[variant], step.coverage = graphs, coverage
     coverage.graphs.captured += step.variants.values()
     step.compilations += 1
 
+    plan = ""
+    if group is not None:
+        about = {"skip_nonfinite": skip_nonfinite, "communication": communication}
+        plan = plan_of(whole, step.optimizer, list(trained.values()), rule, options, variant=variant, **about)
+
     def run(*args: Any) -> list[Any]:
+        step.begin(variant, plan, present_numbers)
         with plain_tracing():
             return compiled(*args, *(step.tensor(slot, args, device) for slot in writer.slots))
 

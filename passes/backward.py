@@ -13,9 +13,10 @@ from ..graphs import Graphs
 from ..ir import INPUTS_FIRST, INPUTS_LAST, StepGraph
 from ..rules import Gradient, Rule
 from .capture import described_gradients
-from .drop_in import Job, StatisticsPass, compile_flat, placeholder
+from .collectives import Group, Network
+from .drop_in import Job, StatisticsPass, compile_flat, placeholder, scales_over_ranks
 from .lower import new_fake_mode, plain_tracing
-from .rewrite import Layout, refreshed, split_statistics, uses_of, write_statistics
+from .rewrite import Layout, Scales, refreshed, split_statistics, uses_of, write_statistics
 from .trace import insert
 
 
@@ -71,8 +72,12 @@ def build_refresh(
     backend: str,
     options: dict[str, Any],
     graphs: Graphs,
+    group: Group | None = None,
 ) -> Callable[..., list[Tensor]]:
-    """A program ``[step, *(carrier, *state) of each job] -> new state of each job``, flat; nothing is written in place."""
+    """A program ``[step, *(carrier, *state) of each job] -> new state of each job``, flat; nothing is written in place.
+
+    With a ``group`` carriers are summed over its ranks, on each of which they belong to that rank's own loss.
+    """
     mode, graph = new_fake_mode(), fx.Graph()
     with plain_tracing():
         step_node = placeholder(graph, mode, "step", step)
@@ -84,7 +89,13 @@ def build_refresh(
             for i, (carrier, state) in enumerate(zip(carriers, states))
         ]
         outputs: list[fx.Node] = []
+        network = None if group is None else Network(graph, group)
+        scales = None
+        if group is not None:
+            scales = insert(graph, scales_over_ranks, None, step_node, group.size, label="mean over ranks")
         for job, (carrier_node, state_nodes) in zip(jobs, nodes):
+            if network is not None:
+                carrier_node = network.sum(carrier_node, "statistics", job.name)
             new = insert(
                 graph,
                 refresh_after_backward,
@@ -94,10 +105,11 @@ def build_refresh(
                 carrier_node,
                 state_nodes,
                 step_node,
+                scales,
                 label=f"{job.name}: refresh",
             )
             outputs += [new[key] for key in state_nodes]
-        return compile_flat(graph, outputs, backend, options, graphs)
+        return compile_flat(graph, outputs, backend, options, graphs, group)
 
 
 # ---- what is traced into the graphs ------------------------------------------------------------------------------------
@@ -145,7 +157,13 @@ def _square_sum(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def refresh_after_backward(
-    rule: Rule, layout: Layout, refresh: bool, carrier: Tensor, state: dict[str, Tensor], step: Tensor
+    rule: Rule,
+    layout: Layout,
+    refresh: bool,
+    carrier: Tensor,
+    state: dict[str, Tensor],
+    step: Tensor,
+    scales: Scales | None = None,
 ) -> dict[str, Tensor]:
     """New state from a step's carrier: factors where ``refresh``, the scale always; unchanged where not finite."""
     factors = {name: t for name, t in state.items() if name != "scale"}
@@ -157,7 +175,7 @@ def refresh_after_backward(
         )
 
         def member(factors: dict[str, Tensor], summaries: dict[int, list[Tensor]]) -> dict[str, Tensor]:
-            return refreshed(rule, factors, uses_of(rule, layout, summaries), nothing, step, finite)
+            return refreshed(rule, factors, uses_of(rule, layout, summaries, scales), nothing, step, finite)
 
         summaries = split_statistics(rule, layout, {kind: carrier[kind] for kind in layout.kinds})
         factors = layout.each(member)(factors, summaries)

@@ -120,13 +120,17 @@ class WholeStep(StepGraph):
 def dynamo_parameters(gm: fx.GraphModule, naming: Naming) -> dict[int, tuple[str, nn.Parameter]]:
     """Trainable parameters of the model among the inputs of Dynamo's graph: position -> (name, parameter)."""
     found = {}
-    for index, node in enumerate(gm.graph.find_nodes(op="placeholder")):
-        argument = node.meta.get("grapharg")
-        example = argument.example if argument is not None else None
+    for index, example in dynamo_tensors(gm).items():
         name = naming.name(example)
         if name is not None and isinstance(example, nn.Parameter) and example.requires_grad:
             found[index] = (name, example)
     return found
+
+
+def dynamo_tensors(gm: fx.GraphModule) -> dict[int, Any]:
+    """What the inputs of Dynamo's graph are at its capture, by position."""
+    arguments = (node.meta.get("grapharg") for node in gm.graph.find_nodes(op="placeholder"))
+    return {i: argument.example for i, argument in enumerate(arguments) if argument is not None}
 
 
 def data_inputs(gm: fx.GraphModule, naming: Naming) -> frozenset[int]:

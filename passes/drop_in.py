@@ -15,7 +15,9 @@ from ..graphs import Graphs
 from ..ir import StepGraph
 from ..rules import Rule
 from .capture import Naming, capture_joint, described_gradients, has_backward, read_joint
+from .collectives import Group, Network
 from .lower import FakeTensorMode, JointPass, compile_graph, new_fake_mode, plain_tracing
+from .pin import Overlap
 from .pipeline import analyse, synthesise
 from .rewrite import Layout, Scales, update_site, write_statistics
 from .trace import insert, shaped_like
@@ -116,8 +118,12 @@ def build_update(
     backend: str,
     options: dict[str, Any],
     graphs: Graphs,
+    group: Group | None = None,
 ) -> Callable[..., list[Tensor]]:
     """One program that refreshes and preconditions all of ``jobs``.
+
+    With a ``group`` statistics are summed over its ranks, on each of which they belong to that rank's own loss, while
+    gradients are the mean's already.
 
     ``examples`` hold each job's ``grad``, ``bias`` (or None), ``carrier`` (refreshed jobs) and ``state`` tensors. The
     program takes ``[step, *scales, *the tensors of each job in that order]``, copies new state into the state inputs and
@@ -136,6 +142,9 @@ def build_update(
             own = {k: None if t is None else input(f"{k}_{i}", t) for k, t in tensors.items()}
             state = {k: input(f"state_{i}_{k}", t) for k, t in example["state"].items()}
             nodes.append((own, state))
+        network = None if group is None else Network(graph, group)
+        if group is not None:
+            scale_nodes = insert(graph, scales_over_ranks, scale_nodes, step_node, group.size, label="mean over ranks")
         outputs: list[fx.Node] = []
         writes: list[tuple[fx.Node, fx.Node]] = []
         for job, (own, state) in zip(jobs, nodes):
@@ -144,6 +153,8 @@ def build_update(
                 vectors = {
                     k: insert(graph, torch.select, own["carrier"], 0, k, label=job.name) for k in job.layout.kinds
                 }
+            if network is not None:
+                vectors = {k: network.sum(vector, "statistics", job.name) for k, vector in vectors.items()}
             grad, bias, new = insert(
                 graph,
                 partial_update(rule, job),
@@ -160,7 +171,15 @@ def build_update(
         for target, value in writes:
             copy = graph.call_function(torch.ops.aten.copy_.default, (target, value))
             copy.meta = {"val": target.meta["val"], "mkor_fx": "write"}
-        return compile_flat(graph, outputs, backend, options, graphs)
+        return compile_flat(graph, outputs, backend, options, graphs, group)
+
+
+def scales_over_ranks(scales: Scales | None, like: Tensor, size: int) -> Scales:
+    """The scale of a rank's own statistics beside those of the mean loss over ``size`` ranks."""
+    if scales is None:
+        one = torch.ones_like(like, dtype=torch.float32)
+        scales = Scales(one, one)
+    return scales._replace(statistics=scales.statistics * size)
 
 
 def placeholder(graph: fx.Graph, mode: FakeTensorMode, name: str, example: Tensor) -> fx.Node:
@@ -172,13 +191,18 @@ def placeholder(graph: fx.Graph, mode: FakeTensorMode, name: str, example: Tenso
 
 
 def compile_flat(
-    graph: fx.Graph, outputs: list[fx.Node], backend: str, options: dict[str, Any], graphs: Graphs
+    graph: fx.Graph,
+    outputs: list[fx.Node],
+    backend: str,
+    options: dict[str, Any],
+    graphs: Graphs,
+    group: Group | None = None,
 ) -> Callable[..., list[Tensor]]:
     """Finish a graph that was written from nothing: the later half of the pipeline, then the compiler."""
     graph.output(outputs)
     program = StepGraph(fx.GraphModule({}, graph), graph.find_nodes(op="placeholder"), {}, [])
-    synthesise(program, lambda _: None, graphs, inductor=False)
-    return compile_graph(program.module, backend, options, graphs.code)
+    synthesise(program, lambda _: None, graphs, inductor=False, group=group)
+    return compile_graph(program.module, backend, options, graphs.code, None if group is None else Overlap())
 
 
 def partial_update(rule: Rule, job: Job) -> Callable:

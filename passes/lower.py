@@ -121,17 +121,23 @@ def plain_tracing() -> Iterator[None]:
 
 
 def compile_graph(
-    module: fx.GraphModule, backend: str, options: dict[str, Any], code: list[str]
+    module: fx.GraphModule,
+    backend: str,
+    options: dict[str, Any],
+    code: list[str],
+    keep_order: PostGradPass | None = None,
 ) -> Callable[..., list]:
     """A callable over the graph's placeholders that returns its flat outputs; inputs that it copies into are mutated.
 
-    What Inductor generates is appended to ``code``.
+    What Inductor generates is appended to ``code``; ``keep_order`` runs behind all of its own graph passes.
     """
     module.recompile()
     if backend == "eager":
         return module
     from torch._inductor.compile_fx import compile_fx
 
+    if keep_order is not None:
+        options = _with_pass(options, "post_grad_custom_post_pass", keep_order)
     examples = [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")]
     fake_mode = next(e.fake_mode for e in examples if isinstance(e, torch._subclasses.FakeTensor))
     with torch._guards.tracing(torch._guards.TracingContext(fake_mode)), _collecting(code):
@@ -176,6 +182,18 @@ class JointPass(CustomGraphPass):
     """A pass over the joint graph of what Dynamo has captured, run before Inductor's own; ``uuid`` is its cache key."""
 
 
+class PostGradPass(CustomGraphPass):
+    """A pass behind all of Inductor's own over a graph; ``uuid`` is its cache key, and a cache hit skips it."""
+
+
+def depend(graph: fx.Graph, needs: dict[fx.Node, list[fx.Node]]) -> None:
+    """Give each node of ``needs``, in the order of the graph, further nodes that must run before it."""
+    from torch._inductor.fx_passes.control_dependencies import preserve_node_ordering
+    from torch.utils._ordered_set import OrderedSet
+
+    preserve_node_ordering(graph, {node: OrderedSet(before) for node, before in needs.items()})
+
+
 def compile_joint(
     gm: fx.GraphModule,
     inputs: Sequence[Any],
@@ -194,7 +212,6 @@ def compile_joint(
     with torch._functorch.config.patch(enable_autograd_cache=False), unrolled_layers(gm):
         if backend == "eager":
             return _aot_eager(gm, inputs, joint_pass, decompositions)
-        from torch._inductor import config
         from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
         if joint_pass is None:
@@ -204,10 +221,17 @@ def compile_joint(
             with _collecting(code):
                 return compile_fx_inner(*args, **kwargs)
 
-        chosen = options.get("joint_custom_pre_pass", config.joint_custom_pre_pass) or []
-        users = list(chosen) if isinstance(chosen, (list, tuple)) else [chosen]
-        patches = {**options, "joint_custom_pre_pass": [*users, joint_pass]}
+        patches = _with_pass(options, "joint_custom_pre_pass", joint_pass)
         return compile_fx(gm, list(inputs), inner, config_patches=patches, decompositions=decompositions)
+
+
+def _with_pass(options: dict[str, Any], hook: str, added: CustomGraphPass) -> dict[str, Any]:
+    """Options with one more pass in one of Inductor's hooks, behind the user's own."""
+    from torch._inductor import config
+
+    chosen = options.get(hook, getattr(config, hook)) or []
+    users = list(chosen) if isinstance(chosen, (list, tuple)) else [chosen]
+    return {**options, hook: [*users, added]}
 
 
 def _aot_eager(
@@ -252,12 +276,14 @@ def facing_user(compiled: Callable[..., Any]) -> Callable[..., Any]:
     """What ``torch.compile`` returned, for the user to call.
 
     Errors that the library raises for the user while Dynamo compiles arrive as themselves, without Dynamo's wrapping.
-    During the call Dynamo captures ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN`` as their time steps and leaves out what loggers
-    say once.
+    During the call Dynamo captures ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN`` as their time steps, leaves out what loggers
+    say once, and does not split graphs at the buckets of a DistributedDataParallel around the model.
     """
     config = torch._dynamo.config
     once = {getattr(logging.Logger, name) for name in SAID_ONCE if hasattr(logging.Logger, name)}
-    settings = config.patch(allow_rnn=True, ignore_logging_functions=config.ignore_logging_functions | once)
+    settings = config.patch(
+        allow_rnn=True, optimize_ddp=False, ignore_logging_functions=config.ignore_logging_functions | once
+    )
 
     @functools.wraps(compiled)
     def run(*args: Any, **kwargs: Any) -> Any:

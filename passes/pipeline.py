@@ -10,10 +10,13 @@ from typing import Any
 from ..graphs import Graphs
 from ..ir import StepGraph
 from ..rules import Rule
+from .bucket import bucket
 from .canonicalize import cancel_double_transpose, drop_detach, spell_transposes
+from .collectives import Group
 from .core import run_passes
 from .lower import expand, shortcut_row_sums, store_scalars
 from .match import find_sites
+from .overlap import schedule
 from .rewrite import decline_by_rule
 from .schedule import recompute_checkpoints, update_when_ready
 
@@ -37,14 +40,23 @@ def analyse(step: StepGraph, rule: Rule | None, graphs: Graphs | None) -> None:
 
 
 def synthesise(
-    step: StepGraph, rewrite: Callable[[Any], None], graphs: Graphs, *, inductor: bool, partitioned: bool = False
+    step: StepGraph,
+    rewrite: Callable[[Any], None],
+    graphs: Graphs,
+    *,
+    inductor: bool,
+    partitioned: bool = False,
+    group: Group | None = None,
 ) -> None:
     """rewrite -> schedule -> lower: ``rewrite`` writes statistics and updates, aten comes out.
 
     ``inductor``: expand what Inductor wants decomposed, too. ``partitioned``: torch will split the graph into forward and
-    backward and honour checkpoints itself.
+    backward and honour checkpoints itself. ``group``: merge and order the collectives that ``rewrite`` has written.
     """
     run_passes(step, [rewrite], "rewrite", graphs)
-    run_passes(step, [update_when_ready] if partitioned else SCHEDULE, "schedule", graphs)
+    ordering = [update_when_ready] if partitioned else SCHEDULE
+    if group is not None:
+        ordering = [partial(bucket, sizes=group.buckets), *ordering, schedule]
+    run_passes(step, ordering, "schedule", graphs)
     lowering = [shortcut_row_sums, partial(expand, inductor=inductor)]
     run_passes(step, lowering if partitioned else [*lowering, store_scalars], "lower", graphs)

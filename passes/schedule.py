@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
@@ -62,19 +64,44 @@ def update_when_ready(step: StepGraph) -> None:
     every reader of what they overwrite.
     """
     nodes = list(step.graph.nodes)
-    written = {n for n in nodes if n.meta.get("mkor_fx") and n.target is not aten.copy_.default}
-    ready: dict[fx.Node, int] = {}
+    ready = readiness(step.graph)
+    first_place = max((i for i, n in enumerate(nodes) if n.op == "placeholder"), default=-1)  # none among the inputs
     keys = {}
     for i, node in enumerate(nodes):
-        own = i if node not in written else max((ready[arg] for arg in node.all_input_nodes), default=0)
-        ready[node] = own
-        keys[node] = (own, node in written, i)
-    first = next((n for n in nodes if n.op != "placeholder"), None)
-    last_placeholder = max((i for i, n in enumerate(nodes) if n.op == "placeholder"), default=-1)
-    for node in written:  # nothing may stand among the inputs
-        keys[node] = (max(keys[node][0], last_placeholder), *keys[node][1:])
-    if first is None:
-        return
-    output = nodes[-1]
-    for node in sorted((n for n in nodes if n.op not in ("placeholder", "output")), key=keys.__getitem__):
+        written = _is_written(node)
+        keys[node] = (max(ready[node], first_place) if written else i, written, i)
+    reorder(step.graph, keys)
+
+
+def readiness(graph: fx.Graph) -> dict[fx.Node, int]:
+    """Where in the captured program a node's last operand is made; what the library has written can follow at once."""
+    ready: dict[fx.Node, int] = {}
+    for i, node in enumerate(graph.nodes):
+        ready[node] = max((ready[arg] for arg in node.all_input_nodes), default=0) if _is_written(node) else i
+    return ready
+
+
+def _is_written(node: fx.Node) -> bool:
+    return bool(node.meta.get("mkor_fx")) and node.target is not aten.copy_.default
+
+
+def reorder(graph: fx.Graph, keys: dict[fx.Node, Any]) -> None:
+    """Sort all but inputs and output by ``keys``, which must not put a node in front of its operands."""
+    output = graph.output_node()
+    for node in sorted((n for n in graph.nodes if n.op not in ("placeholder", "output")), key=keys.__getitem__):
         output.prepend(node)
+
+
+def sort_by_dependencies(graph: fx.Graph) -> None:
+    """Move nodes that stand behind a reader of theirs in front of it; the others keep their order."""
+    places: dict[fx.Node, int] = {}
+
+    def place(node: fx.Node) -> None:
+        if node not in places:
+            for arg in node.all_input_nodes:
+                place(arg)
+            places[node] = len(places)
+
+    for node in list(graph.nodes):
+        place(node)
+    reorder(graph, places)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, fx
 from ..prims import accumulation_dtype
 from ..rules import Rule
 from .capture import WholeStep
+from .collectives import Network
 from .optimizer import Update
 from .rewrite import Layout, update_site, write_statistics
 from .trace import insert, shaped_like, splice
@@ -21,7 +23,8 @@ aten = torch.ops.aten
 class Slot:
     """An input of the compiled step beside those of Dynamo's graph: whose tensor the runtime passes there.
 
-    ``kind`` is "step", "numbers", "skipped", "factor" or "optimizer"; the last two are of input ``index``'s parameter.
+    ``kind`` is "step", "numbers", "rows", "skipped", "factor" or "optimizer"; the last two are of the parameter at
+    ``index``.
     """
 
     kind: str
@@ -34,10 +37,19 @@ class Slot:
 
 
 class StepWriter:
-    """Writes one variant of the training step into a joint graph. ``slots`` lists the inputs it has added, in order."""
+    """Writes one variant of the training step into a joint graph. ``slots`` lists the inputs it has added, in order.
 
-    def __init__(self, step: WholeStep) -> None:
-        self.step = step
+    With a ``network`` each rank differentiates its share of the mean loss over ranks, so that gradients and statistics of
+    the whole batch are plain sums over ranks. ``buffers`` are the names of the inputs that rank 0 decides.
+    """
+
+    def __init__(
+        self, step: WholeStep, network: Network | None = None, buffers: Mapping[int, str] | None = None
+    ) -> None:
+        self.step, self.network = step, network
+        self.buffers = {step.inputs[index]: name for index, name in (buffers or {}).items()}
+        self.gradients: dict[int, fx.Node] = {}
+        self.share: float | fx.Node = 1.0
         self.slots: list[Slot] = []
         self.writes: list[tuple[fx.Node, fx.Node]] = [(target, step.returned(at)) for target, at in step.mutations]
         self._last = step.graph.find_nodes(op="placeholder")[-1]
@@ -52,23 +64,40 @@ class StepWriter:
         self.slots.append(slot)
         return self._last
 
-    def seed_with_one(self) -> None:
-        """The gradient of the loss with respect to itself."""
+    def seed(self, rows: Tensor | None = None) -> None:
+        """The gradient of the mean loss over ranks with respect to this rank's: one without a network.
+
+        Ranks weigh the same, or each by its number of ``rows``, 0-dim.
+        """
         (seed,) = self.step.seeds
         value = seed.meta["val"]
+        count = None if rows is None or self.network is None else self.input(Slot("rows"), rows)
         first = next(n for n in self.step.graph.nodes if n.op != "placeholder")
         with self.step.graph.inserting_before(first):
-            kind = {"dtype": value.dtype, "device": value.device}
-            one = self.step.graph.call_function(aten.full.default, ([], 1.0), kind)
-        one.meta["val"] = value
-        seed.replace_all_uses_with(one)
+            if count is not None:
+                total = self.network.sum(count, "rows", "the batch")
+                share = insert(self.step.graph, share_of, count, total, value.dtype, label="share of the batch")
+                self.share = share
+            else:
+                self.share = 1.0 if self.network is None else 1.0 / self.network.size
+                kind = {"dtype": value.dtype, "device": value.device}
+                share = self.step.graph.call_function(aten.full.default, ([], self.share), kind)
+                share.meta["val"] = value
+        seed.replace_all_uses_with(share)
         if seed is self._last:
             self._last = seed.prev
         self.step.graph.erase_node(seed)
-        self.step.seeds = [one]
+        self.step.seeds = [share]
 
-    def raw_gradients(self) -> dict[int, fx.Node]:
-        return {i: p.grad for i, p in self.step.parameters.items() if p.grad is not None}
+    def take_gradients(self, indices: Collection[int]) -> dict[int, fx.Node]:
+        """The gradients of the parameters at ``indices``, of all ranks together."""
+        for i in indices:
+            parameter = self.step.parameters[i]
+            self.gradients[i] = parameter.grad
+            if self.network is not None:
+                with self.step.graph.inserting_before(self.step.output):
+                    self.gradients[i] = self.network.sum(parameter.grad, "gradient", parameter.name)
+        return dict(self.gradients)
 
     def precondition(
         self, rule: Rule, refresh: bool, states: dict[int, dict[str, Tensor]], step: Tensor
@@ -82,14 +111,17 @@ class StepWriter:
             with graph.inserting_before(output):
                 dtype = accumulation_dtype(site.parameter.node.meta["val"].dtype)
                 vectors = write_statistics(graph, rule, site, dtype) if refresh else {}
-                bias_grad = site.bias.grad if site.bias is not None else None
+                if self.network is not None:
+                    name = site.parameter.name
+                    vectors = {kind: self.network.sum(v, "statistics", name) for kind, v in vectors.items()}
+                bias_grad = self.gradients[site.bias.index] if site.bias is not None else None
                 directions[index], bias_direction, new = insert(
                     graph,
                     update_site,
                     rule,
                     Layout.of(site),
                     refresh,
-                    site.parameter.grad,
+                    self.gradients[index],
                     bias_grad,
                     vectors,
                     state,
@@ -119,11 +151,17 @@ class StepWriter:
         """Write everything back, or nothing where the loss or a gradient is not finite; return the plain outputs."""
         graph, step = self.step.graph, self.step
         outputs = [step.returned(position) for position in step.results]
-        grads = [p.grad for p in step.parameters.values() if p.grad is not None]
+        if self.network is not None:
+            with graph.inserting_before(step.output):
+                own = insert(graph, weighted, outputs[0], self.share, label="loss")
+                outputs[0] = self.network.sum(own, "loss", "loss")
+                for i, (target, new) in enumerate(self.writes):
+                    if target in self.buffers:
+                        self.writes[i] = (target, self.network.of_first_rank(new, "buffer", self.buffers[target]))
         counter = self.input(Slot("skipped"), skipped) if skip_nonfinite else None
         with graph.inserting_before(step.output):
             if skip_nonfinite:
-                keep = insert(graph, all_finite, outputs[0], grads, label="skip_nonfinite")
+                keep = insert(graph, all_finite, outputs[0], [*self.gradients.values()], label="skip_nonfinite")
                 self.writes = [
                     (t, insert(graph, torch.where, keep, v, t, label="skip_nonfinite")) for t, v in self.writes
                 ]
@@ -142,6 +180,14 @@ def all_finite(loss: Tensor, grads: list[Tensor]) -> Tensor:
     real = [torch.view_as_real(g) if g.is_complex() else g for g in grads]
     norms = [torch.linalg.vector_norm(g, dtype=accumulation_dtype(g.dtype)) for g in real]
     return torch.isfinite(sum(norms, loss.detach().abs()))
+
+
+def share_of(rows: Tensor, total: Tensor, dtype: torch.dtype) -> Tensor:
+    return (rows / total).to(dtype)
+
+
+def weighted(loss: Tensor, share: Tensor | float) -> Tensor:
+    return loss.detach() * share
 
 
 def count_skip(skipped: Tensor, keep: Tensor) -> Tensor:

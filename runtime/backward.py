@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .carriers import Carriers, before_backward
+from .ranks import Ranks, Replicas
 from .state import FactorState
 
 
@@ -26,10 +27,13 @@ class BackwardPreconditioner:
         refresh_every: int,
         build_refresh: Callable[..., Callable],
         job: Callable[..., Any],
+        ranks: Ranks | None = None,
+        check_replicas_every: int = 0,
     ) -> None:
         self.rule, self.refresh_every = rule, refresh_every
         self.mkor = FactorState(model, refresh_every, self.flush)
-        self.carriers = Carriers()
+        self.carriers, self.ranks = Carriers(), ranks
+        self._replicas = Replicas(ranks, self.mkor, check_replicas_every, self.mkor.tensors)
         self._build_refresh, self._job = build_refresh, job
         self._sites: dict[int, tuple[nn.Parameter, Any]] = {}
         self._programs: dict[tuple, Callable[..., list[Tensor]]] = {}
@@ -49,17 +53,19 @@ class BackwardPreconditioner:
             self.flush()
 
     def flush(self) -> None:
-        """Refresh every site whose statistics wait."""
+        """Refresh every site whose statistics wait; on several ranks every site, since another rank may have seen it."""
         pending = [site for site in self._sites.values() if self.carriers.gradient(site[0]) is not None]
         if not pending:
             return
+        if self.ranks is not None:
+            pending = list(self._sites.values())
+        self._replicas.check()
         refresh = self.mkor.step % self.refresh_every == 0
         jobs = [self._job(self.mkor.name(param), layout, refresh) for param, layout in pending]
         states = [self.mkor.of(param) for param, _ in pending]
-        carriers = [self.carriers.gradient(param) for param, _ in pending]
+        carriers = [self.carriers.total(param) for param, _ in pending]
         tensors = [self.mkor.step_tensor(pending[0][0].device)]
         for carrier, state in zip(carriers, states):
-            assert carrier is not None
             tensors += [carrier, *state.values()]
         key = (tuple(jobs), tuple((t.shape, t.stride(), t.dtype, t.device) for t in tensors))
         if key not in self._programs:

@@ -27,6 +27,11 @@ class Carriers:
         """The statistics that have arrived since ``clear``, or None."""
         return next((leaf.grad for leaf in self._of(param).values() if leaf.grad is not None), None)
 
+    def total(self, param: nn.Parameter) -> Tensor:
+        """As ``gradient``, zeros where nothing has arrived."""
+        arrived = self.gradient(param)
+        return torch.zeros_like(next(iter(self._of(param).values()))) if arrived is None else arrived
+
     def clear(self, param: nn.Parameter) -> None:
         for leaf in self._of(param).values():
             leaf.grad = None

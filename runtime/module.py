@@ -13,7 +13,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from .amp import loss_scales
 from .carriers import Carriers, before_backward
-from .state import FactorState
+from .ranks import Ranks, Replicas
+from .state import FactorState, state_of
 
 #: every live preconditioner; the two hooks below serve them all
 _live: weakref.WeakSet[Preconditioner] = weakref.WeakSet()
@@ -40,9 +41,12 @@ class Preconditioner:
         build_update: Callable[..., Callable],
         job: Callable[..., Any],
         merge: Callable[[Any, Any], Any],
+        ranks: Ranks | None = None,
+        check_replicas_every: int = 0,
     ) -> None:
-        self.rule, self.refresh_every = rule, refresh_every
+        self.rule, self.refresh_every, self.ranks = rule, refresh_every, ranks
         self.mkor = FactorState(model, refresh_every)
+        self._replicas = Replicas(ranks, self.mkor, check_replicas_every, lambda: state_of(model, self.mkor))
         self.carriers = Carriers()
         self.known: dict[int, Known] = {}
         self._build_update, self._job, self._merge = build_update, job, merge
@@ -88,21 +92,26 @@ class Preconditioner:
     def precondition(self, optimizer: Optimizer) -> None:
         """Replace ``.grad`` of the optimizer's sites by their directions, until ``restore``.
 
-        Only sites with fresh statistics: a gradient that did not come out of the compiled backward stays raw.
+        Only sites with fresh statistics: a gradient that did not come out of the compiled backward stays raw. On several
+        ranks every site with a gradient takes part once one has fresh statistics: another rank may have seen it.
         """
         self.restore()
-        sites = {
+        held = {
             self.mkor.name(p): known
             for group in optimizer.param_groups
             for p in group["params"]
             if (known := self.known.get(id(p))) is not None and known.param is p and known.layout is not None
-            if not known.declined and p.grad is not None and self.carriers.gradient(p) is not None
+            if not known.declined and p.grad is not None
         }
-        if not sites:
+        fresh = {name: known for name, known in held.items() if self.carriers.gradient(known.param) is not None}
+        if not fresh:
             return
+        sites = fresh if self.ranks is None else held
         if self._generation != self.mkor.generation:
             self._generation, self._stepped, self._windows = self.mkor.generation, set(), {}
         begins = not self._stepped or bool(sites.keys() & self._stepped)
+        if begins:
+            self._replicas.check()
         iteration = self.mkor.step if begins else self._iteration
         window = iteration // self.refresh_every
         refreshed = {name for name in sites if window > self._windows.get(name, self._loaded_window)}
@@ -111,7 +120,7 @@ class Preconditioner:
             jobs.append(self._job(name, known.layout, name in refreshed))
             bias = known.bias.grad if known.bias is not None and known.layout.bias else None
             state = self.mkor.create(known.param, known.layout.fresh_state(self.rule))
-            carrier = {"carrier": self.carriers.gradient(known.param)} if name in refreshed else {}
+            carrier = {"carrier": self.carriers.total(known.param)} if name in refreshed else {}
             examples.append({"grad": known.param.grad, "bias": bias, "state": state, **carrier})
         self._run(optimizer, iteration, jobs, examples, list(sites.values()))
         if begins:  # one step for all optimizers of an iteration: it ends when statistics come for a site it has used

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
-from .optimizer import PackedNumbers, initialise_state, structure_of
-from .state import FactorState
+from .optimizer import PackedNumbers, initialise_state, structure_of, tensor_state
+from .ranks import Ranks, Replicas
+from .state import FactorState, state_of
 
 
 class CompiledStep:
@@ -29,8 +31,11 @@ class CompiledStep:
         optimizer: Optimizer,
         build: Callable[[CompiledStep, bool], Callable[..., Any]],
         refresh_every: int,
+        ranks: Ranks | None = None,
+        check_replicas_every: int = 0,
     ) -> None:
         self.model, self.optimizer, self.refresh_every = model, optimizer, refresh_every
+        self.ranks = ranks
         self.mkor = FactorState(model, refresh_every)
         self.variants: dict[str, Any] = {}
         self.coverage: Any = None
@@ -42,6 +47,10 @@ class CompiledStep:
         self._numbers: PackedNumbers | None = None
         self._fresh_groups: set[int] = set()
         self._skipped: Tensor | None = None
+        self._arguments: tuple[tuple, dict] = ((), {})
+        self._plans: dict[str, str] = {}
+        own = lambda: [*model.parameters(), *model.buffers()]
+        self._replicas = Replicas(ranks, self.mkor, check_replicas_every, self.state_tensors, own)
         self._loss: Tensor | None = None
 
     @property
@@ -70,7 +79,13 @@ class CompiledStep:
         refresh = self.mkor.step % self.refresh_every == 0
         if refresh not in self._programs:
             self._programs[refresh] = self._build(self, refresh)
-        result = self._programs[refresh](*args, **kwargs)
+        self._arguments = (args, kwargs)
+        try:
+            result = self._programs[refresh](*args, **kwargs)
+        except Exception as error:
+            if self.ranks is not None:
+                self.ranks.failed(error)
+            raise
         self._loss = result[0] if isinstance(result, tuple) else result
         self.mkor.advance()
         self._fresh_groups.clear()
@@ -83,6 +98,35 @@ class CompiledStep:
         if structure != self._structure or not all(branch.holds(self.optimizer) for branch in self._branches):
             self._structure, self._branches, self._numbers = structure, (), None
             self._programs.clear()
+
+    # ---- several ranks ------------------------------------------------------------------------------------------------
+
+    def begin(self, variant: str, plan: str, present: Callable[[Optimizer], str]) -> None:
+        """What ranks have to settle before a program runs: the first time, that they run the same from the same state.
+
+        A program that is compiled again for another batch, perhaps on this rank alone, has the plan that was agreed upon.
+        """
+        if self.ranks is None:
+            return
+        if self._plans.get(variant) != plan:
+            self.ranks.agree(f"{plan}\nsteps taken {self.mkor.step}\n{present(self.optimizer)}")
+            self._plans[variant] = plan
+        self._replicas.check()
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """All that a step changes, by name."""
+        tensors = state_of(self.model, self.mkor)
+        for name, param in self.model.named_parameters():
+            state = tensor_state(self.optimizer, param)
+            tensors |= {f"optimizer state {key} of {name}": tensor for key, tensor in state.items()}
+        return tensors
+
+    def rows(self, device: torch.device) -> Tensor:
+        """The first dimension of the step's last tensor argument, 0-dim float."""
+        tensors = [leaf for leaf in tree_leaves(self._arguments) if isinstance(leaf, Tensor) and leaf.dim()]
+        if not tensors:
+            raise ValueError("average='rows' needs a tensor among the step's arguments, whose first dimension counts")
+        return torch.full((), tensors[-1].shape[0], dtype=torch.float32, device=device)
 
     # ---- what programs ask for while they are built and run -----------------------------------------------------------
 
@@ -118,6 +162,8 @@ class CompiledStep:
                 return self.optimizer.state[args[slot.index]][slot.key]
             case "numbers":
                 return self.numbers(device)
+            case "rows":
+                return self.rows(device)
             case "step":
                 return self.mkor.step_tensor(device)
             case "skipped":
