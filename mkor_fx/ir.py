@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 #: which dimension of the weight's matrix view the rows ``a`` (the layer's inputs) lie along
 INPUTS_LAST, INPUTS_FIRST = 0, 1
@@ -219,6 +220,11 @@ def product(sizes: Iterable[int]) -> int:
     for size in sizes:
         total *= size
     return total
+
+
+def same_sizes(first: Sequence[int], second: Sequence[int]) -> bool:
+    """Whether two shapes are equal for certain: a symbolic size is not asked, which would tie the graph to the answer."""
+    return len(first) == len(second) and all(statically_known_true(x == y) for x, y in zip(first, second))
 
 
 def fake_value(node: fx.Node) -> torch.Tensor:

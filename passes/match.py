@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from .. import reasons
-from ..ir import Decline, Parameter, Site, StepGraph, fake_value, product, source_line
+from ..ir import Decline, Parameter, Site, StepGraph, fake_value, product, same_sizes, source_line
 from ..ops import CASTS, VIEWS
 from .boxes import Box, merge, view_of
 from .core import graph_pass
@@ -132,7 +132,7 @@ class WeightFunctions:
 
     def _products(self, node: fx.Node, shape: tuple[int, ...], backward: set[fx.Node]) -> list[Use] | None:
         value = node.meta.get("val")
-        if not isinstance(value, torch.Tensor) or value.shape != shape or not fake_value(node).is_floating_point():
+        if not isinstance(value, torch.Tensor) or not same_sizes(value.shape, shape) or not value.is_floating_point():
             return None
         found = read_uses(node, shape, backward)
         return None if isinstance(found, Decline) else found

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from .. import reasons
-from ..ir import INPUTS_FIRST, INPUTS_LAST, Decline, Operand, Tap, fake_value, product, source_line
+from ..ir import INPUTS_FIRST, INPUTS_LAST, Decline, Operand, Tap, fake_value, product, same_sizes, source_line
 from ..ops import CASTS, TABLE, VIEWS
 from ..ops.rows import (
     as_columns,
@@ -215,13 +215,14 @@ def row_sums(tap: Tap) -> frozenset[fx.Node]:
         if outer.target in CASTS:
             return True
         before, after = fake_value(inner).shape, fake_value(outer).shape
-        same = before[-1:] == after[-1:] and (not members or before[:1] == after[:1])
+        same = same_sizes(before[-1:], after[-1:]) and (not members or same_sizes(before[:1], after[:1]))
         return outer.target in VIEWS and len(before) > 0 and len(after) > 0 and same
 
     while node.target in CASTS | VIEWS and same_rows(node.args[0], node):
         node = node.args[0]
     found, stack = set(), [node]
-    single = fake_value(node).numel() == product(fake_value(node).shape[d] for d in ((0, -1) if members else (-1,)))
+    shape = fake_value(node).shape
+    single = same_sizes(shape[1 if members else 0 : -1], [1] * (len(shape) - (2 if members else 1)))
     while stack:
         here = stack.pop()
         if single and gathered is None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import fx, nn
 
-from ..ir import INPUTS_FIRST, Decline, Operand, Tap, fake_value
+from ..ir import INPUTS_FIRST, Decline, Operand, Tap, fake_value, same_sizes
 from ..reasons import FREQUENCY, MASKED, NO_ROW
 from .rows import (
     as_columns,
@@ -79,7 +79,7 @@ def gathered(node: fx.Node) -> Tap | Decline:
         return _lookup(node, value, ids, size)
     bmm = behind(value, CASTS | VIEWS)
     each = fake_value(value).shape[-2:]
-    if bmm.target is not aten.bmm.default or fake_value(bmm).shape != (fake_value(ids).numel(), *each):
+    if bmm.target is not aten.bmm.default or not same_sizes(fake_value(bmm).shape, (fake_value(ids).numel(), *each)):
         return Decline(NO_ROW)
     x_SPN, y_SNQ = bmm.args
     return Tap(
