@@ -1,0 +1,215 @@
+"""A training step on ranks that are not there: written as ``compile_step`` writes it, then laid out in time by estimates."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.optim import Optimizer
+
+from .config import Options, check_model, check_optimizer, check_rule
+from .distributed import Communication, without_ddp
+from .graphs import module_path, target_name
+from .passes.capture import Naming
+from .passes.collectives import Group, Message, is_start, is_wait
+from .passes.estimate import (
+    DEVICES,
+    Device,
+    collective_milliseconds,
+    fused_bytes,
+    is_free,
+    product_milliseconds,
+    tensor_bytes,
+    transfer_milliseconds,
+)
+from .passes.lower import raising_user_errors
+from .passes.overlap import is_heavy, order
+from .rules import MKOR, Rule
+from .runtime.step import CompiledStep
+from .timeline import COMMUNICATION, COMPUTE, Event, Simulation
+from .whole_step import Written, loss_function, write_whole_step
+
+
+def simulate(
+    model: nn.Module,
+    *batch: Any,
+    loss_fn: Callable[..., Tensor] | None = None,
+    optimizer: Optimizer,
+    world_size: int = 64,
+    device: str = "h100",
+    rule: Rule | None = MKOR(),  # noqa: B008  (frozen)
+    refresh: bool = True,
+    skip: Sequence[str] = (),
+    skip_nonfinite: bool = True,
+    communication: Communication = Communication(),  # noqa: B008  (frozen)
+    **kwargs: Any,
+) -> Simulation:
+    """Estimate how one step of ``compile_step`` would spend its time on ``world_size`` GPUs, without any of them.
+
+    The step is captured on this process alone, with the collectives of ``world_size`` ranks in it, by the passes that
+    ``compile_step`` runs; no process group is made or used, no tensor is computed, and model and optimizer are left as they
+    are. A model on the meta device takes no memory. Durations are estimates from data sheets and models.
+
+    Args:
+        batch, kwargs: what one rank passes to its step.
+        loss_fn, optimizer, rule, skip, skip_nonfinite, communication: as in ``compile_step``.
+        world_size: ranks, eight to a node.
+        device: ``"a100"``, ``"h100"`` or ``"h200"``.
+        refresh: a step that refreshes the factors, or one that reuses them.
+
+    Returns:
+        Simulation: prints as a table; ``to_html(path)``, ``to_chrome_trace(path)``.
+
+    Raises:
+        ValueError: bad options, or a step that ``compile_step`` refuses.
+    """
+    if not isinstance(world_size, int) or isinstance(world_size, bool) or world_size < 1:
+        raise ValueError(f"world_size={world_size!r}: must be an integer of at least 1, the number of ranks")
+    if device not in DEVICES:
+        raise ValueError(f"device={device!r}: must be one of {', '.join(map(repr, DEVICES))}")
+    if not isinstance(communication, Communication):
+        raise ValueError(f"communication={communication!r}: must be a mkor_fx.Communication")
+    check_model(model)
+    if rule is not None:
+        check_rule(rule)
+    model, _ = without_ddp(model, None)
+    check_optimizer(model, optimizer)
+    if not batch and not kwargs:
+        raise ValueError("nothing to trace: pass one rank's batch, simulate(model, *batch, optimizer=...)")
+    options = Options(skip=skip)
+    Naming.of(model, options.skip)
+    written = _write(model, batch, kwargs, loss_fn, optimizer, rule, refresh, options, skip_nonfinite, communication,
+                     Group("simulated", world_size, communication.sizes))  # fmt: skip
+    graph = written.whole.graph
+    order(graph)  # as Overlap does behind Inductor's own passes
+    events = list(lay_out(graph, world_size, DEVICES[device], _products(written)))
+    return Simulation(f"{type(model).__name__}: {written.variant} step", world_size, DEVICES[device], tuple(events))
+
+
+class _Written(Exception):
+    """Ends a capture: nothing of the captured function is to run."""
+
+
+def _write(
+    model: nn.Module,
+    batch: tuple,
+    kwargs: dict[str, Any],
+    loss_fn: Callable[..., Tensor] | None,
+    optimizer: Optimizer,
+    rule: Rule | None,
+    refresh: bool,
+    options: Options,
+    skip_nonfinite: bool,
+    communication: Communication,
+    group: Group,
+) -> Written:
+    found: list[Written] = []
+
+    def build(step: CompiledStep, refresh: bool) -> Callable[..., Any]:
+        def mkor_fx(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+            found.append(
+                write_whole_step(step, rule, refresh, options, skip_nonfinite, communication, group, gm, inputs)
+            )
+            raise _Written
+
+        loss_of = loss_function(model, loss_fn, return_outputs=False)
+        return raising_user_errors(torch.compile(loss_of, backend=mkor_fx, fullgraph=True, dynamic=False))
+
+    step = CompiledStep(model, _copy_of(optimizer), build, refresh_every=1)
+    step._arguments = (batch, kwargs)
+    try:
+        with torch.enable_grad():
+            build(step, refresh)(*batch, **kwargs)
+    except Exception as error:
+        if not isinstance(getattr(error, "inner_exception", error), _Written):
+            raise
+    if not found:
+        raise ValueError("nothing was captured: is torch.compile switched off (TORCH_COMPILE_DISABLE, set_stance)?")
+    return found[0]
+
+
+def _copy_of(optimizer: Optimizer) -> Optimizer:
+    """The optimizer over the same parameters, with groups and state of its own to fill in."""
+    copy = object.__new__(type(optimizer))
+    copy.__dict__.update(vars(optimizer))
+    copy.param_groups = [dict(group) for group in optimizer.param_groups]
+    copy.state = defaultdict(dict, {param: dict(state) for param, state in optimizer.state.items()})
+    return copy
+
+
+# ---- the schedule in time -------------------------------------------------------------------------------------------
+
+
+def lay_out(graph: fx.Graph, ranks: int, device: Device, products: dict[str, str]) -> Iterator[Event]:
+    """The graph's nodes in their order on two lanes: computing one after the other, collectives one after the other.
+
+    Computing stands still where it waits for a collective that is under way. Cheap nodes between two products, starts or
+    waits count as one kernel; they are listed by label. ``products``: parameters by the node that makes their gradient.
+    """
+    now = free = 0.0
+    arrives: dict[fx.Node, Event] = {}
+    nodes = [node for node in graph.nodes if node.op == "call_function"]
+    for cheap, members in groupby(nodes, lambda node: not (is_start(node) or is_wait(node) or is_heavy(node))):
+        if cheap:
+            moved = fused_bytes(members)
+            paid = [node for node in moved if not is_free(node)]
+            for label, block in groupby(paid, lambda node: _label(node, products)):
+                own = list(block)
+                size = sum(moved[node] for node in own)
+                duration = transfer_milliseconds(size, device)
+                yield Event(COMPUTE, _ops(own), label, _phase(own[0]), now, duration, size)
+                now += duration
+            continue
+        for node in members:
+            if is_start(node):
+                begin, duration = max(now, free), collective_milliseconds(node, ranks, device)
+                messages = node.meta["mkor_messages"]
+                event = Event(COMMUNICATION, target_name(node).removeprefix("_c10d_functional."), _carried(messages),
+                              messages[0].kind, begin, duration, tensor_bytes(node.args[0]), now,
+                              tuple(map(str, messages)))  # fmt: skip
+                free, arrives[node] = begin + duration, event
+                yield event
+            elif is_wait(node):
+                awaited = arrives[node.args[0]]
+                awaited.exposed = max(0.0, awaited.end - now)
+                yield Event(COMPUTE, "wait", awaited.label, "wait", now, awaited.exposed, awaited.bytes)
+                now += awaited.exposed
+            else:
+                size = sum(map(tensor_bytes, {*node.all_input_nodes, node}))
+                duration = product_milliseconds(node, device)
+                yield Event(COMPUTE, target_name(node), _label(node, products), _phase(node), now, duration, size)
+                now += duration
+
+
+def _products(written: Written) -> dict[str, str]:
+    found = {}
+    for site in written.whole.sites.values():
+        found |= {tap.node.name: f"gradient of {site.parameter.name}" for tap in site.taps}
+    return found
+
+
+def _label(node: fx.Node, products: dict[str, str]) -> str:
+    return node.meta.get("mkor_fx") or products.get(node.name) or module_path(node)
+
+
+def _phase(node: fx.Node) -> str:
+    """What the node's time is counted under."""
+    if label := node.meta.get("mkor_fx"):
+        return "buckets" if label.endswith("over ranks") else label.rpartition(": ")[2]
+    return "backward" if node.meta.get("partitioner_tag") == "is_backward" else "forward"
+
+
+def _ops(nodes: list[fx.Node]) -> str:
+    names = list(dict.fromkeys(target_name(node).removeprefix("aten.").partition(".")[0] for node in nodes))
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _carried(messages: list[Message]) -> str:
+    """``gradient of 4.weight to 0.bias, 6 tensors``"""
+    kinds = " and ".join(dict.fromkeys(message.kind for message in messages))
+    names = list(dict.fromkeys(message.name for message in messages))
+    return f"{kinds} of {names[0]}" + (f" to {names[-1]}, {len(messages)} tensors" if len(names) > 1 else "")
