@@ -52,7 +52,7 @@ def simulate(
 
     The step is captured on this process alone, with the collectives of ``world_size`` ranks in it, by the passes that
     ``compile_step`` runs; no process group is made or used, no tensor is computed, and model and optimizer are left as they
-    are. A model on the meta device takes no memory. Durations are estimates from data sheets and models.
+    are. A model made in a FakeTensorMode takes no memory. Durations are estimates from data sheets and models.
 
     Args:
         batch, kwargs: what one rank passes to its step.
@@ -82,8 +82,15 @@ def simulate(
         raise ValueError("nothing to trace: pass one rank's batch, simulate(model, *batch, optimizer=...)")
     options = Options(skip=skip)
     Naming.of(model, options.skip)
-    written = _write(model, batch, kwargs, loss_fn, optimizer, rule, refresh, options, skip_nonfinite, communication,
-                     Group("simulated", world_size, communication.sizes))  # fmt: skip
+    if any(p.is_meta for p in model.parameters()):
+        raise ValueError(
+            "parameters are on the meta device, where some operators have no gradient: make the model and the batch inside "
+            "torch._subclasses.fake_tensor.FakeTensorMode(), which takes no memory either"
+        )
+    group = Group("simulated", world_size, communication.sizes)
+    written = trace_step(
+        model, batch, kwargs, loss_fn, optimizer, rule, refresh, options, skip_nonfinite, communication, group
+    )
     graph = written.whole.graph
     order(graph)  # as Overlap does behind Inductor's own passes
     events = list(lay_out(graph, world_size, DEVICES[device], _products(written)))
@@ -94,7 +101,7 @@ class _Written(Exception):
     """Ends a capture: nothing of the captured function is to run."""
 
 
-def _write(
+def trace_step(
     model: nn.Module,
     batch: tuple,
     kwargs: dict[str, Any],
@@ -107,6 +114,7 @@ def _write(
     communication: Communication,
     group: Group,
 ) -> Written:
+    """What ``compile_step`` would compile for this batch and process group, on a copy of the optimizer's state."""
     found: list[Written] = []
 
     def build(step: CompiledStep, refresh: bool) -> Callable[..., Any]:

@@ -29,7 +29,7 @@ ALLOWED = {
 }  # fmt: skip
 
 PRIVATE = {
-    "torch._inductor": {"mkor_fx.passes.capture", "mkor_fx.passes.lower"},
+    "torch._inductor": {"mkor_fx.passes.capture", "mkor_fx.passes.lower", "mkor_fx.passes.estimate"},
     "torch._functorch": {"mkor_fx.passes.capture", "mkor_fx.passes.lower"},
     "torch._guards": {"mkor_fx.passes.capture", "mkor_fx.passes.lower"},
     "torch._dynamo": {"mkor_fx.passes.lower"},
