@@ -194,7 +194,7 @@ def lay_out(graph: fx.Graph, ranks: int, device: Device, products: dict[str, str
 
 
 def _products(written: Written) -> dict[str, str]:
-    found = {}
+    found: dict[str, str] = {}
     for site in written.whole.sites.values():
         found |= {tap.node.name: f"gradient of {site.parameter.name}" for tap in site.taps}
     return found

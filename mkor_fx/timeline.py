@@ -56,8 +56,8 @@ class Simulation:
     @property
     def note(self) -> str:
         return (
-            f"Estimates, not measurements: a roofline over data-sheet peaks ({EFFICIENCY:.0%} of flops) and Inductor's model "
-            f"of NCCL, {min(self.world_size, 8)} GPUs a node. Launch cost, late ranks and contention are left out."
+            f"Estimates, not measurements: a roofline over data-sheet peaks ({EFFICIENCY:.0%} of flops) and Inductor's "
+            f"model of NCCL, {min(self.world_size, 8)} GPUs a node. Launch cost, late ranks and contention are left out."
         )
 
     def lane(self, name: str) -> list[Event]:
@@ -159,7 +159,8 @@ class Simulation:
             "phases": self.phases(),
             "events": [asdict(event) for event in self.events],
         }
-        text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")  # nothing in it may end the script element
+        text = json.dumps(data, separators=(",", ":"))
+        text = text.replace("<", "\\u003c")  # nothing in it may end the script element
         page = TEMPLATE.read_text(encoding="utf-8").replace("{{data}}", text, 1)
         Path(path).write_text(page, encoding="utf-8")
 

@@ -134,9 +134,7 @@ def build_whole_step(
     group = group_of(step.ranks, communication)
     if group is None:
         check_still_alone()
-    written = write_whole_step(
-        step, rule, refresh, options, skip_nonfinite, communication, group, gm, example_inputs
-    )
+    written = write_whole_step(step, rule, refresh, options, skip_nonfinite, communication, group, gm, example_inputs)
     graphs, variant, slots, device = written.graphs, written.variant, written.slots, written.device
     with plain_tracing():
         keep_order = None if group is None else Overlap()

@@ -1,4 +1,4 @@
-"""The CUDA program of a whole step on two ranks, generated without a GPU: its order, its silence, its kernels' machine code."""
+"""The CUDA program of a whole step on two ranks, made without a GPU: its order, its silence, its kernels' machine code."""
 
 import importlib.util
 import os
@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from mkor_fx import MKOR, Communication
-from mkor_fx.runtime.optimizer import initialise_state, tensor_state
 
 LAYERS, WIDTH = 3, 64
 
@@ -73,15 +72,15 @@ def body(code):
 def test_every_kernel_compiles_for_sm_90(generated):
     code, kernels, _ = generated
     assert len(kernels) == code.count("@triton.jit") > 10
-    assert {name for name in kernels} == set(re.findall(r"(triton_\w+)\.run\(", code))
+    assert set(kernels) == set(re.findall(r"(triton_\w+)\.run\(", code))
     for variants in kernels.values():
         assert variants and all(".target sm_90" in ptx and size > 1000 for ptx, size in variants)
 
 
 def test_nothing_waits_for_the_device(generated):
     text = "\n".join(body(generated[0]))
-    for host in (r"\.item\(", r"\.cpu\(", r"\.tolist\(", r"synchronize", r"_cpu\(", r"cpp_fused", r"device='cpu'", r"\.copy_\("):
-        assert not re.search(host, text), host
+    for host in (".item(", ".cpu(", ".tolist(", "synchronize", "_cpu(", "cpp_fused", "device='cpu'", ".copy_("):
+        assert host not in text
 
 
 def test_collectives_run_under_the_products(generated):
@@ -102,13 +101,3 @@ def test_waits_come_in_the_order_of_starts(generated):
     lines = "\n".join(body(generated[0]))
     started = re.findall(r"all_reduce_\.default\((\w+),", lines)
     assert re.findall(r"wait_tensor\.default\((\w+)\)", lines) == started
-
-
-def test_step_counts_live_where_the_parameters_are():
-    """AdamW keeps them on the host; a step that skips what is not finite would then write to the host, and wait."""
-    model = nn.Linear(3, 2, device="meta")
-    optimizer = torch.optim.AdamW(model.parameters())
-    initialise_state(optimizer, list(model.parameters()))
-    for p in model.parameters():
-        assert {key: t.device.type for key, t in tensor_state(optimizer, p).items()} == {
-            "exp_avg": "meta", "exp_avg_sq": "meta", "step": "meta"}  # fmt: skip
