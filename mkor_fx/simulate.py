@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 
 from .config import Options, check_model, check_optimizer, check_rule
-from .distributed import Communication, without_ddp
+from .distributed import Communication, check_sharding, without_ddp
 from .graphs import module_path, target_name
 from .passes.capture import Naming
 from .passes.collectives import Group, Message, is_start, is_wait
@@ -26,7 +26,7 @@ from .passes.estimate import (
     tensor_bytes,
     transfer_milliseconds,
 )
-from .passes.lower import raising_user_errors
+from .passes.lower import facing_user
 from .passes.overlap import is_heavy, order
 from .rules import MKOR, Rule
 from .runtime.step import CompiledStep
@@ -77,6 +77,7 @@ def simulate(
     if rule is not None:
         check_rule(rule)
     model, _ = without_ddp(model, None)
+    check_sharding(model, "step")
     check_optimizer(model, optimizer)
     if not batch and not kwargs:
         raise ValueError("nothing to trace: pass one rank's batch, simulate(model, *batch, optimizer=...)")
@@ -125,7 +126,7 @@ def trace_step(
             raise _Written
 
         loss_of = loss_function(model, loss_fn, return_outputs=False)
-        return raising_user_errors(torch.compile(loss_of, backend=mkor_fx, fullgraph=True, dynamic=False))
+        return facing_user(torch.compile(loss_of, backend=mkor_fx, fullgraph=True, dynamic=False))
 
     step = CompiledStep(model, _copy_of(optimizer), build, refresh_every=1)
     step._arguments = (batch, kwargs)

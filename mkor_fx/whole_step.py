@@ -10,9 +10,10 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
+from . import reasons
 from .config import Options
 from .coverage import Coverage
-from .distributed import Communication, buffer_names, check_still_alone, group_of, plan_of
+from .distributed import Communication, buffer_names, check_still_alone, group_of, plan_of, present_numbers
 from .graphs import Graphs
 from .passes.capture import Naming, WholeStep, capture_whole_step, dynamo_parameters, own_code, trace_artifact
 from .passes.collectives import Group, Network
@@ -85,9 +86,9 @@ def write_whole_step(
     whole = capture_whole_step(gm, example_inputs, naming)
     for index, parameter in whole.parameters.items():
         if rule is None:
-            parameter.excluded = "no rule: the plain step"
+            parameter.excluded = reasons.NO_RULE
         elif id(params[index]) not in held:
-            parameter.excluded = "the optimizer does not hold it"
+            parameter.excluded = reasons.NOT_HELD
     trained = {i: params[i] for i, p in whole.parameters.items() if p.grad is not None and id(params[i]) in held}
     if not trained:
         raise ValueError("no parameter that the optimizer holds gets a gradient from this loss")
@@ -147,12 +148,12 @@ def build_whole_step(
 
     plan = ""
     if group is not None:
-        about = {"skip_nonfinite": skip_nonfinite, "communication": communication, "steps": step.mkor.step}
+        about = {"skip_nonfinite": skip_nonfinite, "communication": communication}
         trained = list(written.trained.values())
         plan = plan_of(written.whole, step.optimizer, trained, rule, options, variant=variant, **about)
 
     def run(*args: Any) -> list[Any]:
-        step.begin(variant, plan)
+        step.begin(variant, plan, present_numbers)
         with plain_tracing():
             return compiled(*args, *(step.tensor(slot, args, device) for slot in slots))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from os import PathLike
 from typing import Any
 
 import torch
@@ -51,14 +52,14 @@ class FactorState:
     # ---- factors ----------------------------------------------------------------------------------------------------
 
     def name(self, param: nn.Parameter) -> str:
-        """First name of ``param`` in the model.
+        """First name of ``param`` in the model, now or before: sharding wrappers swap parameters in and out.
 
         Raises:
             ValueError: the model does not own it.
         """
         entry = self._names.get(id(param))
         if entry is None or entry[1] is not param:
-            self._names = {id(p): (name, p) for name, p in self._model.named_parameters()}
+            self._names |= {id(p): (name, p) for name, p in self._model.named_parameters()}
             entry = self._names.get(id(param))
         if entry is None:
             raise ValueError(f"a parameter of shape {tuple(param.shape)} is not one of the compiled model's")
@@ -170,6 +171,31 @@ class FactorState:
                 raise ValueError(f"the state is another model's: {_some(list(unfit.values()))}")
             self._pending = {key: tensor.clone() for key, tensor in loaded.items()}
         self._set_step(int(state["step"]))
+
+    def load_checkpoint(self, path: str | PathLike, entry: str = "mkor") -> None:
+        """Take over a ``state_dict()`` that ``torch.distributed.checkpoint`` has saved under ``{entry: ...}``.
+
+        Written by any number of ranks, for any number; to be called on all of them. What is to be loaded is read from the
+        checkpoint, since before the first step no factor exists yet.
+
+        Raises:
+            ValueError: the checkpoint has no such entry, or it is another model's.
+        """
+        from torch.distributed import checkpoint
+
+        reader = checkpoint.FileSystemReader(path)
+        metadata = reader.read_metadata()
+        state = {}
+        for key, place in metadata.planner_data.items():
+            if place[0] == entry:
+                saved = metadata.state_dict_metadata[key]
+                assert isinstance(saved, checkpoint.metadata.TensorStorageMetadata), key
+                state[place[1]] = torch.empty(saved.size, dtype=saved.properties.dtype)
+        if not state:
+            held = sorted({place[0] for place in metadata.planner_data.values()})
+            raise ValueError(f"{path} holds no {entry!r}; it has {_some(held)}")
+        checkpoint.load({entry: state}, storage_reader=reader)
+        self.load_state_dict(state)
 
     def _set_step(self, step: int) -> None:
         self._step = self.loaded_step = step

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
 import mkor_fx
+from benchmarks.overlap import passes
 from mkor_fx import Communication
 from mkor_fx.passes import estimate
 from mkor_fx.passes.collectives import Group, Network, Sizes, describe
@@ -186,6 +187,30 @@ def test_collectives_are_those_of_compile_step(one_rank, sizes):
     issued = [line.partition(": ")[2] for line in describe(step.graphs["schedule"].module.graph)]
     assert [", ".join(e.messages) for e in simulated.lane(COMMUNICATION)] == issued
     assert len(issued) >= 3
+
+
+def test_the_passes_shorten_what_is_exposed(monkeypatch):
+    """Everything is exposed where each collective is awaited at once; the order hides most, buckets take less."""
+    width = 1024
+    with FakeTensorMode():
+        model = nn.Sequential(*(m for _ in range(6) for m in (nn.Linear(width, width, bias=False), nn.Tanh())))
+        x = torch.empty(1 << 15, width)
+
+    def seen(*on):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        communication = Communication(gradient_bytes=2 * width * width * 4)
+        with passes(*on), monkeypatch.context() as patch:
+            if "schedule" not in on:
+                patch.setattr(sys.modules["mkor_fx.simulate"], "order", lambda graph: None)
+            return mkor_fx.simulate(model, x, x, loss_fn=functional.mse_loss, optimizer=optimizer, world_size=8,
+                                    communication=communication)  # fmt: skip
+
+    trace, scheduled, bucketed = seen(), seen("schedule"), seen("schedule", "bucket")
+    assert trace.exposed_ms == pytest.approx(trace.communication_ms)
+    assert scheduled.communication_ms == pytest.approx(trace.communication_ms)
+    assert scheduled.exposed_ms < 0.3 * trace.exposed_ms
+    assert bucketed.communication_ms < scheduled.communication_ms
+    assert bucketed.exposed_ms <= scheduled.exposed_ms
 
 
 class Counted(nn.Sequential):
