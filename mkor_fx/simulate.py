@@ -1,208 +1,224 @@
-"""What a compiled step would do on many GPUs, without one: its lanes of compute and communication, by estimate."""
+"""A training step on ranks that are not there: written as ``compile_step`` writes it, then laid out in time by estimates."""
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import html
-import json
-from collections.abc import Callable
-from dataclasses import dataclass
-from os import PathLike
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
-import tabulate
 import torch
-import torch.distributed as dist
 from torch import Tensor, fx, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
-from .api import compile_step
-from .passes.collectives import is_start, is_wait
-from .passes.estimate import nccl_milliseconds
-from .passes.overlap import is_heavy
+from .config import Options, check_model, check_optimizer, check_rule
+from .distributed import Communication, check_sharding, without_ddp
+from .graphs import module_path, target_name
+from .passes.capture import Naming
+from .passes.collectives import Group, Message, is_start, is_wait
+from .passes.estimate import (
+    DEVICES,
+    Device,
+    collective_milliseconds,
+    fused_bytes,
+    is_free,
+    product_milliseconds,
+    tensor_bytes,
+    transfer_milliseconds,
+)
+from .passes.lower import facing_user
+from .passes.overlap import is_heavy, order
 from .rules import MKOR, Rule
-
-
-@dataclass(frozen=True)
-class Device:
-    """Peak multiply-add throughput by dtype, TFLOP/s, of which products are taken to reach 75 %, and memory TB/s."""
-
-    tflops: dict[torch.dtype, float]
-    bandwidth: float
-
-
-#: dense peaks of the SXM version; float32 as TF32
-DEVICES = {"h100": Device({torch.bfloat16: 989, torch.float16: 989, torch.float32: 494}, 3.35)}
-
-
-@dataclass(frozen=True)
-class Span:
-    """A piece of work: ``lane`` is "compute", "communication" or "exposed" (compute waiting); times in ms."""
-
-    lane: str
-    name: str
-    start: float
-    length: float
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """A step's estimated timeline. All times are models of hardware, measured on none."""
-
-    title: str
-    spans: list[Span]
-
-    def total(self, lane: str) -> float:
-        """Milliseconds in a lane."""
-        return sum(span.length for span in self.spans if span.lane == lane)
-
-    @property
-    def exposed(self) -> float:
-        """Milliseconds for which compute waits for the network."""
-        return self.total("exposed")
-
-    @property
-    def step(self) -> float:
-        """Milliseconds from the first work to the last."""
-        return max((span.start + span.length for span in self.spans), default=0.0)
-
-    def __str__(self) -> str:
-        rows = [[lane, f"{self.total(lane):.3f}"] for lane in ("compute", "communication", "exposed")]
-        table = tabulate.tabulate([*rows, ["step", f"{self.step:.3f}"]], ("", "ms, estimated"), disable_numparse=True)
-        return f"{self.title}\n{table}"
-
-    def to_chrome(self, path: str | PathLike) -> None:
-        """Write a trace for chrome://tracing or Perfetto."""
-        lanes = {lane: i for i, lane in enumerate(("compute", "communication", "exposed"))}
-        names = [{"ph": "M", "name": "thread_name", "pid": 0, "tid": i, "args": {"name": f"{lane} (estimated)"}}
-                 for lane, i in lanes.items()]  # fmt: skip
-        events = [
-            {"ph": "X", "name": s.name, "pid": 0, "tid": lanes[s.lane], "ts": s.start * 1e3, "dur": s.length * 1e3}
-            for s in self.spans
-        ]
-        with open(path, "w") as file:
-            json.dump({"traceEvents": [*names, *events], "otherData": {"title": self.title}}, file)
-
-    def to_html(self, path: str | PathLike, width: int = 1400) -> None:
-        """Write the timeline as one page with a drawing; a rectangle's tooltip says what it is."""
-        scale, lanes = width / max(self.step, 1e-9), ("compute", "communication", "exposed")
-        colours = dict(zip(lanes, ("#4c78a8", "#72b7b2", "#d1495b")))
-        drawn = [
-            f'<rect x="{s.start * scale:.2f}" y="{10 + 50 * lanes.index(s.lane)}" width="{max(s.length * scale, 0.3):.2f}" '
-            f'height="36" fill="{colours[s.lane]}"><title>{html.escape(f"{s.name}: {s.length * 1e3:.1f} us")}</title></rect>'
-            for s in self.spans
-        ]
-        labels = [f'<text x="4" y="{60 + 50 * i}" font-size="11">{lane}</text>' for i, lane in enumerate(lanes)]
-        with open(path, "w") as file:
-            file.write(
-                f"<!doctype html><meta charset=utf-8><title>{html.escape(self.title)}</title>"
-                f"<pre>{html.escape(str(self))}</pre>"
-                f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="170" font-family="sans-serif">'
-                f"{''.join(drawn + labels)}</svg>"
-            )
-
-
-class _Built(Exception):
-    """The step is compiled; it is not to run."""
+from .runtime.step import CompiledStep
+from .timeline import COMMUNICATION, COMPUTE, Event, Simulation
+from .whole_step import Written, loss_function, write_whole_step
 
 
 def simulate(
     model: nn.Module,
-    loss_fn: Callable[..., Tensor] | None,
+    *batch: Any,
+    loss_fn: Callable[..., Tensor] | None = None,
     optimizer: Optimizer,
-    *args: Any,
-    rule: Rule | None = MKOR(),  # noqa: B008  (frozen)
     world_size: int = 64,
     device: str = "h100",
-    **options: Any,
-) -> Schedule:
-    """The estimated timeline of a refresh step on one of ``world_size`` GPUs, eight a node; nothing is computed.
+    rule: Rule | None = MKOR(),  # noqa: B008  (frozen)
+    refresh: bool = True,
+    skip: Sequence[str] = (),
+    skip_nonfinite: bool = True,
+    communication: Communication = Communication(),  # noqa: B008  (frozen)
+    **kwargs: Any,
+) -> Simulation:
+    """Estimate how one step of ``compile_step`` would spend its time on ``world_size`` GPUs, without any of them.
 
-    ``args`` is one rank's batch; ``options`` are those of :func:`compile_step`. The step is traced on a fake process group
-    and its collectives are scheduled as for a real one. A product takes its operations at 75 % of the peak or its bytes at
-    full memory bandwidth, whichever is longer; other work its bytes, as if all of it that can be fused was; a collective
-    what Inductor's model of NCCL says. Launches, other ranks' delays and contention are not in it.
+    The step is captured on this process alone, with the collectives of ``world_size`` ranks in it, by the passes that
+    ``compile_step`` runs; no process group is made or used, no tensor is computed, and model and optimizer are left as they
+    are. A model made in a FakeTensorMode takes no memory. Durations are estimates from data sheets and models.
+
+    Args:
+        batch, kwargs: what one rank passes to its step.
+        loss_fn, optimizer, rule, skip, skip_nonfinite, communication: as in ``compile_step``.
+        world_size: ranks, eight to a node.
+        device: ``"a100"``, ``"h100"`` or ``"h200"``.
+        refresh: a step that refreshes the factors, or one that reuses them.
+
+    Returns:
+        Simulation: prints as a table; ``to_html(path)``, ``to_chrome_trace(path)``.
 
     Raises:
-        ValueError: an unknown device, or torch.distributed is initialised already.
+        ValueError: bad options, or a step that ``compile_step`` refuses.
     """
+    if not isinstance(world_size, int) or isinstance(world_size, bool) or world_size < 1:
+        raise ValueError(f"world_size={world_size!r}: must be an integer of at least 1, the number of ranks")
     if device not in DEVICES:
-        raise ValueError(f"device={device!r}: must be one of {', '.join(DEVICES)}")
-    if dist.is_initialized():
+        raise ValueError(f"device={device!r}: must be one of {', '.join(map(repr, DEVICES))}")
+    if not isinstance(communication, Communication):
+        raise ValueError(f"communication={communication!r}: must be a mkor_fx.Communication")
+    check_model(model)
+    if rule is not None:
+        check_rule(rule)
+    model, _ = without_ddp(model, None)
+    check_sharding(model, "step")
+    check_optimizer(model, optimizer)
+    if not batch and not kwargs:
+        raise ValueError("nothing to trace: pass one rank's batch, simulate(model, *batch, optimizer=...)")
+    options = Options(skip=skip)
+    Naming.of(model, options.skip)
+    if any(p.is_meta for p in model.parameters()):
         raise ValueError(
-            "simulate makes a process group of its own: call it where torch.distributed is not initialised"
+            "parameters are on the meta device, where some operators have no gradient: make the model and the batch inside "
+            "torch._subclasses.fake_tensor.FakeTensorMode(), which takes no memory either"
         )
-    from torch.testing._internal.distributed.fake_pg import FakeStore
+    group = Group("simulated", world_size, communication.sizes)
+    written = trace_step(
+        model, batch, kwargs, loss_fn, optimizer, rule, refresh, options, skip_nonfinite, communication, group
+    )
+    graph = written.whole.graph
+    order(graph)  # as Overlap does behind Inductor's own passes
+    events = list(lay_out(graph, world_size, DEVICES[device], _products(written)))
+    return Simulation(f"{type(model).__name__}: {written.variant} step", world_size, DEVICES[device], tuple(events))
 
-    model, optimizer = copy.deepcopy((model, optimizer))
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+
+class _Written(Exception):
+    """Ends a capture: nothing of the captured function is to run."""
+
+
+def trace_step(
+    model: nn.Module,
+    batch: tuple,
+    kwargs: dict[str, Any],
+    loss_fn: Callable[..., Tensor] | None,
+    optimizer: Optimizer,
+    rule: Rule | None,
+    refresh: bool,
+    options: Options,
+    skip_nonfinite: bool,
+    communication: Communication,
+    group: Group,
+) -> Written:
+    """What ``compile_step`` would compile for this batch and process group, on a copy of the optimizer's state."""
+    found: list[Written] = []
+
+    def build(step: CompiledStep, refresh: bool) -> Callable[..., Any]:
+        def mkor_fx(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+            found.append(
+                write_whole_step(step, rule, refresh, options, skip_nonfinite, communication, group, gm, inputs)
+            )
+            raise _Written
+
+        loss_of = loss_function(model, loss_fn, return_outputs=False)
+        return facing_user(torch.compile(loss_of, backend=mkor_fx, fullgraph=True, dynamic=False))
+
+    step = CompiledStep(model, _copy_of(optimizer), build, refresh_every=1)
+    step._arguments = (batch, kwargs)
     try:
-        step = compile_step(model, loss_fn, optimizer, rule, **{**options, "backend": "eager"})
-
-        def stop(*_: Any) -> None:
-            raise _Built
-
-        step.begin = stop  # type: ignore
-        with contextlib.suppress(_Built):
-            step(*args)
-        graph = step.graphs["lower"].module.graph
-    finally:
-        dist.destroy_process_group()
-    title = f"{type(model).__name__}: a step on one of {world_size} x {device}, estimated by an analytical model"
-    return Schedule(title, timeline(graph, DEVICES[device], world_size))
+        with torch.enable_grad():
+            build(step, refresh)(*batch, **kwargs)
+    except Exception as error:
+        if not isinstance(getattr(error, "inner_exception", error), _Written):
+            raise
+    if not found:
+        raise ValueError("nothing was captured: is torch.compile switched off (TORCH_COMPILE_DISABLE, set_stance)?")
+    return found[0]
 
 
-def timeline(graph: fx.Graph, device: Device, world_size: int) -> list[Span]:
-    """Play a graph in its order: work one after the other, collectives one after the other beside it."""
+def _copy_of(optimizer: Optimizer) -> Optimizer:
+    """The optimizer over the same parameters, with groups and state of its own to fill in."""
+    copy = object.__new__(type(optimizer))
+    copy.__dict__.update(vars(optimizer))
+    copy.param_groups = [dict(group) for group in optimizer.param_groups]
+    copy.state = defaultdict(dict, {param: dict(state) for param, state in optimizer.state.items()})
+    return copy
+
+
+# ---- the schedule in time -------------------------------------------------------------------------------------------
+
+
+def lay_out(graph: fx.Graph, ranks: int, device: Device, products: dict[str, str]) -> Iterator[Event]:
+    """The graph's nodes in their order on two lanes: computing one after the other, collectives one after the other.
+
+    Computing stands still where it waits for a collective that is under way. Cheap nodes between two products, starts or
+    waits count as one kernel; they are listed by label. ``products``: parameters by the node that makes their gradient.
+    """
     now = free = 0.0
-    arrives: dict[fx.Node, float] = {}
-    spans: list[Span] = []
-    for node in graph.nodes:
-        if is_start(node):
-            takes = nccl_milliseconds(_bytes(node), world_size, str(node.target))
-            begin = max(now, free)
-            arrives[node] = free = begin + takes
-            name = ", ".join(str(message) for message in node.meta.get("mkor_messages", ())) or node.name
-            spans.append(Span("communication", name, begin, takes))
-        elif is_wait(node):
-            late = arrives[node.args[0]] - now
-            if late > 0:
-                spans.append(Span("exposed", f"wait for {node.args[0].name}", now, late))
-                now += late
-        elif node.op == "call_function" and (takes := milliseconds(node, device)) > 0:
-            spans.append(Span("compute", f"{node.name} {node.meta.get('mkor_fx', '')}".strip(), now, takes))
-            now += takes
-    return spans
+    arrives: dict[fx.Node, Event] = {}
+    nodes = [node for node in graph.nodes if node.op == "call_function"]
+    for cheap, members in groupby(nodes, lambda node: not (is_start(node) or is_wait(node) or is_heavy(node))):
+        if cheap:
+            moved = fused_bytes(members)
+            paid = [node for node in moved if not is_free(node)]
+            for label, block in groupby(paid, lambda node: _label(node, products)):
+                own = list(block)
+                size = sum(moved[node] for node in own)
+                duration = transfer_milliseconds(size, device)
+                yield Event(COMPUTE, _ops(own), label, _phase(own[0]), now, duration, size)
+                now += duration
+            continue
+        for node in members:
+            if is_start(node):
+                begin, duration = max(now, free), collective_milliseconds(node, ranks, device)
+                messages = node.meta["mkor_messages"]
+                event = Event(COMMUNICATION, target_name(node).removeprefix("_c10d_functional."), _carried(messages),
+                              messages[0].kind, begin, duration, tensor_bytes(node.args[0]), now,
+                              tuple(map(str, messages)))  # fmt: skip
+                free, arrives[node] = begin + duration, event
+                yield event
+            elif is_wait(node):
+                awaited = arrives[node.args[0]]
+                awaited.exposed = max(0.0, awaited.end - now)
+                yield Event(COMPUTE, "wait", awaited.label, "wait", now, awaited.exposed, awaited.bytes)
+                now += awaited.exposed
+            else:
+                size = sum(map(tensor_bytes, {*node.all_input_nodes, node}))
+                duration = product_milliseconds(node, device)
+                yield Event(COMPUTE, target_name(node), _label(node, products), _phase(node), now, duration, size)
+                now += duration
 
 
-def milliseconds(node: fx.Node, device: Device) -> float:
-    """Estimated time of one node; what can be fused into its readers and producers costs what crosses their borders."""
-    if is_heavy(node):
-        moved = sum(map(_bytes, [node, *node.all_input_nodes]))
-    else:
-        read = [arg for arg in node.all_input_nodes if arg.op == "placeholder" or is_heavy(arg) or is_wait(arg)]
-        stored = any(is_heavy(user) or is_start(user) or user.op == "output" for user in node.users)
-        moved = sum(map(_bytes, read)) + (_bytes(node) if stored or node.target is torch.ops.aten.copy_.default else 0)
-        if _is_view(node):
-            return 0.0
-    took = moved / device.bandwidth * 1e-9
-    packet = getattr(node.target, "overloadpacket", None)
-    if packet in flop_registry:
-        values = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-        flops = flop_registry[packet](*values[0], **values[1], out_val=node.meta["val"])
-        dtype = tree_leaves(node.meta["val"])[0].dtype
-        took = max(took, flops / (0.75 * device.tflops.get(dtype, device.tflops[torch.float32])) * 1e-9)
-    return took
+def _products(written: Written) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for site in written.whole.sites.values():
+        found |= {tap.node.name: f"gradient of {site.parameter.name}" for tap in site.taps}
+    return found
 
 
-def _bytes(node: fx.Node) -> int:
-    tensors = [leaf for leaf in tree_leaves(node.meta.get("val")) if isinstance(leaf, Tensor)]
-    return sum(int(t.numel()) * t.element_size() for t in tensors)
+def _label(node: fx.Node, products: dict[str, str]) -> str:
+    return node.meta.get("mkor_fx") or products.get(node.name) or module_path(node)
 
 
-def _is_view(node: fx.Node) -> bool:
-    target = node.target
-    return getattr(target, "is_view", False) or getattr(target, "__name__", "") == "getitem"
+def _phase(node: fx.Node) -> str:
+    """What the node's time is counted under."""
+    if label := node.meta.get("mkor_fx"):
+        return "buckets" if label.endswith("over ranks") else label.rpartition(": ")[2]
+    return "backward" if node.meta.get("partitioner_tag") == "is_backward" else "forward"
+
+
+def _ops(nodes: list[fx.Node]) -> str:
+    names = list(dict.fromkeys(target_name(node).removeprefix("aten.").partition(".")[0] for node in nodes))
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _carried(messages: list[Message]) -> str:
+    """``gradient of 4.weight to 0.bias, 6 tensors``"""
+    kinds = " and ".join(dict.fromkeys(message.kind for message in messages))
+    names = list(dict.fromkeys(message.name for message in messages))
+    return f"{kinds} of {names[0]}" + (f" to {names[-1]}, {len(messages)} tensors" if len(names) > 1 else "")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
@@ -14,13 +16,13 @@ from .coverage import Coverage
 from .distributed import Communication, buffer_names, check_still_alone, group_of, plan_of, present_numbers
 from .graphs import Graphs
 from .passes.capture import Naming, WholeStep, capture_whole_step, dynamo_parameters, own_code, trace_artifact
-from .passes.collectives import Network
+from .passes.collectives import Group, Network
 from .passes.lower import compile_graph, plain_tracing
-from .passes.optimizer import trace_update
+from .passes.optimizer import Update, trace_update
 from .passes.pin import Overlap
 from .passes.pipeline import analyse, synthesise
 from .passes.rewrite import Layout
-from .passes.whole_step import StepWriter
+from .passes.whole_step import Slot, StepWriter
 from .rules import Rule
 from .runtime.optimizer import tensor_state
 from .runtime.step import CompiledStep
@@ -48,17 +50,32 @@ def loss_function(model: nn.Module, loss_fn: Callable | None, return_outputs: bo
     return own_code(loss_of)
 
 
-def build_whole_step(
+@dataclass(frozen=True)
+class Written:
+    """One variant of the whole step as a lowered graph, not yet compiled. ``trained``: parameters by input position."""
+
+    whole: WholeStep
+    variant: str
+    graphs: Graphs
+    coverage: Coverage
+    update: Update
+    trained: dict[int, nn.Parameter]
+    slots: list[Slot]
+    device: torch.device
+
+
+def write_whole_step(
     step: CompiledStep,
     rule: Rule | None,
     refresh: bool,
     options: Options,
     skip_nonfinite: bool,
     communication: Communication,
+    group: Group | None,
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
-) -> Callable[..., Any]:
-    """The Dynamo backend of a whole step: capture -> canonicalize -> match -> rewrite -> schedule -> lower."""
+) -> Written:
+    """capture -> canonicalize -> match -> rewrite -> schedule -> lower, of Dynamo's graph ``gm``."""
     naming = Naming.of(step.model, options.skip)
     held = {id(p) for group in step.optimizer.param_groups for p in group["params"]}
     params = {index: p for index, (_, p) in dynamo_parameters(gm, naming).items()}
@@ -88,9 +105,6 @@ def build_whole_step(
         step.prepare_optimizer(list(trained.values()))
         update = trace_update(step.optimizer, list(trained.values()))
         device = next(iter(trained.values())).device
-        group = group_of(step.ranks, communication)
-        if group is None:
-            check_still_alone()
         network = None if group is None else Network(whole.graph, group)
         writer = StepWriter(whole, network, buffer_names(gm, step.model))
 
@@ -104,22 +118,43 @@ def build_whole_step(
             writer.finish(skip_nonfinite, step.skip_counter(device))
 
         synthesise(whole, rewrite, graphs, inductor=False, group=group)
-        keep_order = None if group is None else Overlap()
-        compiled = compile_graph(whole.module, options.backend, options.inductor, graphs.code, keep_order)
+    return Written(whole, variant, graphs, coverage, update, trained, writer.slots, device)
 
-    step.follow_branches(update.branches)
-    step.variants[variant], step.coverage = graphs, coverage
-    coverage.graphs.captured += step.variants.values()
+
+def build_whole_step(
+    step: CompiledStep,
+    rule: Rule | None,
+    refresh: bool,
+    options: Options,
+    skip_nonfinite: bool,
+    communication: Communication,
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+) -> Callable[..., Any]:
+    """The Dynamo backend of a whole step: write it, compile it."""
+    group = group_of(step.ranks, communication)
+    if group is None:
+        check_still_alone()
+    written = write_whole_step(step, rule, refresh, options, skip_nonfinite, communication, group, gm, example_inputs)
+    graphs, variant, slots, device = written.graphs, written.variant, written.slots, written.device
+    with plain_tracing():
+        keep_order = None if group is None else Overlap()
+        compiled = compile_graph(written.whole.module, options.backend, options.inductor, graphs.code, keep_order)
+
+    step.follow_branches(written.update.branches)
+    step.variants[variant], step.coverage = graphs, written.coverage
+    written.coverage.graphs.captured += step.variants.values()
     step.compilations += 1
 
     plan = ""
     if group is not None:
         about = {"skip_nonfinite": skip_nonfinite, "communication": communication}
-        plan = plan_of(whole, step.optimizer, list(trained.values()), rule, options, variant=variant, **about)
+        trained = list(written.trained.values())
+        plan = plan_of(written.whole, step.optimizer, trained, rule, options, variant=variant, **about)
 
     def run(*args: Any) -> list[Any]:
         step.begin(variant, plan, present_numbers)
         with plain_tracing():
-            return compiled(*args, *(step.tensor(slot, args, device) for slot in writer.slots))
+            return compiled(*args, *(step.tensor(slot, args, device) for slot in slots))
 
     return run

@@ -73,7 +73,8 @@ def initialise_state(optimizer: Optimizer, params: list[nn.Parameter]) -> None:
     """Create the state of ``params`` as the optimizer's first step would, without stepping.
 
     Every torch.optim optimizer does so in ``_init_group`` for parameters that have a gradient. SGD makes its momentum
-    buffer in the first update; a zero buffer is that update's starting point (see ``PackedNumbers.update``).
+    buffer in the first update; a zero buffer is that update's starting point (see ``PackedNumbers.update``). Step counts,
+    which optimizers keep on the host, go to their parameter's device: writing them from there would wait for it.
 
     Raises:
         ValueError: for an optimizer without ``_init_group`` whose state is not there yet, or one with Python numbers in it.
@@ -100,6 +101,8 @@ def initialise_state(optimizer: Optimizer, params: list[nn.Parameter]) -> None:
                     f"{type(optimizer).__name__} keeps {key!r} as a Python number: the compiled step would "
                     "never see it change. Use mkor_fx.compile(model) with your own loop."
                 )
+            if isinstance(value, Tensor) and value.device != p.device:
+                optimizer.state[p][key] = value.to(p.device)
 
 
 def _init_group(optimizer: Optimizer, group: dict) -> None:

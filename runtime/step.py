@@ -157,9 +157,11 @@ class CompiledStep:
             case "factor":
                 return self.mkor.of(args[slot.index])[slot.key]
             case "optimizer":
-                if slot.key not in self.optimizer.state[args[slot.index]]:  # emptied by load_state_dict, say
-                    self.prepare_optimizer([args[slot.index]])
-                return self.optimizer.state[args[slot.index]][slot.key]
+                param = args[slot.index]
+                held = self.optimizer.state[param].get(slot.key)
+                if held is None or held.device != param.device:  # emptied or put on the host by load_state_dict, say
+                    self.prepare_optimizer([param])
+                return self.optimizer.state[param][slot.key]
             case "numbers":
                 return self.numbers(device)
             case "rows":

@@ -4,9 +4,11 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional
 
 import mkor_fx
+from mkor_fx.runtime.optimizer import initialise_state, tensor_state
 
 OPTIMIZERS = {
     "SGD": (torch.optim.SGD, {"lr": 0.05}),
@@ -112,3 +114,13 @@ def test_a_learning_rate_scheduler_sees_that_the_optimizer_has_stepped(recwarn):
     step(torch.randn(5, 6).double(), torch.randint(0, 4, (5,)))
     schedule.step()
     assert not [w for w in recwarn if "lr_scheduler" in str(w.message)]
+
+
+def test_step_counts_live_where_the_parameters_are():
+    """AdamW keeps them on the host; a step that skips what is not finite would then write to the host, and wait."""
+    model = nn.Linear(3, 2, device="meta")
+    optimizer = torch.optim.AdamW(model.parameters())
+    initialise_state(optimizer, list(model.parameters()))
+    for p in model.parameters():
+        assert {key: t.device.type for key, t in tensor_state(optimizer, p).items()} == {
+            "exp_avg": "meta", "exp_avg_sq": "meta", "step": "meta"}  # fmt: skip
