@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -79,33 +78,39 @@ class Use:
         return any(axis.partial for side in self.sides for axis in side)
 
 
-def pieces(node: fx.Node, box: Box) -> Iterator[Piece]:
+def pieces(node: fx.Node, box: Box) -> list[Piece]:
     """What a gradient is put together from: terms of sums, and parts of concatenations and of scatters into zeros.
 
     Looks through casts, views and transposes. ``box`` is the whole parameter at first.
     """
+    found, stack = [], [Piece(node, box)]
+    while stack:
+        piece = stack.pop()
+        inside = _inside(piece.node, piece.box)
+        if inside is None:
+            found.append(piece)
+        else:
+            stack += reversed(inside)
+    return found
+
+
+def _inside(node: fx.Node, box: Box) -> list[Piece] | None:
+    """The pieces that an operation only moves or puts together, None for one that makes something new."""
+    if _is_zero(node):
+        return []
     if node.target in CASTS:
-        yield from pieces(node.args[0], box)
-    elif node.target in VIEWS:
+        return [Piece(node.args[0], box)]
+    if node.target in VIEWS:
         inner = box.reshape(fake_value(node.args[0]).shape)
-        yield from [Piece(node, box)] if inner is None else pieces(node.args[0], inner)
-    elif node.target is aten.permute.default:
+        return None if inner is None else [Piece(node.args[0], inner)]
+    if node.target is aten.permute.default:
         order = [d % len(box.dims) for d in node.args[1]]
-        yield from pieces(node.args[0], box.permute([order.index(d) for d in range(len(order))]))
-    elif node.target is aten.transpose.int:
+        return [Piece(node.args[0], box.permute([order.index(d) for d in range(len(order))]))]
+    if node.target is aten.transpose.int:
         order = list(range(len(box.dims)))
         first, second = (d % len(order) for d in node.args[1:])
         order[first], order[second] = second, first
-        yield from pieces(node.args[0], box.permute(order))
-    elif _is_zero(node):
-        return
-    else:
-        parts = _parts(node, box)
-        yield from [Piece(node, box)] if parts is None else (p for part in parts for p in pieces(part.node, part.box))
-
-
-def _parts(node: fx.Node, box: Box) -> list[Piece] | None:
-    """The arguments of an addition, concatenation or scatter, each with its own box."""
+        return [Piece(node.args[0], box.permute(order))]
     if node.target is aten.add.Tensor and not node.kwargs:
         terms = [arg for arg in node.args if isinstance(arg, fx.Node)]
         same = len(terms) == 2 and all(fake_value(arg).shape == fake_value(node).shape for arg in terms)

@@ -196,3 +196,16 @@ def test_a_bias_that_the_rule_leaves_alone_is_declined(rule):
     coverage = explain(nn.Linear(3, 5), torch.randn(2, 3), rule=rule)
     assert coverage["weight"].declined is None
     assert "leaves the bias of weight alone" in coverage["bias"].declined.reason
+
+
+def test_a_recurrence_of_many_steps_is_one_site():
+    """Its gradient is a sum of as many terms, one inside the other."""
+
+    def unrolled(m, x):
+        h = x
+        for _ in range(400):
+            h = torch.tanh(F.linear(h, m.w))
+        return h
+
+    model = Calls(unrolled, w=weight(3, 3))
+    assert explain(model, torch.randn(2, 3))["w"].uses == 400
