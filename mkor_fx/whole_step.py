@@ -10,10 +10,11 @@ from torch import Tensor, fx, nn
 
 from .config import Options
 from .coverage import Coverage
-from .distributed import Communication, buffer_names, check_still_alone, group_of, plan_of
+from .distributed import Communication, buffer_names, check_still_alone, group_of, owners_of, plan_of
 from .graphs import Graphs
 from .passes.capture import Naming, WholeStep, capture_whole_step, dynamo_parameters, own_code, trace_artifact
 from .passes.collectives import Network
+from .passes.late import Refresh, buffers_of, nothing, refresh_now
 from .passes.lower import compile_graph, plain_tracing
 from .passes.optimizer import trace_update
 from .passes.pin import Overlap
@@ -22,7 +23,7 @@ from .passes.rewrite import Layout
 from .passes.whole_step import StepWriter
 from .rules import Rule
 from .runtime.optimizer import tensor_state
-from .runtime.step import CompiledStep
+from .runtime.step import CompiledStep, Phase
 
 
 def loss_function(model: nn.Module, loss_fn: Callable | None, return_outputs: bool) -> Callable[..., Any]:
@@ -50,7 +51,7 @@ def loss_function(model: nn.Module, loss_fn: Callable | None, return_outputs: bo
 def build_whole_step(
     step: CompiledStep,
     rule: Rule | None,
-    refresh: bool,
+    phase: Phase,
     options: Options,
     skip_nonfinite: bool,
     communication: Communication,
@@ -61,7 +62,7 @@ def build_whole_step(
     naming = Naming.of(step.model, options.skip)
     held = {id(p) for group in step.optimizer.param_groups for p in group["params"]}
     params = {index: p for index, (_, p) in dynamo_parameters(gm, naming).items()}
-    variant = "plain" if rule is None else "refresh" if refresh else "reuse"
+    variant = "plain" if rule is None else phase.name
     coverage = Coverage(step.model, rule)
     graphs = Graphs(f"{type(step.model).__name__}: {variant} step", coverage)
 
@@ -79,25 +80,30 @@ def build_whole_step(
         analyse(whole, rule, graphs)
         coverage.add(whole)
         trace_artifact("mkor_fx_coverage", coverage.to_json)
-        states = {
-            index: step.mkor.create(params[index], Layout.of(site).fresh_state(rule))
-            for index, site in whole.sites.items()
-            if rule is not None
-        }
         step.prepare_optimizer(list(trained.values()))
         update = trace_update(step.optimizer, list(trained.values()))
         device = next(iter(trained.values())).device
         group = group_of(step.ranks, communication)
         if group is None:
             check_still_alone()
+        owners: dict[str, int | None] = {}
+        if rule is not None:
+            owners = owners_of(whole, rule, options.placement, group, communication.padding, step.mkor.owners)
+        fresh = {params[i]: Layout.of(site).fresh_state(rule) for i, site in whole.sites.items() if rule is not None}
+        step.mkor.place(owners, fresh, 0 if group is None else group.rank)
+        states = {index: step.mkor.of(params[index]) for index in whole.sites if step.mkor.holds(params[index])}
         network = None if group is None else Network(whole.graph, group)
-        writer = StepWriter(whole, network, buffer_names(gm, step.model))
+        writer = StepWriter(whole, network, buffer_names(gm, step.model), owners)
+        late = buffers_of(whole, rule) if rule is not None and options.stale else ()
 
         def rewrite(_: WholeStep) -> None:
             writer.seed(step.rows(device) if communication.average == "rows" else None)
             directions = writer.take_gradients(list(trained))
             if rule is not None:
-                directions |= writer.precondition(rule, refresh, states, step.mkor.step_tensor(device))
+                statistics = writer.statistics(rule, *phase, late)
+                directions |= writer.precondition(
+                    rule, phase.refresh, states, statistics, step.mkor.step_tensor(device)
+                )
             optimizer_states = {i: tensor_state(step.optimizer, p) for i, p in trained.items()}
             writer.apply(update, directions, optimizer_states, step.numbers(device))
             writer.finish(skip_nonfinite, step.skip_counter(device))
@@ -114,11 +120,33 @@ def build_whole_step(
     plan = ""
     if group is not None:
         about = {"skip_nonfinite": skip_nonfinite, "communication": communication, "steps": step.mkor.step}
+        about["owners"] = owners if options.placement == "owner" else options.placement
+        about["stale"] = options.stale
         plan = plan_of(whole, step.optimizer, list(trained.values()), rule, options, variant=variant, **about)
+
+    kept = {step.mkor.name(params[i]): i for i in states} if late else {}
+    refreshes = {name: Refresh.of(whole.sites[index]) for name, index in kept.items()}
+
+    def settle(tensors: list[Tensor]) -> dict[str, Tensor]:
+        assert rule is not None
+        taken, *buffers = tensors
+        if not taken:
+            return {}
+        new = refresh_now(
+            rule, refreshes, late, buffers, {n: step.mkor.of(params[i]) for n, i in kept.items()}, step.mkor.step - 1
+        )
+        return {f"{name}.{key}": t for name, state in new.items() for key, t in state.items()}
 
     def run(*args: Any) -> list[Any]:
         step.begin(variant, plan)
         with plain_tracing():
-            return compiled(*args, *(step.tensor(slot, args, device) for slot in writer.slots))
+            waiting = step.late.take(late, lambda: nothing(late, device)) if late and phase.refresh else []
+            results = compiled(*args, *(step.tensor(slot, args, device, waiting) for slot in writer.slots))
+        if late:
+            step.late.clear()
+        if late and phase.collect:
+            results, sent = results[: writer.results], list(results[writer.results :])
+            step.late.put(sent, late, settle)
+        return results
 
     return run
