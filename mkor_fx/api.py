@@ -12,10 +12,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from .config import Options, check_model, check_optimizer, check_rule
-from .distributed import Communication, check_stale, find_ranks, inside_ddp, without_ddp
+from .distributed import Communication, check_sharding, check_stale, find_ranks, inside_ddp, without_ddp
 from .drop_in import DropIn
 from .passes.capture import Naming
-from .passes.lower import raising_user_errors
+from .passes.lower import facing_user
 from .rules import MKOR, Rule
 from .runtime.step import CompiledStep, Phase
 from .whole_step import build_whole_step, loss_function
@@ -81,6 +81,7 @@ def compile(
         inner, group = model.module, process_group or model.process_group
     if communication.average != "ranks":
         raise ValueError("Communication(average='rows') needs compile_step: here the gradients are averaged elsewhere")
+    check_sharding(inner, precondition)
     handle = DropIn(inner, rule, chosen, precondition, find_ranks(group), communication).handle
     return inside_ddp(model, handle) if isinstance(model, DistributedDataParallel) else handle
 
@@ -157,6 +158,7 @@ def compile_step(
         check_rule(rule)
     check_stale(rule, chosen, communication)
     model, process_group = without_ddp(model, process_group)
+    check_sharding(model, "step")
     check_optimizer(model, optimizer)
     Naming.of(model, chosen.skip)
     loss_of = loss_function(model, loss_fn, return_outputs)
@@ -165,7 +167,7 @@ def compile_step(
         def mkor_fx(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
             return build_whole_step(step, rule, phase, chosen, skip_nonfinite, communication, gm, inputs)
 
-        return raising_user_errors(torch.compile(loss_of, backend=mkor_fx, fullgraph=True, dynamic=dynamic))
+        return facing_user(torch.compile(loss_of, backend=mkor_fx, fullgraph=True, dynamic=dynamic))
 
     every = refresh_every if rule is not None else 1
     ranks = find_ranks(process_group)

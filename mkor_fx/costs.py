@@ -47,9 +47,10 @@ class Work(NamedTuple):
 class Costs:
     """Counts of one weight and its bias, all members of a batched one. A multiply-add is two flops.
 
-    Bytes are what has to be read and written, once. ``layer_flops``: forward and backward of the weight itself, ``6 N O I``,
-    to compare with. ``refresh``: the factors' update, with the operands that its statistics read. ``cheapest``: the order of
-    the products with the fewest multiply-adds, see :func:`orders`. None or '' where it depends on the data, or is a lookup.
+    Bytes are what has to be read and written, once. ``layer_flops``: forward and backward of the weight itself, ``6 N O I``
+    (0 for a lookup), to compare with. ``refresh``: the factors' update, with the operands that its statistics read.
+    ``cheapest``: the order of the products with the fewest multiply-adds, see :func:`orders`. None or '' where it depends
+    on the data.
     """
 
     rows: int | None
@@ -79,7 +80,7 @@ def count_costs(rule: Rule, work: Work) -> Costs:
     macs = orders(shape, rows, "L" in state, "R" in state) if rows is not None and not shape.lookup else {}
     return Costs(
         rows,
-        None if rows is None or shape.lookup else 6 * members * rows * shape.O * shape.I,
+        0 if shape.lookup else None if rows is None else 6 * members * rows * shape.O * shape.I,
         members * refresh[0],
         members * refresh[1] + (work.operand_bytes or 0),
         members * precondition[0],
@@ -182,7 +183,7 @@ def _row_count(operand: Operand) -> Any:
     """``N`` of an operand's rows, of each member; symbolic where its sizes are, None where the data deal rows to members."""
     arguments = [fake_value(a) if isinstance(a, fx.Node) else a for a in operand.arguments]
     value = fake_value(operand.node)
-    with torch.no_grad():
+    with torch.no_grad(), value.fake_mode:  # a view may make tensors of its own
         rows = operand.view(value, *arguments)
     sizes = _static(rows.numel()), _static(value.numel())
     dealt_out = rows.dim() == 3 and None not in sizes and sizes[0] > sizes[1]

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from . import reasons
 from .costs import Costs, Work, aligned, cost_table, count_costs
 from .graphs import ModelGraphs, module_path
 from .ir import Decline, Site, StepGraph, source_line
@@ -19,7 +20,7 @@ from .passes.rewrite import Layout
 from .rules import Rule
 
 #: of a parameter that no captured graph has shown yet
-UNSEEN = Decline("not seen in a graph with gradients")
+UNSEEN = Decline(reasons.UNSEEN)
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,12 @@ class Communication:
         object.__setattr__(self, "sizes", sizes)
 
 
+def present_numbers(optimizer: Optimizer) -> str:
+    """The optimizer's numbers as they are, a line each: equal on all ranks, but not for ever."""
+    numbers = ((number, float(read_number(optimizer, number))) for number in numbers_of(optimizer))
+    return "\n".join(f"{number.key} of group {number.group}: {value}" for number, value in numbers)
+
+
 def plan_of_update(rule: Rule, jobs: Sequence[Job], options: Options, graphs: Graphs) -> str:
     """As ``plan_of``, of a program that runs at the optimizer's step."""
     lines = [f"torch {torch.__version__}, {torch.get_num_threads()} threads", f"rule {rule}"]
@@ -160,6 +166,35 @@ def inside_ddp(ddp: DistributedDataParallel, handle: nn.Module) -> nn.Module:
     return outer
 
 
+def check_sharding(model: nn.Module, precondition: str) -> None:
+    """Preconditioning multiplies whole matrices, so it has to happen where gradients are whole.
+
+    Raises:
+        ValueError: parameters are sharded, and this way of preconditioning would not see their whole gradients.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+    from torch.distributed.tensor import DTensor
+
+    modules = list(model.modules())
+    if any(isinstance(module, FullyShardedDataParallel) for module in modules):
+        raise ValueError("FullyShardedDataParallel flattens parameters into vectors: use torch's fully_shard instead")
+    if any(isinstance(module, FSDPModule) for module in modules):
+        if precondition != "backward":
+            raise ValueError(
+                "fully_shard leaves each rank a part of every gradient, and preconditioning needs whole ones: use "
+                "mkor_fx.compile(model, precondition='backward'), which sees them before they are scattered"
+            )
+        return
+    sharded = [name for name, p in model.named_parameters() if isinstance(p, DTensor)]
+    if sharded:
+        raise ValueError(
+            f"{len(sharded)} parameters are DTensors without fully_shard ({sharded[0]}, ...): tensor-parallel parameters "
+            "are not supported. Leave them to the base optimizer: compile the modules that hold the others"
+        )
+
+
 def check_still_alone() -> None:
     """A step that was made for one process must not go on silently in several."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
@@ -187,9 +222,7 @@ def plan_of(
     lines = [f"torch {torch.__version__}, {torch.get_num_threads()} threads", f"rule {rule}"]
     lines += [f"{key} {value}" for key, value in more.items()]
     lines += [f"refresh_every {options.refresh_every}, skip {options.skip}, backend {options.backend}"]
-    lines += [f"optimizer {type(optimizer).__name__}"]
-    for number in numbers_of(optimizer):
-        lines.append(f"{number.key} of group {number.group}: {float(read_number(optimizer, number))}")
+    lines += [f"optimizer {type(optimizer).__name__}, numbers {[*map(tuple, numbers_of(optimizer))]}"]
     lines += [f"optimizer state {[*map(list, (tensor_state(optimizer, p) for p in params))]}"]
     for index, parameter in step.parameters.items():
         role = step.role(index).value

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from . import reasons
 from .config import Options
 from .coverage import Coverage
-from .distributed import Communication, check_still_alone, group_of, plan_of_update
+from .distributed import Communication, check_sharding, check_still_alone, group_of, plan_of_update
 from .graphs import Graphs
 from .ir import Decline
 from .passes.backward import BackwardPass, build_refresh
@@ -25,7 +26,7 @@ from .passes.capture import (
     with_inputs,
 )
 from .passes.drop_in import Job, StatisticsPass, build_update, find_layouts
-from .passes.lower import compile_joint, one_graph_under_ddp, raising_user_errors
+from .passes.lower import compile_joint, facing_user
 from .passes.rewrite import merge_layouts
 from .prims import accumulation_dtype
 from .rules import Rule
@@ -40,7 +41,7 @@ Program = tuple[Callable[..., Any], StatisticsPass, Callable[[dict[int, Any]], l
 
 
 #: of a weight that two graphs see as different matrices, or that one looks up and another multiplies
-DISAGREE = Decline("two graphs use it in ways that do not go together")
+DISAGREE = Decline(reasons.DISAGREE)
 
 
 def _tensors(params: Params) -> dict[int, Tensor]:
@@ -84,11 +85,10 @@ class DropIn:
         handle.__dict__.update(self.model.__dict__)
         call = own_code(_call_of(handle))
         fullgraph, dynamic = self.options.fullgraph, self.options.dynamic
-        compiled = raising_user_errors(torch.compile(call, backend=self._backend, fullgraph=fullgraph, dynamic=dynamic))
+        compiled = facing_user(torch.compile(call, backend=self._backend, fullgraph=fullgraph, dynamic=dynamic))
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            with one_graph_under_ddp():
-                result = compiled(*args, **kwargs)
+            result = compiled(*args, **kwargs)
             if not self._ran:
                 raise RuntimeError(
                     f"no graph was captured from {type(self.model).__name__}: its forward runs outside of "
@@ -105,6 +105,7 @@ class DropIn:
         """Dynamo's backend: carriers in, statistics pass on the joint graph, roles resolved at each call."""
         self._ran = True
         if self.naming.names.keys() != {id(p) for p in self.model.parameters()}:
+            check_sharding(self.model, "backward" if isinstance(self.runtime, BackwardPreconditioner) else "step")
             self.naming = Naming.of(self.model, self.options.skip)
         params = dynamo_parameters(gm, self.naming)
         if not params or not torch.is_grad_enabled():

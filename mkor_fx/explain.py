@@ -12,7 +12,7 @@ from .config import check_model, check_rule
 from .coverage import Coverage
 from .graphs import Graphs
 from .passes.capture import Naming, capture_joint, dynamo_parameters, own_code
-from .passes.lower import plain_tracing, raising_user_errors
+from .passes.lower import facing_user, plain_tracing
 from .passes.pipeline import analyse
 from .rules import MKOR, Rule
 from .runtime.step import CompiledStep
@@ -72,7 +72,7 @@ def explain(
         return loss_fn(type(model)._call_impl(model, *batch[:-1], **named), batch[-1])
 
     with torch.enable_grad():
-        raising_user_errors(torch.compile(own_code(call), backend=backend, dynamic=False))(*args, **kwargs)
+        facing_user(torch.compile(own_code(call), backend=backend, dynamic=False))(*args, **kwargs)
     return coverage
 
 

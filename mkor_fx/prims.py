@@ -32,6 +32,9 @@ def prim(schema: str) -> Callable[[Callable], torch._ops.OpOverload]:
         name = schema[: schema.index("(")]
         _library.define(schema)
         _library.impl(name, body, "CompositeExplicitAutograd")
+        torch.library.register_fake(
+            f"mkor_fx::{name}", body, lib=_library
+        )  # through fake tensors: sizes may be symbolic
         overload = getattr(torch.ops.mkor_fx, name).default
         BODIES[overload] = body
 

@@ -8,9 +8,18 @@ from typing import Any
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
+from . import reasons
 from .config import Options
 from .coverage import Coverage
-from .distributed import Communication, buffer_names, check_still_alone, group_of, owners_of, plan_of
+from .distributed import (
+    Communication,
+    buffer_names,
+    check_still_alone,
+    group_of,
+    owners_of,
+    plan_of,
+    present_numbers,
+)
 from .graphs import Graphs
 from .passes.capture import Naming, WholeStep, capture_whole_step, dynamo_parameters, own_code, trace_artifact
 from .passes.collectives import Network
@@ -69,9 +78,9 @@ def build_whole_step(
     whole = capture_whole_step(gm, example_inputs, naming)
     for index, parameter in whole.parameters.items():
         if rule is None:
-            parameter.excluded = "no rule: the plain step"
+            parameter.excluded = reasons.NO_RULE
         elif id(params[index]) not in held:
-            parameter.excluded = "the optimizer does not hold it"
+            parameter.excluded = reasons.NOT_HELD
     trained = {i: params[i] for i, p in whole.parameters.items() if p.grad is not None and id(params[i]) in held}
     if not trained:
         raise ValueError("no parameter that the optimizer holds gets a gradient from this loss")
@@ -119,9 +128,8 @@ def build_whole_step(
 
     plan = ""
     if group is not None:
-        about = {"skip_nonfinite": skip_nonfinite, "communication": communication, "steps": step.mkor.step}
+        about = {"skip_nonfinite": skip_nonfinite, "communication": communication, "stale": options.stale}
         about["owners"] = owners if options.placement == "owner" else options.placement
-        about["stale"] = options.stale
         plan = plan_of(whole, step.optimizer, list(trained.values()), rule, options, variant=variant, **about)
 
     kept = {step.mkor.name(params[i]): i for i in states} if late else {}
@@ -132,13 +140,12 @@ def build_whole_step(
         taken, *buffers = tensors
         if not taken:
             return {}
-        new = refresh_now(
-            rule, refreshes, late, buffers, {n: step.mkor.of(params[i]) for n, i in kept.items()}, step.mkor.step - 1
-        )
+        factors = {name: step.mkor.of(params[index]) for name, index in kept.items()}
+        new = refresh_now(rule, refreshes, late, buffers, factors, step.mkor.step - 1)
         return {f"{name}.{key}": t for name, state in new.items() for key, t in state.items()}
 
     def run(*args: Any) -> list[Any]:
-        step.begin(variant, plan)
+        step.begin(variant, plan, present_numbers)
         with plain_tracing():
             waiting = step.late.take(late, lambda: nothing(late, device)) if late and phase.refresh else []
             results = compiled(*args, *(step.tensor(slot, args, device, waiting) for slot in writer.slots))

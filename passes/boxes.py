@@ -77,6 +77,8 @@ class Box:
         return cls(tuple(dims))
 
     def reshape(self, shape: Sequence[int]) -> Box | None:
+        if [product(axis.size for axis in dim) for dim in self.dims] == list(shape):
+            return self
         axes = [axis for dim in self.dims for axis in dim]
         pinned = [axis for axis in axes if axis.size == 1]
         left = list(merge(axis for axis in axes if axis.size > 1))[::-1]
@@ -117,8 +119,8 @@ class Box:
 
 
 def at_dimensions(side: Side, shape: Sequence[int]) -> tuple[Side, Side]:
-    """``(pinned, side)``: a piece that is one index of a parameter's own dimension is a member, not rows of a matrix."""
-    strides = {product(shape[d + 1 :]) for d in range(len(shape))}
+    """``(pinned, side)``: a piece that is one index of a dimension in front of a matrix is a member, not rows of one."""
+    strides = {product(shape[d + 1 :]) for d in range(len(shape) - 2)}
     pinned, rest = [], []
     for axis in side:
         one = axis.split(1) if axis.partial and axis.size * axis.stride in strides else None

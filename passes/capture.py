@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -23,6 +23,7 @@ from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 
 from ..ir import Parameter, StepGraph
 from ..ops import TABLE
+from ..reasons import SKIPPED
 
 
 class DecompositionTable(dict):
@@ -34,9 +35,24 @@ class DecompositionTable(dict):
 
 def decompositions() -> DecompositionTable:
     """Inductor's table without the ops that the op table matches: it would lose embeddings and small products."""
+    import torch._inductor.lowering  # noqa: F401  (the table's body of max_pool2d reads it, and does not import it)
     from torch._inductor.decomposition import select_decomp_table
 
     return DecompositionTable({op: body for op, body in select_decomp_table().items() if str(op) not in TABLE})
+
+
+@contextlib.contextmanager
+def unrolled_layers(gm: fx.GraphModule) -> Iterator[None]:
+    """While ``gm`` is traced: an LSTM becomes its time steps.
+
+    torch would take oneDNN's inference kernel, which has no backward, where the input of an LSTM needs no gradient.
+    """
+    enabled = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(enabled and all(getattr(n.target, "__name__", "") != "lstm" for n in gm.graph.nodes))
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(enabled)
 
 
 _copies = itertools.count()
@@ -76,7 +92,7 @@ class Naming:
 
     def excluded(self, name: str) -> str | None:
         """Why a parameter is left alone, or None."""
-        return next((f"skipped by pattern {p!r}" for p in self.skip if fnmatchcase(name, p)), None)
+        return next((SKIPPED.format(pattern=repr(p)) for p in self.skip if fnmatchcase(name, p)), None)
 
 
 def trace_artifact(name: str, text: Callable[[], str]) -> None:
@@ -173,7 +189,7 @@ def has_backward(graph: fx.Graph) -> bool:
 def capture_joint(gm: fx.GraphModule, inputs: Sequence[Any], naming: Naming) -> StepGraph | None:
     """The joint graph of Dynamo's graph, to look at; None where nothing in it is differentiated."""
     named = {index: name for index, (name, _) in dynamo_parameters(gm, naming).items()}
-    with contextlib.ExitStack() as stack:
+    with unrolled_layers(gm), contextlib.ExitStack() as stack:
         joint = aot_export_joint_with_descriptors(stack, gm, tuple(inputs), decompositions=decompositions())
         step = read_joint(joint.graph_module, named, data_inputs(gm, naming), naming)
     return step if step.seeds else None
@@ -187,7 +203,7 @@ def capture_whole_step(gm: fx.GraphModule, example_inputs: Sequence[Any], naming
     """
     named = {index: name for index, (name, _) in dynamo_parameters(gm, naming).items()}
     check_loss(gm, named)
-    with contextlib.ExitStack() as stack:
+    with unrolled_layers(gm), contextlib.ExitStack() as stack:
         joint = aot_export_joint_with_descriptors(stack, gm, tuple(example_inputs), decompositions=decompositions())
         captured = read_joint(joint.graph_module, named, data_inputs(gm, naming), naming)
     if len(captured.inputs) + len(captured.seeds) != len(captured.graph.find_nodes(op="placeholder")):

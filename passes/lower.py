@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from ..ir import StepGraph
 from ..ops import ROW_SUMS
 from ..prims import BODIES
+from .capture import unrolled_layers
 from .core import graph_pass
 from .trace import Decompositions, insert
 
@@ -184,13 +186,6 @@ class PostGradPass(CustomGraphPass):
     """A pass behind all of Inductor's own over a graph; ``uuid`` is its cache key, and a cache hit skips it."""
 
 
-def hash_of(*files: str) -> bytes:
-    """What a pass whose code is in ``files`` returns as its ``uuid``."""
-    from torch._inductor.custom_graph_pass import get_hash_for_files
-
-    return get_hash_for_files(files)
-
-
 def depend(graph: fx.Graph, needs: dict[fx.Node, list[fx.Node]]) -> None:
     """Give each node of ``needs``, in the order of the graph, further nodes that must run before it."""
     from torch._inductor.fx_passes.control_dependencies import preserve_node_ordering
@@ -214,7 +209,7 @@ def compile_joint(
 
     AOTAutograd's cache is left out, since it would skip the pass; Inductor's own cache stays in.
     """
-    with torch._functorch.config.patch(enable_autograd_cache=False):
+    with torch._functorch.config.patch(enable_autograd_cache=False), unrolled_layers(gm):
         if backend == "eager":
             return _aot_eager(gm, inputs, joint_pass, decompositions)
         from torch._inductor.compile_fx import compile_fx, compile_fx_inner
@@ -273,18 +268,28 @@ def outside_dynamo() -> contextlib.AbstractContextManager:
     return torch._guards.tracing(None)
 
 
-def one_graph_under_ddp() -> contextlib.AbstractContextManager:
-    """Dynamo does not split what is captured inside at the buckets of a DistributedDataParallel around it."""
-    return torch._dynamo.config.patch(optimize_ddp=False)
+#: methods of loggers that libraries add for what is worth saying once: it would end the graph, and says nothing of a step
+SAID_ONCE = ("debug_once", "info_once", "warning_once", "warning_advice", "error_once")
 
 
-def raising_user_errors(compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """Errors that the library raises for the user while Dynamo compiles arrive as themselves, without Dynamo's wrapping."""
+def facing_user(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """What ``torch.compile`` returned, for the user to call.
+
+    Errors that the library raises for the user while Dynamo compiles arrive as themselves, without Dynamo's wrapping.
+    During the call Dynamo captures ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN`` as their time steps, leaves out what loggers
+    say once, and does not split graphs at the buckets of a DistributedDataParallel around the model.
+    """
+    config = torch._dynamo.config
+    once = {getattr(logging.Logger, name) for name in SAID_ONCE if hasattr(logging.Logger, name)}
+    settings = config.patch(
+        allow_rnn=True, optimize_ddp=False, ignore_logging_functions=config.ignore_logging_functions | once
+    )
 
     @functools.wraps(compiled)
     def run(*args: Any, **kwargs: Any) -> Any:
         try:
-            return compiled(*args, **kwargs)
+            with settings:
+                return compiled(*args, **kwargs)
         except torch._dynamo.exc.BackendCompilerFailed as failure:
             if isinstance(failure.inner_exception, ValueError):
                 raise failure.inner_exception from None

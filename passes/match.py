@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from .. import reasons
 from ..ir import Decline, Parameter, Site, StepGraph, fake_value, product, source_line
 from ..ops import CASTS, VIEWS
 from .boxes import Box, merge, view_of
@@ -69,13 +70,13 @@ def read_weight(parameter: Parameter, backward: set[fx.Node]) -> list[Use] | Dec
     if parameter.excluded is not None:
         return Decline(parameter.excluded)
     if parameter.grad is None:
-        return Decline("no gradient reaches it in this graph")
+        return Decline(reasons.UNUSED)
     if len(parameter.shape) < 2:
-        return Decline("a vector, and not the bias of a matched weight", *where(parameter.grad))
+        return Decline(reasons.VECTOR, *where(parameter.grad))
     if not fake_value(parameter.node).is_floating_point():
-        return Decline(f"no rule for {fake_value(parameter.node).dtype} weights", *where(parameter.grad))
+        return Decline(reasons.DTYPE.format(dtype=fake_value(parameter.node).dtype), *where(parameter.grad))
     if not product(parameter.shape):
-        return Decline("it has no elements")
+        return Decline(reasons.EMPTY)
     return read_uses(parameter.grad, parameter.shape, backward)
 
 
@@ -88,13 +89,13 @@ def read_uses(grad: fx.Node, shape: tuple[int, ...], backward: set[fx.Node]) -> 
             return use
         uses.append(use)
     if not uses:
-        return Decline("its gradient is zero", *where(grad))
+        return Decline(reasons.ZERO, *where(grad))
     ways = [{use.whole: use for use in reversed(read.readings())} for read in uses]
     shared = [whole for whole in (use.whole for use in uses[0].readings()) if all(whole in way for way in ways)]
     if not shared:
-        return Decline("its uses read it as different matrices", *where(uses[-1].tap.node))
+        return Decline(reasons.DIFFERENT, *where(uses[-1].tap.node))
     if view_of(*shared[0]) is None:
-        return Decline("the pieces that are used do not make up a matrix", *where(uses[-1].tap.node))
+        return Decline(reasons.INCOMPLETE, *where(uses[-1].tap.node))
     return [way[shared[0]] for way in ways]
 
 

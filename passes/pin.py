@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 from torch import fx
 
 from .collectives import is_start
-from .lower import PostGradPass, depend, hash_of
+from .lower import PostGradPass, depend
 from .overlap import hidden_under, is_heavy, order
 
 
@@ -36,4 +37,5 @@ class Overlap(PostGradPass):
         pin(graph)
 
     def uuid(self) -> bytes:
-        return hash_of(*(str(Path(__file__).with_name(name)) for name in ("pin.py", "overlap.py", "schedule.py")))
+        files = (Path(__file__).with_name(name) for name in ("pin.py", "overlap.py", "schedule.py", "lower.py"))
+        return hashlib.sha256(b"".join(file.read_bytes() for file in files)).digest()

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
+from .. import reasons
 from ..ir import INPUTS_FIRST, INPUTS_LAST, Decline, Operand, Tap, fake_value, product, source_line
-from ..ops import CASTS, NO_ROW, TABLE, VIEWS
+from ..ops import CASTS, TABLE, VIEWS
 from ..ops.rows import (
     as_columns,
     as_rows,
@@ -140,7 +141,7 @@ def read_piece(piece: Piece, shape: tuple[int, ...], backward: set[fx.Node]) -> 
         node, output = node.args
     row = TABLE.get(str(node.target))
     if row is None or row.output != output:
-        return Decline(NO_ROW, *where(node))
+        return Decline(reasons.NO_ROW, *where(node))
     tap = row.read(node)
     if isinstance(tap, Decline):
         return replace(tap, op=where(node)[0], source=where(node)[1])
@@ -149,8 +150,7 @@ def read_piece(piece: Piece, shape: tuple[int, ...], backward: set[fx.Node]) -> 
         return tap
     seen = piece.box.reshape(tap.matrix)
     if seen is None:
-        reason = f"its gradient is made as {tap.matrix}, which is no matrix view of it"
-        return Decline(reason, *where(node))
+        return Decline(reasons.NO_MATRIX.format(made=tap.matrix), *where(node))
     (outer, first), (inner, last) = (at_dimensions(side, shape) for side in seen.dims[-2:])
     members = merge((*seen.pinned, *outer, *inner, *(seen.dims[0] if tap.batched else ())))
     return Use(replace(tap, bias_grads=tap.bias_grads | row_sums(tap)), members, first, last)
@@ -162,7 +162,7 @@ def assign_roles(tap: Tap, backward: set[fx.Node]) -> Tap | Decline:
     inputs = {(True, False): INPUTS_LAST, (False, True): INPUTS_FIRST}.get(depends)
     if inputs is None or tap.inputs not in (None, inputs):
         which = "both operands depend" if all(depends) else "the operands do not depend as expected"
-        return Decline(f"{which} on the gradient of the loss", *where(tap.node))
+        return Decline(reasons.ROLES.format(which=which), *where(tap.node))
     return replace(tap, inputs=inputs)
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
+from .. import reasons
 from ..ir import INPUTS_FIRST, INPUTS_LAST, Decline, Operand, Site, StepGraph, Tap, View
 from ..rules import Gradient, Rule, Shape, Use
 from .core import graph_pass
@@ -84,8 +85,8 @@ class Layout:
 
     def statistics_size(self, rule: Rule) -> int:
         """Numbers in one statistics vector: each member's flat summary and the number of rows behind it."""
-        uses = map(self.shape_of_use, (INPUTS_LAST, INPUTS_FIRST))  # both: another graph may add the other one
-        sizes = [sum(s.numel() for s in summary_shapes(rule, shape)) for shape in uses]
+        kinds = self.kinds if self.lookup else (INPUTS_LAST, INPUTS_FIRST)  # another graph may add the other one
+        sizes = [sum(s.numel() for s in summary_shapes(rule, self.shape_of_use(kind))) for kind in kinds]
         return (max(sizes) + 1) * (self.members or 1)
 
 
@@ -94,16 +95,16 @@ def decline_by_rule(step: StepGraph, *, rule: Rule) -> None:
     """A weight for which the rule keeps no state is declined with its bias; so is a bias that the rule leaves alone."""
     for index, site in list(step.sites.items()):
         shape = Layout.of(site).shape
-        weight, bias = site.parameter.name, site.bias
+        name, weight, bias = type(rule).__name__, site.parameter.name, site.bias
         if not rule.init(shape, torch.device("meta")):
             del step.sites[index]
-            reason = f"{type(rule).__name__} keeps no factor for {shape.O} x {shape.I}: both sides exceed max_factor"
+            reason = reasons.TOO_LARGE.format(rule=name, O=shape.O, I=shape.I)
             step.declines[index] = Decline(reason, str(site.taps[0].node.target))
             if bias is not None:
-                step.declines[bias.index] = Decline(f"its weight {weight} is declined")
+                step.declines[bias.index] = Decline(reasons.WEIGHT_DECLINED.format(weight=weight))
         elif bias is not None and not rule.preconditions_bias(shape):
             site.bias = None
-            step.declines[bias.index] = Decline(f"{type(rule).__name__} leaves the bias of {weight} alone")
+            step.declines[bias.index] = Decline(reasons.BIAS_ALONE.format(rule=name, weight=weight))
 
 
 def merge_layouts(first: Layout, second: Layout) -> Layout | None:

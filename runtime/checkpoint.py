@@ -2,45 +2,31 @@
 
 from __future__ import annotations
 
-import os
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection
+from os import PathLike
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from torch.distributed.checkpoint import StorageReader
 
-    from .state import FactorState
+def read_checkpoint(path: str | PathLike, entry: str, own: Collection[str] | None) -> dict[str, Tensor]:
+    """What ``torch.distributed.checkpoint`` has saved under ``{entry: ...}``: of that, ``own`` keys, or all."""
+    from torch.distributed import checkpoint
 
-
-def load_factors(mkor: FactorState, checkpoint: str | os.PathLike | StorageReader, key: str = "mkor") -> None:
-    """Load what ``torch.distributed.checkpoint.save({key: step.mkor.state_dict(), ...})`` has saved.
-
-    Any number of ranks may load it, in either placement, before or behind the first step; every rank must call this. Until
-    the first step a rank holds all factors, and from then on those that it keeps.
-
-    Raises:
-        ValueError: the checkpoint has nothing under ``key``, or another model's factors.
-    """
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
-    reader = dcp.FileSystemReader(checkpoint) if isinstance(checkpoint, (str, os.PathLike)) else checkpoint
-    entries = reader.read_metadata().state_dict_metadata
-    prefix = f"{key}."
-    state = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in entries.items()
-        if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
-    }
+    reader = checkpoint.FileSystemReader(path)
+    metadata = reader.read_metadata()
+    state = {}
+    for key, place in metadata.planner_data.items():
+        if place[0] == entry and (own is None or place[1] in own):
+            saved = metadata.state_dict_metadata[key]
+            assert isinstance(saved, checkpoint.metadata.TensorStorageMetadata), key
+            state[place[1]] = torch.empty(saved.size, dtype=saved.properties.dtype)
     if not state:
-        raise ValueError(f"the checkpoint has nothing under {key!r}. It has {some(sorted(entries))}")
-    own = mkor.tensors()
-    if own:
-        state = {name: t for name, t in state.items() if name[len(prefix) :] in {*own, "step"}}
-    dcp.load(state, storage_reader=reader)
-    mkor.load_state_dict({name[len(prefix) :]: tensor for name, tensor in state.items()})
+        held = sorted({place[0] for place in metadata.planner_data.values()})
+        raise ValueError(f"{path} holds no {entry!r}; it has {some(held)}")
+    checkpoint.load({entry: state}, storage_reader=reader)
+    return state
 
 
 def fits(factor: Tensor, param: Tensor) -> bool:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from os import PathLike
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import check_keys_and_shapes, fits, some
+from .checkpoint import check_keys_and_shapes, fits, read_checkpoint, some
 
 
 class FactorState:
@@ -59,14 +60,14 @@ class FactorState:
     # ---- factors ----------------------------------------------------------------------------------------------------
 
     def name(self, param: nn.Parameter) -> str:
-        """First name of ``param`` in the model.
+        """First name of ``param`` in the model, now or before: sharding wrappers swap parameters in and out.
 
         Raises:
             ValueError: the model does not own it.
         """
         entry = self._names.get(id(param))
         if entry is None or entry[1] is not param:
-            self._names = {id(p): (name, p) for name, p in self._model.named_parameters()}
+            self._names |= {id(p): (name, p) for name, p in self._model.named_parameters()}
             entry = self._names.get(id(param))
         if entry is None:
             raise ValueError(f"a parameter of shape {tuple(param.shape)} is not one of the compiled model's")
@@ -220,6 +221,19 @@ class FactorState:
                 raise ValueError(f"the state is another model's: {some(list(unfit.values()))}")
             self._pending = {key: tensor.clone() for key, tensor in loaded.items()}
         self._set_step(int(state["step"]))
+
+    def load_checkpoint(self, path: str | PathLike, entry: str = "mkor") -> None:
+        """Take over a ``state_dict()`` that ``torch.distributed.checkpoint`` has saved under ``{entry: ...}``.
+
+        Written by any number of ranks, for any number; to be called on all of them. What is to be loaded is read from the
+        checkpoint, since before the first step no factor exists yet. With owners each rank reads its own part; before the
+        first step, when it is not known whose is what, everything.
+
+        Raises:
+            ValueError: the checkpoint has no such entry, or it is another model's.
+        """
+        own = {*self.tensors(), "step"}
+        self.load_state_dict(read_checkpoint(path, entry, own if len(own) > 1 else None))
 
     def _set_step(self, step: int) -> None:
         self._step = self.loaded_step = step

@@ -117,12 +117,15 @@ class CompiledStep:
 
     # ---- several ranks ------------------------------------------------------------------------------------------------
 
-    def begin(self, variant: str, plan: str) -> None:
-        """What ranks have to settle before a program runs: the first time, that they run the same from the same state."""
+    def begin(self, variant: str, plan: str, present: Callable[[Optimizer], str]) -> None:
+        """What ranks have to settle before a program runs: the first time, that they run the same from the same state.
+
+        A program that is compiled again for another batch, perhaps on this rank alone, has the plan that was agreed upon.
+        """
         if self.ranks is None:
             return
         if self._plans.get(variant) != plan:
-            self.ranks.agree(plan)
+            self.ranks.agree(f"{plan}\nsteps taken {self.mkor.step}\n{present(self.optimizer)}")
             self._plans[variant] = plan
         self._replicas.check()
 

@@ -1,102 +1,64 @@
-"""Factors saved by any number of ranks are loaded by any other, in either placement, and training goes on alike."""
-
-import io
+"""torch.distributed.checkpoint: what two ranks have saved one loads, and four what one has saved; the run goes on."""
 
 import processes
 import pytest
+import test_distributed as whole
 import torch
-import torch.distributed.checkpoint as dcp
-from test_distributed import assert_bitwise, assert_close, batches_of, even, everything, share
+from torch import nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 import mkor_fx
-from mkor_fx import Communication
 
-STEPS = 6
+ROWS, STEPS = 8, 9
 
 
-def new_step(placement, **options):
-    model, loss_fn, batches = batches_of("mlp", 8, STEPS)
+def prepare():
+    model, loss_fn, batches = whole.batches_of("mlp", ROWS, STEPS)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    options = {"communication": Communication(padding=9.0), "refresh_every": 2, "backend": "eager", **options}
-    return mkor_fx.compile_step(model, loss_fn, optimizer, placement=placement, **options), batches
+    return model, optimizer, batches, mkor_fx.compile_step(model, loss_fn, optimizer, refresh_every=2, backend="eager")
 
 
-def go_on(rank, size, placement, options, first, last, folder):
-    """Steps `first` to `last` from the checkpoint of step `first`; saves that of step `last`."""
-    step, batches = new_step(placement, **options)
-    if first:
-        plain = torch.load(f"{folder}/{first}.pt", weights_only=True)
-        step.model.load_state_dict(plain["model"])
-        step.optimizer.load_state_dict(plain["optimizer"])
-        mkor_fx.load_factors(step.mkor, f"{folder}/{first}")
+def resume(rank, size, first, last, load, save):
+    """Steps first .. last-1 on `size` ranks, from the checkpoint `load` and into `save` where these are given."""
+    model, optimizer, batches, step = prepare()
+    if load:
+        with torch.no_grad():
+            for p in model.parameters():
+                p.zero_()
+        parts = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+        checkpoint.load(parts, checkpoint_id=load)
+        states = {"model_state_dict": parts["model"], "optim_state_dict": parts["optimizer"]}
+        set_state_dict(model, optimizer, **states)
+        step.mkor.load_checkpoint(load)
+        assert step.mkor.step == first
     for batch in batches[first:last]:
-        step(*share(batch, even(8, size), rank))
-    dcp.save({"mkor": step.mkor.state_dict()}, checkpoint_id=f"{folder}/{last}")
-    if rank == 0:
-        plain = {"model": step.model.state_dict(), "optimizer": step.optimizer.state_dict()}
-        torch.save(plain, f"{folder}/{last}.pt")
-    own = step.mkor.tensors()
-    for tensor in own.values():
-        tensor.zero_()
-    mkor_fx.load_factors(step.mkor, f"{folder}/{last}")  # behind the first step: each rank its own
-    full = step.mkor.state_dict(full=True)
-    return everything(step.model, step.optimizer, step) | {f"factor {k}": t for k, t in full.items()}, set(own)
+        step(*whole.share(batch, whole.even(ROWS, size), rank))
+    if save:
+        parts = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+        checkpoint.save({**parts, "mkor": step.mkor.state_dict()}, checkpoint_id=save)
+    return whole.everything(model, optimizer, step)
 
 
-@pytest.mark.parametrize("options", [{}, {"stale": 1}], ids=["prompt", "stale"])
-def test_two_then_one_then_four_processes(tmp_path, options):
-    step, batches = new_step("replicated", **options)
-    for batch in batches:
-        step(*batch)
-    whole = everything(step.model, step.optimizer, step)
-    processes.values(go_on, 2, "owner", options, 0, 1, tmp_path)
-    processes.values(go_on, 1, "replicated", options, 1, 3, tmp_path)
-    parts = processes.values(go_on, 4, "owner", options, 3, STEPS, tmp_path)
-    assert_bitwise([state for state, _ in parts])
-    assert_close(parts[0][0], whole, 1e-5)
-    keys = [key for _, own in parts for key in own]
-    assert len(keys) == len(set(keys)) == len([key for key in whole if key.endswith((".L", ".R"))])
+def test_two_to_one_to_four(tmp_path):
+    straight = resume(0, 1, 0, STEPS, None, None)
+    two, one = str(tmp_path / "two"), str(tmp_path / "one")
+    processes.values(resume, 2, 0, 3, None, two)
+    (single,) = processes.values(resume, 1, 3, 6, two, one)
+    last = processes.values(resume, 4, 6, STEPS, one, None)
+    whole.assert_bitwise(last)
+    whole.assert_close(last[0], straight, 1e-5)
+    assert any((last[0][key] - single[key]).abs().max() > 1e-3 for key in last[0] if key.endswith(".R"))
 
 
-def through_torch_save(rank, size):
-    step, batches = new_step("owner")
-    for batch in batches[:3]:
-        step(*share(batch, even(8, size), rank))
-    buffer = io.BytesIO()
-    full = step.mkor.state_dict(full=True)
-    torch.save(full, buffer)
-    buffer.seek(0)
-    for tensor in step.mkor.tensors().values():
-        tensor.zero_()
-    step.mkor.load_state_dict(torch.load(buffer, weights_only=True))
-    assert_bitwise([step.mkor.state_dict(full=True), full])
-    part = step.mkor.state_dict()
-    step.mkor.load_state_dict(part)  # its own part is enough
-    other, _ = new_step("owner")
-    other.mkor.load_state_dict(full)
-    other(*share(batches[3], even(8, size), rank))
-    kept = {key.rpartition(".")[0] for key in other.mkor.state_dict()} - {""}
-    assert kept == {name for name, owner in other.mkor.owners.items() if owner == rank}
-    complaints = []
-    for target in (step, new_step("replicated")[0]):
-        try:
-            target.mkor.load_state_dict({key: t for key, t in part.items() if not key.endswith(".R")})
-            target(*share(batches[3], even(8, size), rank))
-        except Exception as error:
-            complaints.append(str(error))
-    return full, complaints
+def test_a_checkpoint_without_factors(tmp_path):
+    checkpoint.save({"model": nn.Linear(2, 2).state_dict()}, checkpoint_id=tmp_path)
+    with pytest.raises(ValueError, match=r"holds no 'mkor'; it has model"):
+        prepare()[-1].mkor.load_checkpoint(tmp_path)
 
 
-def test_a_full_state_through_torch_save():
-    ranks = processes.values(through_torch_save, 2)
-    assert_bitwise([full for full, _ in ranks])
-    for _, complaints in ranks:
-        assert len(complaints) == 2 and "missing" in complaints[0]
-        assert any("missing" in complaint or "failed first" in complaint for complaint in complaints[1:])
-
-
-def test_a_checkpoint_of_something_else(tmp_path):
-    dcp.save({"model": {"weight": torch.ones(2)}}, checkpoint_id=tmp_path / "one")
-    step, _ = new_step("replicated")
-    with pytest.raises(ValueError, match=r"nothing under 'mkor'. It has model.weight"):
-        mkor_fx.load_factors(step.mkor, tmp_path / "one")
+def test_a_checkpoint_of_another_model(tmp_path):
+    state = {"other.weight.L": torch.eye(2), "step": torch.tensor(3)}
+    checkpoint.save({"mkor": state}, checkpoint_id=tmp_path)
+    with pytest.raises(ValueError, match=r"another model's: other\.weight\.L"):
+        prepare()[-1].mkor.load_checkpoint(tmp_path)

@@ -97,6 +97,28 @@ def train_rows(rank, size):
     return train(rank, size, "mlp", MKOR(), 8, [0, 3, 8], communication=Communication(average="rows"))
 
 
+def train_on_changing_batches(rank, size):
+    """Ranks compile again at different steps, under a learning rate that changes."""
+    model, loss_fn, batches = batches_of("mlp", 8, 8)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    communication = Communication(average="rows")
+    step = mkor_fx.compile_step(model, loss_fn, optimizer, communication=communication, backend="eager")
+    for i, batch in enumerate(batches):
+        first = (4, 4, 3, 3, 4, 2, 5, 5)[i]
+        step(*share(batch, [0, first, 8] if size > 1 else [0, 8], rank))
+        schedule.step()
+    return everything(model, optimizer, step), step.compilations
+
+
+def test_ranks_whose_batches_change_by_themselves():
+    whole, _ = train_on_changing_batches(0, 1)
+    parts = processes.values(train_on_changing_batches, 2)
+    assert_bitwise([state for state, _ in parts])
+    assert_close(parts[0][0], whole, 1e-5)
+    assert all(compilations > 1 for _, compilations in parts)
+
+
 def test_compiled_ranks_are_one_process():
     whole, _ = train(0, 1, "mlp", MKOR(max_factor=14, bias="off"), 3)
     parts = processes.values(train, 2, "mlp", MKOR(max_factor=14, bias="off"), 3, None, "inductor")

@@ -41,7 +41,7 @@ def test_it_compiles_with_inductor():
 
 def test_wrong_statistics_are_found(monkeypatch):
     right = MKOR.summarize
-    monkeypatch.setattr(MKOR, "summarize", lambda rule, a, g: right(rule, a, 2 * g))
+    monkeypatch.setattr(MKOR, "summarize", lambda rule, *rest: right(rule, *rest[:-1], 2 * rest[-1]))
     wrong = check.check(replace(PLAN, rule={**PLAN.rule, "gamma": 0.76}))  # traces are kept by rule
     assert wrong.failure == "direction of a site: linear", wrong
 

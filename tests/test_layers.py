@@ -21,15 +21,16 @@ ALLOWED = {
     "mkor_fx.report": {"mkor_fx.ir", "mkor_fx.graphs", "mkor_fx.coverage"},
     "mkor_fx.drawing": {"mkor_fx.graphs"},
     "mkor_fx.progress": set(),
-    "mkor_fx.ops.*": {"mkor_fx.ir", "mkor_fx.prims"},
+    "mkor_fx.reasons": set(),
+    "mkor_fx.ops.*": {"mkor_fx.ir", "mkor_fx.prims", "mkor_fx.reasons"},
     "mkor_fx.rules.*": {"mkor_fx.ir", "mkor_fx.prims"},
-    "mkor_fx.passes.*": {"mkor_fx.ir", "mkor_fx.ops", "mkor_fx.rules", "mkor_fx.prims", "mkor_fx.graphs", "mkor_fx.dump",
+    "mkor_fx.passes.*": {"mkor_fx.ir", "mkor_fx.reasons", "mkor_fx.ops", "mkor_fx.rules", "mkor_fx.prims", "mkor_fx.graphs", "mkor_fx.dump",
                          "mkor_fx.runtime.optimizer"},
     "mkor_fx.runtime.*": {"mkor_fx.ir", "mkor_fx.prims"},
 }  # fmt: skip
 
 PRIVATE = {
-    "torch._inductor": {"mkor_fx.passes.capture", "mkor_fx.passes.lower"},
+    "torch._inductor": {"mkor_fx.passes.capture", "mkor_fx.passes.lower", "mkor_fx.passes.estimate"},
     "torch._functorch": {"mkor_fx.passes.capture", "mkor_fx.passes.lower"},
     "torch._guards": {"mkor_fx.passes.capture", "mkor_fx.passes.lower"},
     "torch._dynamo": {"mkor_fx.passes.lower"},

@@ -1,5 +1,7 @@
 """Every row of the op table, held to one identity: rows_P.T @ rows_Q is the gradient, `a` the layer's input."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,12 +9,16 @@ from joint import capture, rows
 from torch import nn
 
 import mkor_fx
+from mkor_fx import reasons
 from mkor_fx.ir import INPUTS_FIRST, INPUTS_LAST
 from mkor_fx.ops import TABLE
+from mkor_fx.ops.__main__ import document
 from mkor_fx.ops.table import Weight
 from mkor_fx.passes.boxes import view_of
 from mkor_fx.passes.match import downstream, read_weight
 from mkor_fx.passes.read import on_whole
+
+ROOT = Path(__file__).parents[1]
 
 
 def patches(layer, x):
@@ -87,6 +93,7 @@ EXAMPLES = [
     stored((9, 6), lambda x, w: F.linear(x[:, :2], w[:, 1:3]), torch.randn(5, 6), name="columns"),
     stored((12, 1), lambda x, w: F.linear(x, w[:4]), torch.randn(5, 1), name="slice-of-a-column"),
     stored((3, 1), lambda x, w: x @ w[:1] + F.linear(x, w[1:]).sum(), torch.randn(5, 1), name="row-and-rows"),
+    stored((3, 2), lambda x, w: sum(F.linear(x, v) for v in w.chunk(3)), torch.randn(5, 2), name="chunks-of-one"),
     stored((3, 4), lambda x, w: sum(F.linear(x, w[i : i + 1]) for i in (1, 2, 0)), torch.randn(5, 4), name="rows"),
     stored((6, 5), lambda x, w: x @ w.expand(3, 6, 5), torch.randn(3, 7, 6), name="expanded"),
     stored((12, 5), lambda x, w: torch.bmm(x, w.view(3, 4, 5)), torch.randn(3, 7, 4), name="batch-in-2d"),
@@ -164,6 +171,66 @@ def test_orientation_follows_from_the_use_even_where_all_sizes_are_equal(functio
 def test_every_row_has_an_example():
     silent = {row.name for row in TABLE.values() if not row.examples}
     assert silent == {"grouped_linear_of_transformers"}, "that one needs transformers: the families' tests hold it"
+
+
+@pytest.mark.parametrize("make, dim", [
+    (lambda: Stored((6, 5), lambda x, w: F.linear(x, w[1:])), 0),
+    (lambda: Stored((3, 5, 4), lambda x, w: x @ w[0] + x.tanh() @ w[2]), 0),
+    (lambda: nn.Conv1d(5, 4, 3, padding=1, stride=2, padding_mode="circular"), 2),
+    (lambda: nn.ConvTranspose1d(5, 4, 3, stride=2), 2),
+])  # fmt: skip
+@pytest.mark.parametrize("door", ["step", "drop-in"])
+def test_sizes_may_be_dynamic(make, dim, door):
+    torch.manual_seed(0)
+    model = make().double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loss_fn = lambda out, y: (out * y).pow(2).mean()
+    step = mkor_fx.compile_step(model, loss_fn, optimizer, backend="eager", dynamic=True) if door == "step" else None
+    handle = mkor_fx.compile(model, backend="eager", dynamic=True) if door == "drop-in" else None
+    for size in (5, 7, 6):
+        x = torch.randn(size, 5).double() if dim == 0 else torch.randn(2, 5, size).double()
+        if step is not None:
+            step(x, 1.0)
+        else:
+            optimizer.zero_grad()
+            loss_fn(handle(x), 1.0).backward()
+            optimizer.step()
+    state = (step or handle).mkor
+    assert state.step == 3 and (step or handle).coverage["weight"].declined is None
+
+
+@pytest.mark.parametrize("stored", ["out-in", "in-out"])
+def test_a_kronecker_factor_sees_what_the_other_one_has_made_of_the_inputs(stored):
+    """(A x B) vec(X) = vec(A X B^T): the inputs of A are the rows of (X B^T)^T, those of B the rows of A X."""
+
+    class Adapter(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.A, self.B = nn.Parameter(torch.randn(2, 3)), nn.Parameter(torch.randn(4, 5))
+
+        def forward(self, x):
+            product = torch.kron(self.A, self.B)
+            return F.linear(x, product) if stored == "out-in" else x @ product.T
+
+    torch.manual_seed(0)
+    model, x = Adapter().double(), torch.randn(7, 15).double()
+    (joint,) = capture(model, x)
+    env, X = joint.run(), x.reshape(7, 3, 5)
+    expected = {"A": (X @ model.B.T).mT, "B": model.A @ X}
+    for name, a in expected.items():
+        (tap,) = joint.site(name).taps
+        assert tap.op == "kronecker"
+        torch.testing.assert_close(rows(env, tap.a), a.detach().flatten(0, 1), rtol=1e-12, atol=1e-12)
+
+
+def test_the_page_of_ops_is_the_table():
+    assert (ROOT / "docs/ops.md").read_text() == document(), "write it again: python -m mkor_fx.ops > docs/ops.md"
+
+
+def test_every_reason_on_the_page_is_given_somewhere():
+    code = "".join(path.read_text() for folder in ("mkor_fx", "passes") for path in (ROOT / folder).glob("**/*.py"))
+    for name in (name for name, value in vars(reasons).items() if isinstance(value, str) and value in reasons.REASONS):
+        assert code.count(name) >= 2, f"{name} is defined and never given"
 
 
 def test_a_program_with_ordered_side_effects_is_refused_by_name():

@@ -8,6 +8,6 @@ layer's input.
 
 from . import convolution, linear, lookup
 from .rows import ROW_SUMS
-from .table import CASTS, NO_ROW, TABLE, VIEWS, Row, op_rule
+from .table import CASTS, TABLE, VIEWS, Row, op_rule
 
-__all__ = ["CASTS", "NO_ROW", "ROW_SUMS", "TABLE", "VIEWS", "Row", "convolution", "linear", "lookup", "op_rule"]
+__all__ = ["CASTS", "ROW_SUMS", "TABLE", "VIEWS", "Row", "convolution", "linear", "lookup", "op_rule"]

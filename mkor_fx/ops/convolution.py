@@ -23,6 +23,7 @@ aten = torch.ops.aten
         lambda: (nn.Conv2d(4, 8, 3, padding="same", groups=4), (torch.randn(2, 4, 5, 6),)),
         lambda: (nn.Conv3d(2, 3, (1, 2, 3), stride=(1, 2, 1)), (torch.randn(2, 2, 3, 4, 5),)),
         lambda: (nn.ConvTranspose1d(3, 2, 4, stride=3, dilation=2, output_padding=1), (torch.randn(2, 3, 5),)),
+        lambda: (nn.ConvTranspose1d(3, 2, 2, stride=2, dilation=4, output_padding=3), (torch.randn(2, 3, 5),)),
         lambda: (nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, groups=2), (torch.randn(2, 4, 5, 4),)),
     ),
 )
@@ -31,12 +32,15 @@ def convolution(node: fx.Node) -> Tap | Decline:
     gradients of the outputs. Transposed, ``[C, O, *kernel]``: ``a_NI`` are the inputs at ``N`` positions, ``I = C``; the
     ``O prod(kernel)`` outputs are patches of the output's gradient. With groups the matrices are ``[E, ...]``.
     """
-    grad, images, weight, _, stride, padding, dilation, transposed, _, groups, _ = node.args
+    grad, images, weight, _, stride, padding, dilation, transposed, output_padding, groups, _ = node.args
     first, *rest = fake_value(weight).shape
     spatial = len(rest) - 1
-    stride, padding, dilation = (tuple(x) * (spatial if len(x) == 1 else 1) for x in (stride, padding, dilation))
+    stride, padding, dilation, output_padding = (
+        tuple(x) * (spatial if len(x) == 1 else 1) for x in (stride, padding, dilation, output_padding)
+    )
     seen, at = (grad, images) if transposed else (images, grad)
-    geometry = (tuple(rest[1:]), stride, padding, dilation, tuple(fake_value(at).shape[2:]), groups)
+    surplus = tuple(o // s if transposed else 0 for o, s in zip(output_padding, stride))
+    geometry = (tuple(rest[1:]), stride, padding, dilation, surplus, groups)
     return Tap(
         node,
         f"conv_transpose{spatial}d" if transposed else f"conv{spatial}d",

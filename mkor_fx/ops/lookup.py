@@ -8,6 +8,7 @@ import torch
 from torch import fx, nn
 
 from ..ir import INPUTS_FIRST, Decline, Operand, Tap, fake_value
+from ..reasons import FREQUENCY, MASKED, NO_ROW
 from .rows import (
     as_columns,
     as_rows,
@@ -20,7 +21,7 @@ from .rows import (
     one_hot_rows,
     segment_rows,
 )
-from .table import CASTS, NO_ROW, VIEWS, Weight, behind, op_rule
+from .table import CASTS, VIEWS, Weight, behind, op_rule
 
 aten = torch.ops.aten
 
@@ -37,7 +38,7 @@ def embedding(node: fx.Node) -> Tap | Decline:
     """``a_NV``: one-hots (never made: their sum is a histogram); ``g_ND``. Rows of ``padding_idx`` leave both."""
     grad, indices, size, padding_idx, by_frequency = node.args
     if by_frequency:
-        return Decline("scale_grad_by_freq makes the gradient differ from a product")
+        return Decline(FREQUENCY)
     return _lookup(node, grad, indices, size, padding_idx)
 
 
@@ -73,7 +74,7 @@ def gathered(node: fx.Node) -> Tap | Decline:
         return Decline(NO_ROW)
     ids, size = indices[0], fake_value(node).shape[0]
     if fake_value(ids).dtype == torch.bool:
-        return Decline("a weight indexed by a mask")
+        return Decline(MASKED)
     if fake_value(node).dim() == 2:
         return _lookup(node, value, ids, size)
     bmm = behind(value, CASTS | VIEWS)

@@ -57,6 +57,17 @@ def outer_rows(x_NI: Tensor, y_NJ: Tensor) -> Tensor:
     return (x_NI.unsqueeze(-1) * y_NJ.unsqueeze(-2)).flatten(-2)
 
 
+def kronecker_rows(
+    x: Tensor, view: Callable, sizes: tuple[int, int], kept: int, other: Tensor | None = None, transposed: bool = False
+) -> Tensor:
+    """Rows ``[N, sizes[0] * sizes[1]]`` as rows of one of the two sizes, multiplied with the ``other`` Kronecker factor."""
+    rows_NSK = view(x).unflatten(-1, sizes).movedim(1 + kept, -1)
+    if other is not None:
+        factor = other.squeeze((0, 2) if kept == 0 else (1, 3))
+        rows_NSK = (factor.t() if transposed else factor) @ rows_NSK
+    return rows_NSK.flatten(0, 1)
+
+
 def _split_columns(rows_NM: Tensor, groups: int) -> Tensor:
     """``[N, groups * M] -> [groups, N, M]``"""
     if groups == 1:
@@ -66,7 +77,7 @@ def _split_columns(rows_NM: Tensor, groups: int) -> Tensor:
 
 # ---- convolutions ---------------------------------------------------------------------------------------------------
 
-_GEOMETRY = "SymInt[] kernel, SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt[] positions, int groups"
+_GEOMETRY = "SymInt[] kernel, SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt[] surplus, int groups"
 
 
 @prim(f"unfold_rows(Tensor images, {_GEOMETRY}) -> Tensor")
@@ -94,13 +105,24 @@ def _windows(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
-    positions: Sequence[int],
+    surplus: Sequence[int],
 ) -> Tensor:
-    """``[B, C, *positions, *kernel]``: what each output position of a convolution sees, in any number of dimensions."""
-    windows = torch.nn.functional.pad(images_BCX, [p for side in reversed(padding) for p in (side, side)])
-    for dim, (k, s, d, n) in enumerate(zip(kernel, stride, dilation, positions), 2):
-        windows = windows.unfold(dim, d * (k - 1) + 1, s).narrow(dim, 0, n)[..., ::d]
+    """``[B, C, *positions, *kernel]``: what each output position of a convolution sees, in any number of dimensions.
+
+    The last ``surplus`` positions are left out (of a transposed convolution whose output is padded by a stride or more).
+    """
+    windows = images_BCX
+    for dim, p in enumerate(padding, 2):
+        windows = _padded(windows, dim, p, p)
+    for dim, (k, s, d, last) in enumerate(zip(kernel, stride, dilation, surplus), 2):
+        windows = windows.unfold(dim, d * (k - 1) + 1, s)[..., ::d]
+        windows = windows.narrow(dim, 0, windows.shape[dim] - last) if last else windows
     return windows
+
+
+def _padded(x: Tensor, dim: int, before: int, after: int) -> Tensor:
+    """Zeros on both sides of a dimension."""
+    return torch.nn.functional.pad(x, [0, 0] * (x.dim() - 1 - dim) + [before, after]) if before or after else x
 
 
 # ---- lookups and routing --------------------------------------------------------------------------------------------
@@ -190,15 +212,17 @@ def _batch(members: list[int]) -> list[list[int]]:
 
 def _place(x: Tensor, *groups: list[int]) -> Tensor:
     axes = [axis for group in groups for axis in zip(group[0::3], group[1::3], group[2::3])]
-    pads = [n for size, start, full in reversed(axes) for n in (start, full - start - size)]
-    padded = torch.nn.functional.pad(x.reshape([size for size, _, _ in axes]), pads)
+    placed = x.reshape([size for size, _, _ in axes])
+    for dim, (size, start, full) in enumerate(axes):
+        if size is not full:  # the number of rows may be symbolic, but is always whole
+            placed = _padded(placed, dim, start, full - start - size)
     shape: list[int] = []
     for group in groups:
-        full = 1
+        total = 1
         for n in group[2::3]:
-            full = full * n
-        shape.append(full)
-    return padded.reshape(shape)
+            total = total * n
+        shape.append(total)
+    return placed.reshape(shape)
 
 
 # ---- operands of operands: ``viewed`` is ``(view, *arguments)`` of one that is read first ---------------------------

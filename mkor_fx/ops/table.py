@@ -27,8 +27,6 @@ class Row:
 #: name of an operator -> row
 TABLE: dict[str, Row] = {}
 
-NO_ROW = "no row of the op table reads the operation that makes its gradient"
-
 #: these change a gradient's dtype or memory only, and these its shape but not the order of its elements
 CASTS = {
     aten._to_copy.default,

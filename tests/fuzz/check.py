@@ -8,6 +8,7 @@ import logging
 import traceback
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from joint import capture, rows
@@ -27,8 +28,10 @@ SUPPORTED = {
     *(f"conv{t}{n}d{g}" for t in ("", "-transpose") for n in (1, 2, 3) for g in ("", "-grouped")),
 }  # fmt: skip
 #: batches of products in one operation, whose rows may be routed: those without a gradient take no part
-ROUTED = {"experts", "broadcast"}
+ROUTED = {"experts", "broadcast", "einsum-of-one"}
 LEARNING_RATE = 0.05
+
+LIBRARY = Path(mkor_fx.__file__).resolve().parents[1]
 
 logging.getLogger("torch").setLevel(logging.CRITICAL)  # a failure carries its own traceback
 
@@ -62,6 +65,7 @@ class Recorded(Reference):
         )  # fmt: skip
         self.names = {p: name for name, p in model.named_parameters()}
         self.math, self.doubtful, self.tolerance = torch.float64, False, tolerance
+        self.unclear: set[str] = set()  # held by the identity alone
 
     def unless_noise(self, v, rows):
         """Sums that rounding may decide are not for comparing."""
@@ -90,9 +94,13 @@ class Recorded(Reference):
         (matrix, *others) = {use.matrix for use in uses}
         if others:
             raise Failure("a site whose uses are different matrices", f"{name}: {[matrix, *others]}")
+        if any(use.kind == "slice-of-one" for use in uses):
+            self.unclear.update({name} if b is None else {name, self.names[b]})
+            return
         flip = all(use.inputs == "first" for use in uses)
         G = matrix.of(W.grad).to(self.math)
         G = G[0] if len(G) == 1 and G.dim() == 3 else G  # a batch of one
+        self.doubtful |= self.form == "scale_free" and bool(G.norm() < 1e-9)
         G = G.mT if flip else G
         joint = b is not None and self.bias == "joint"
         base = [use for use in uses if (use.inputs == "first") == flip]
@@ -138,12 +146,14 @@ class Recorded(Reference):
         """As ``Reference.vectors`` wants them; it calls uses in the opposite orientation embeddings."""
         found = {}
         for use in uses:
-            if use.kind in ROUTED and len(use.g) > 1:
+            if use.kind in ROUTED and use.g.dim() == 3 and len(use.g) > 1:
                 live = (use.g[e] != 0).any(-1)
                 pair = [r[e][live].to(self.math).clamp(-self.clamp, self.clamp) for r in (use.a, use.g)]
                 found.setdefault(("w", (use.inputs == "first") != flip), []).append(pair)
                 continue
-            pair = [(r if r.dim() == 2 else r[e or 0]).to(self.math).clamp(-self.clamp, self.clamp) for r in (use.a, use.g)]
+            pair = [
+                (r if r.dim() == 2 else r[e or 0]).to(self.math).clamp(-self.clamp, self.clamp) for r in (use.a, use.g)
+            ]
             found.setdefault(("w", (use.inputs == "first") != flip), []).append(pair)
         return found
 
@@ -199,6 +209,11 @@ def check(plan: Plan, backend: str = "eager") -> Outcome:
     except Failure as failure:
         outcome.failure, outcome.detail = failure.args
     except Exception as error:
+        if isinstance(error, ValueError) and Path(
+            traceback.extract_tb(error.__traceback__)[-1].filename
+        ).is_relative_to(LIBRARY):
+            outcome.refused = str(error)
+            return outcome
         message = next((line for line in str(error).splitlines() if line.strip() and "raised:" not in line), "")
         outcome.failure = f"crash: {type(error).__name__}: {message[:90]}"
         outcome.detail = traceback.format_exc()
@@ -237,17 +252,32 @@ def _agree(plan: Plan, model: Program, batches: list, outcome: Outcome, backend:
         for (name, p), q in zip(own.named_parameters(), twin.named_parameters(), strict=True):
             q = q[1]
             expected = torch.zeros_like(q) if q.grad is None or not q.requires_grad else q.grad
-            role = "site" if name in outcome.sites else "bias" if name in {e.name for e in coverage.covered} else "declined"
+            role = (
+                "site"
+                if name in outcome.sites
+                else "bias"
+                if name in {e.name for e in coverage.covered}
+                else "declined"
+            )
+            if name in reference.unclear:
+                continue
             moved = (before[name] - p.detach()) / LEARNING_RATE
-            close(f"direction of a {role}: {_kinds(tape, q)}", moved, expected, tolerance, 1e-9 if not plan.autocast else 1e-3)
+            close(
+                f"direction of a {role}: {_kinds(tape, q)}",
+                moved,
+                expected,
+                tolerance,
+                1e-9 if not plan.autocast else 1e-3,
+            )
         if not plan.autocast:
             state = compiled.handle.mkor.state_dict()
-            if state.keys() - {"step"} != reference.state.keys():
+            own_keys = {key for key in state if key.rpartition(".")[0] not in {"", *reference.unclear}}
+            if own_keys != reference.state.keys():
                 raise Failure("factors kept", f"{sorted(state)}, expected {sorted(reference.state)}")
             for key, factor in reference.state.items():
                 owner = next(q for n, q in twin.named_parameters() if n == key.rpartition(".")[0])
                 close(f"factor: {_kinds(tape, owner)}", state[key].reshape(factor.shape), factor, tolerance)
-            for (name, b), c in zip(own.named_buffers(), twin.buffers(), strict=True):
+            for b, c in zip(own.buffers(), twin.buffers(), strict=True):
                 close("buffer", b.double(), c.double(), tolerance)
         other.step()
         other.zero_grad()
@@ -311,7 +341,13 @@ def _identity(plan: Plan, model: Program, x: Tensor) -> None:
                 total = total + first.mT.double() @ last.double()
             grad = env[site.parameter.grad]
             tolerance = 2e-2 if plan.autocast else 1e-9
-            close(f"identity: {'+'.join(t.op for t in site.taps)}", site.view.store(total, grad.shape), grad.double(), tolerance, 1e-12)
+            close(
+                f"identity: {'+'.join(t.op for t in site.taps)}",
+                site.view.store(total, grad.shape),
+                grad.double(),
+                tolerance,
+                1e-12,
+            )
 
 
 def check_seed(seed: int) -> Outcome:
@@ -319,7 +355,7 @@ def check_seed(seed: int) -> Outcome:
     return check(plan)
 
 
-def shrink(outcome: Outcome, attempts: int = 60) -> Outcome:
+def shrink(outcome: Outcome, attempts: int = 30) -> Outcome:
     """The smallest program found that fails in the same way."""
     again = True
     while again and attempts > 0:

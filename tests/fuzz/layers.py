@@ -75,7 +75,7 @@ class Product(Layer):
         self.inputs, i, o = SPELLINGS[self.text][0], x.shape[-1], rng.choice(SIZES)
         self.w = weight(*((o, i) if self.inputs == "last" else (i, o)), fan=i)
         self.b = vector(rng, o)
-        self.kind = "einsum" if "einsum" in self.text else "product"
+        self.kind = "product" if "einsum" not in self.text else "einsum" if i > 1 else "einsum-of-one"
         self.function = eval(f"lambda x, w: {self.text}", {"F": F, "torch": torch})
         self.text = f"x = {self.text}{' + b' * (self.b is not None)}  # w {list(self.w.shape)}"
 
@@ -98,7 +98,9 @@ class HeadsOut(Layer):
     def forward(self, x):
         y = torch.einsum(self.equation, x, self.w)
         y = (y if self.last else y.transpose(1, 2)).flatten(2)
-        return saw(y, self.w, x, "heads", inputs="first", dims=((), (1,), (0, 2)))
+        return saw(
+            y, self.w, x, "heads" if x.shape[-1] > 1 else "einsum-of-one", inputs="first", dims=((), (1,), (0, 2))
+        )
 
 
 class HeadsIn(Layer):
@@ -114,7 +116,9 @@ class HeadsIn(Layer):
 
     def forward(self, x):
         y = torch.einsum("bthk,hko->bto", x.unflatten(-1, self.w.shape[:2]), self.w)
-        return saw(y, self.w, x, "heads", inputs="first", dims=((), (0, 1), (2,)))
+        return saw(
+            y, self.w, x, "heads" if x.shape[-1] > 1 else "einsum-of-one", inputs="first", dims=((), (0, 1), (2,))
+        )
 
 
 EXPERTS = {
@@ -139,6 +143,8 @@ class Experts(Layer):
         text = rng.choice(list(EXPERTS))
         self.e, self.inputs, i, o = e, EXPERTS[text], x.shape[-1] // e, rng.choice((1, 2, 3, 4))
         self.kind = "stack" if text.startswith("torch.stack") else "broadcast" if "None" in text else "experts"
+        if "einsum" in text and i == 1:  # torch multiplies and sums: no product
+            self.kind = "einsum-of-one"
         self.w = weight(*((e, o, i) if self.inputs == "last" else (e, i, o)), fan=i)
         self.function = eval(f"lambda x, w: {text}", {"F": F, "torch": torch})
         self.text = f"x = flat(({text})(x as [N, {e}, {i}]))  # w {list(self.w.shape)}"
@@ -147,9 +153,7 @@ class Experts(Layer):
         split = x.flatten(0, -2).unflatten(-1, (self.e, -1))
         y = self.function(split, self.w)
         by_expert = lambda rows: rows.transpose(0, 1)
-        y = saw(
-            y, self.w, split, self.kind, inputs=self.inputs, a=by_expert, g=by_expert, dims=((0,), (1,), (2,))
-        )
+        y = saw(y, self.w, split, self.kind, inputs=self.inputs, a=by_expert, g=by_expert, dims=((0,), (1,), (2,)))
         return y.flatten(1).unflatten(0, x.shape[:-1])
 
 
@@ -224,8 +228,9 @@ class Packed(Layer):
             self.w = weight(*shape, fan=i)
         self.text = f"x = weight used by {self.way}  # w {list(self.w.shape)}"
 
-    def piece(self, x, part, first, last, kind="slice"):
-        return saw(F.linear(x, part), self.w, x, kind, within=(first, last))
+    def piece(self, x, part, first, last):
+        one = any(p == 1 < w for p, w in zip(part.shape, self.w.shape))  # may be read as one member of a batch
+        return saw(F.linear(x, part), self.w, x, "slice-of-one" if one else "slice", within=(first, last))
 
     def forward(self, x):
         o, i, w = self.o, self.i, self.w
@@ -255,7 +260,18 @@ class Derived(Layer):
     def draw(self, rng, x):
         i, o = x.shape[-1], rng.choice(SIZES)
         self.way = rng.choice(
-            ("lora", "mask", "tanh", "scaled", "centred", "weight_norm", "weight_norm1", "orthogonal", "symmetric", "cast")
+            (
+                "lora",
+                "mask",
+                "tanh",
+                "scaled",
+                "centred",
+                "weight_norm",
+                "weight_norm1",
+                "orthogonal",
+                "symmetric",
+                "cast",
+            )
         )
         if self.way == "symmetric":
             o = i
@@ -275,9 +291,12 @@ class Derived(Layer):
         inner = self.inner
         if self.way.startswith("weight_norm"):
             scale, direction = inner.parametrizations.weight.original0, inner.parametrizations.weight.original1
-            if is_recording():
+            y = inner(x)
+            if scale.shape == direction.shape:  # every element has its own scale: it is the weight as well
+                y = saw(y, scale, x, "derived-scale", exact=False)
+            elif is_recording():
                 opaque(scale, "derived-scale")
-            return saw(inner(x), direction, x, "derived", exact=False)
+            return saw(y, direction, x, "derived", exact=False)
         if self.way == "orthogonal":
             return saw(inner(x), inner.parametrizations.weight.original, x, "cayley", exact=False)
         w = inner.weight
@@ -313,7 +332,9 @@ class Attention(Layer):
             for p in self.inner.parameters():
                 p.copy_(torch.randn_like(p) / width**0.5)
         self.weights = rng.random() < 0.3
-        self.text = f"x = MultiheadAttention({width}, {heads}), {self.cross}, biases {self.inner.in_proj_bias is not None}"
+        self.text = (
+            f"x = MultiheadAttention({width}, {heads}), {self.cross}, biases {self.inner.in_proj_bias is not None}"
+        )
 
     def others(self, x):
         if self.cross == "self":
@@ -381,14 +402,18 @@ class Tied(Layer):
 
     def __init__(self, rng, x, earlier):
         nn.Module.__init__(self)
-        owners = [(n, p) for layer in earlier for n, p in layer.named_parameters() if p.dim() == 2 and p.is_floating_point()]
+        owners = [
+            (n, p) for layer in earlier for n, p in layer.named_parameters() if p.dim() == 2 and p.is_floating_point()
+        ]
         if not owners:
             raise ValueError("nothing to tie to")
         name, self.w = rng.choice(owners)
         self.flipped = rng.random() < 0.5
         i = self.w.shape[0 if self.flipped else 1]
         self.into = nn.Linear(x.shape[-1], i) if x.shape[-1] != i else None
-        self.text = f"x = {'project, ' * (self.into is not None)}F.linear(x, {name} {list(self.w.shape)}{'.T' * self.flipped})"
+        self.text = (
+            f"x = {'project, ' * (self.into is not None)}F.linear(x, {name} {list(self.w.shape)}{'.T' * self.flipped})"
+        )
 
     def forward(self, x):
         if self.into is not None:

@@ -61,7 +61,9 @@ class Plan:
         plans = [replace(self, parts=parts) for parts in _fewer(self.parts) if parts]
         simpler = {"autocast": False, "frozen": 0.0, "unused": False, "sizes": self.sizes[:1], "refresh_every": 1}
         plans += [replace(self, **{k: v}) for k, v in simpler.items() if getattr(self, k) != v]
-        plans += [replace(self, rule={k: v for k, v in self.rule.items() if k != key}) for key in self.rule if key != "form"]
+        plans += [
+            replace(self, rule={k: v for k, v in self.rule.items() if k != key}) for key in self.rule if key != "form"
+        ]
         return plans + ([replace(self, dynamic=None)] if self.dynamic else [])
 
 

@@ -15,7 +15,7 @@ _tape: list[Use] | None = None
 
 @dataclass(frozen=True)
 class Matrix:
-    """A weight as the matrix that its use multiplies: ``view`` it, permute to ``(batch, first, last)`` dims, flatten each."""
+    """A weight as its use sees it: ``view`` it, permute it to ``(batch, first, last)`` dimensions, flatten each."""
 
     view: tuple[int, ...]
     batch: tuple[int, ...]
