@@ -2,6 +2,10 @@
 
 import copy
 import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import processes
 import pytest
@@ -206,3 +210,36 @@ def test_options_that_do_not_go_together():
     ]:
         with pytest.raises(ValueError, match=word):
             mkor_fx.compile_step(model, functional.mse_loss, optimizer, **options)
+
+
+SCRIPT = """
+import sys, torch, torch.distributed as dist, mkor_fx
+store, rank, destroy = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "True"
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+torch.set_num_threads(1)
+model = torch.nn.Linear(4, 3)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+step = mkor_fx.compile_step(model, torch.nn.functional.mse_loss, optimizer, stale=1, backend="eager")
+for _ in range(2):
+    step(torch.randn(5, 4), torch.randn(5, 3))
+if destroy:
+    dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("destroy", [True, False])
+def test_a_process_ends_with_nothing_on_its_way(tmp_path, destroy):
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "store")]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    ranks = [
+        subprocess.Popen([*command, str(rank), str(destroy)], env=environment, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    try:
+        for rank in ranks:
+            _, said = rank.communicate(timeout=100)
+            assert rank.returncode == 0, said
+            assert "wait" not in said
+    finally:
+        for rank in ranks:
+            rank.kill()
