@@ -12,12 +12,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from .config import Options, check_model, check_optimizer, check_rule
-from .distributed import Communication, check_sharding, find_ranks, inside_ddp, without_ddp
+from .distributed import Communication, check_sharding, check_stale, find_ranks, inside_ddp, without_ddp
 from .drop_in import DropIn
 from .passes.capture import Naming
 from .passes.lower import facing_user
 from .rules import MKOR, Rule
-from .runtime.step import CompiledStep
+from .runtime.step import CompiledStep, Phase
 from .whole_step import build_whole_step, loss_function
 
 
@@ -96,6 +96,8 @@ def compile_step(
     skip: Sequence[str] = (),
     skip_nonfinite: bool = True,
     process_group: ProcessGroup | None = None,
+    placement: Literal["replicated", "owner"] = "replicated",
+    stale: Literal[0, 1] = 0,
     communication: Communication = Communication(),  # noqa: B008  (frozen)
     return_outputs: bool = False,
     backend: str = "inductor",
@@ -123,6 +125,11 @@ def compile_step(
         skip_nonfinite: a step whose loss or gradients are not finite changes nothing at all (``step.skipped`` counts).
         process_group: ranks that train together, each on its part of the batch; None is the world where
             torch.distributed is initialised. Parameters and buffers start as rank 0's, the loss is the mean over ranks.
+        placement: ``"replicated"``: every rank keeps all factors. ``"owner"``: each weight's factors live on one rank,
+            which gets its gradient and sends its direction back; memory and work of the factors are divided by the number
+            of ranks. ``step.mkor.owners`` says whose is what, ``step.mkor.state_dict()`` has this rank's part.
+        stale: 0: a step's statistics refresh the factors that it uses. 1: those that the next step uses, so that their
+            sum over ranks has a whole step to arrive. Not for rules that also read the gradient.
         communication: buckets, averaging, checks.
         return_outputs: return ``(loss, outputs)``, the model's outputs detached.
         backend: ``"inductor"``, or ``"eager"`` to run the rewritten graph uncompiled.
@@ -139,6 +146,8 @@ def compile_step(
         fullgraph=fullgraph,
         mode=mode,
         options=options,
+        placement=placement,
+        stale=stale,
     )
     if not fullgraph:
         raise ValueError(
@@ -147,17 +156,19 @@ def compile_step(
     check_model(model)
     if rule is not None:
         check_rule(rule)
+    check_stale(rule, chosen, communication)
     model, process_group = without_ddp(model, process_group)
     check_sharding(model, "step")
     check_optimizer(model, optimizer)
     Naming.of(model, chosen.skip)
     loss_of = loss_function(model, loss_fn, return_outputs)
 
-    def build(step: CompiledStep, refresh: bool) -> Callable[..., Any]:
+    def build(step: CompiledStep, phase: Phase) -> Callable[..., Any]:
         def mkor_fx(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-            return build_whole_step(step, rule, refresh, chosen, skip_nonfinite, communication, gm, inputs)
+            return build_whole_step(step, rule, phase, chosen, skip_nonfinite, communication, gm, inputs)
 
         return facing_user(torch.compile(loss_of, backend=mkor_fx, fullgraph=True, dynamic=dynamic))
 
     every = refresh_every if rule is not None else 1
-    return CompiledStep(model, optimizer, build, every, find_ranks(process_group), communication.check_replicas_every)
+    ranks = find_ranks(process_group)
+    return CompiledStep(model, optimizer, build, every, ranks, communication.check_replicas_every, stale)

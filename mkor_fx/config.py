@@ -25,12 +25,20 @@ class Options:
     fullgraph: bool = False
     mode: str | None = None
     options: dict[str, Any] | None = None
+    placement: str = "replicated"
+    stale: int = 0
     inductor: dict[str, Any] = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.refresh_every, int) or isinstance(self.refresh_every, bool) or self.refresh_every < 1:
             raise ValueError(
                 f"refresh_every={self.refresh_every!r}: must be an integer of at least 1, steps per refresh"
+            )
+        if self.placement not in ("replicated", "owner"):
+            raise ValueError(f"placement={self.placement!r}: must be 'replicated' or 'owner'")
+        if self.stale not in (0, 1):
+            raise ValueError(
+                f"stale={self.stale!r}: must be 0 (statistics refresh in their own step) or 1 (in the next)"
             )
         if self.backend not in BACKENDS:
             raise ValueError(

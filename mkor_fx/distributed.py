@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,10 +14,12 @@ from torch.optim import Optimizer
 
 from .config import Options
 from .graphs import Graphs
-from .ir import StepGraph
+from .ir import Site, StepGraph, fake_value
 from .passes.capture import dynamo_tensors
 from .passes.collectives import Group, Sizes, describe
 from .passes.drop_in import Job
+from .passes.placement import Load, assign
+from .passes.rewrite import Layout
 from .rules import Rule
 from .runtime.optimizer import numbers_of, read_number, tensor_state
 from .runtime.ranks import Ranks
@@ -34,6 +36,8 @@ class Communication:
         average: ``"ranks"``: every rank's loss weighs the same, as under DistributedDataParallel. ``"rows"``: each weighs
             as its number of rows, the first dimension of the step's last tensor argument: equal to one process also where
             batches differ in size.
+        padding: with owners, how many bytes of gradients may be padding, as a part of all gradients of preconditioned
+            weights. A weight that would need more (one that is larger than a rank's share) stays on every rank.
         check_replicas_every: steps between checks that parameters, buffers, factors and optimizer state are bitwise equal
             on all ranks; 0 is never.
 
@@ -45,6 +49,7 @@ class Communication:
     gradient_bytes: int = 25 << 20
     statistics_dtype: torch.dtype | None = None
     average: Literal["ranks", "rows"] = "ranks"
+    padding: float = 0.15
     check_replicas_every: int = 0
     sizes: Sizes = field(init=False, repr=False, compare=False)
 
@@ -53,6 +58,8 @@ class Communication:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"Communication({name}={value!r}): must be an integer of at least {least}")
+        if not isinstance(self.padding, (int, float)) or not self.padding >= 0:
+            raise ValueError(f"Communication(padding={self.padding!r}): must be a number, at least 0")
         if self.average not in ("ranks", "rows"):
             raise ValueError(f"Communication(average={self.average!r}): must be 'ranks' or 'rows'")
         if self.statistics_dtype is not None and not self.statistics_dtype.is_floating_point:
@@ -92,7 +99,40 @@ def find_ranks(process_group: dist.ProcessGroup | None) -> Ranks | None:
 
 
 def group_of(ranks: Ranks | None, communication: Communication) -> Group | None:
-    return None if ranks is None else Group(ranks.name, ranks.size, communication.sizes)
+    return None if ranks is None else Group(ranks.name, ranks.size, communication.sizes, ranks.rank)
+
+
+def owners_of(
+    step: StepGraph,
+    rule: Rule,
+    placement: str,
+    group: Group | None,
+    padding: float,
+    known: Mapping[str, int | None],
+) -> dict[str, int | None]:
+    """The rank that keeps each weight's factors, by name; None: every rank. Owners that are ``known`` stay."""
+    names = {site.parameter.name: site for site in step.sites.values()}
+    if placement == "replicated" or group is None or group.size == 1:
+        return dict.fromkeys(names)
+    return assign({name: _load(site, rule) for name, site in names.items()}, group.size, padding, known)
+
+
+def check_stale(rule: Rule | None, options: Options, communication: Communication) -> None:
+    """Raises ValueError for what cannot be one step late."""
+    if options.stale and rule is not None and rule.reads_gradient:
+        raise ValueError(
+            f"stale=1 delays what crosses the network, but {rule} also refreshes from the gradient of its own step: use "
+            "stale=0, or a rule of statistics alone"
+        )
+    if options.stale and communication.statistics_dtype is not None:
+        raise ValueError("stale=1 hides the statistics' transfer: leave Communication(statistics_dtype) at None")
+
+
+def _load(site: Site, rule: Rule) -> Load:
+    value, shape = fake_value(site.parameter.node), Layout.of(site).shape
+    sides = [factor.shape[-1] for factor in rule.init(shape, torch.device("meta")).values() if factor.dim()]
+    bias = 0 if site.bias is None else fake_value(site.bias.node).numel()
+    return Load(value.numel() * sum(sides), (value.numel() + bias) * value.element_size())
 
 
 def without_ddp(model: nn.Module, process_group: dist.ProcessGroup | None) -> tuple[nn.Module, Any]:

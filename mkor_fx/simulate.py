@@ -29,7 +29,7 @@ from .passes.estimate import (
 from .passes.lower import facing_user
 from .passes.overlap import is_heavy, order
 from .rules import MKOR, Rule
-from .runtime.step import CompiledStep
+from .runtime.step import CompiledStep, Phase
 from .timeline import COMMUNICATION, COMPUTE, Event, Simulation
 from .whole_step import Written, loss_function, write_whole_step
 
@@ -118,11 +118,9 @@ def trace_step(
     """What ``compile_step`` would compile for this batch and process group, on a copy of the optimizer's state."""
     found: list[Written] = []
 
-    def build(step: CompiledStep, refresh: bool) -> Callable[..., Any]:
+    def build(step: CompiledStep, phase: Phase) -> Callable[..., Any]:
         def mkor_fx(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-            found.append(
-                write_whole_step(step, rule, refresh, options, skip_nonfinite, communication, group, gm, inputs)
-            )
+            found.append(write_whole_step(step, rule, phase, options, skip_nonfinite, communication, group, gm, inputs))
             raise _Written
 
         loss_of = loss_function(model, loss_fn, return_outputs=False)
@@ -132,7 +130,7 @@ def trace_step(
     step._arguments = (batch, kwargs)
     try:
         with torch.enable_grad():
-            build(step, refresh)(*batch, **kwargs)
+            build(step, Phase(refresh, refresh))(*batch, **kwargs)
     except Exception as error:
         if not isinstance(getattr(error, "inner_exception", error), _Written):
             raise

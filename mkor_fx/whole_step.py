@@ -13,19 +13,28 @@ from torch import Tensor, fx, nn
 from . import reasons
 from .config import Options
 from .coverage import Coverage
-from .distributed import Communication, buffer_names, check_still_alone, group_of, plan_of, present_numbers
+from .distributed import (
+    Communication,
+    buffer_names,
+    check_still_alone,
+    group_of,
+    owners_of,
+    plan_of,
+    present_numbers,
+)
 from .graphs import Graphs
 from .passes.capture import Naming, WholeStep, capture_whole_step, dynamo_parameters, own_code, trace_artifact
 from .passes.collectives import Group, Network
+from .passes.late import Refresh, buffers_of, nothing, refresh_now
 from .passes.lower import compile_graph, plain_tracing
 from .passes.optimizer import Update, trace_update
 from .passes.pin import Overlap
 from .passes.pipeline import analyse, synthesise
 from .passes.rewrite import Layout
-from .passes.whole_step import Slot, StepWriter
+from .passes.whole_step import StepWriter
 from .rules import Rule
 from .runtime.optimizer import tensor_state
-from .runtime.step import CompiledStep
+from .runtime.step import CompiledStep, Phase
 
 
 def loss_function(model: nn.Module, loss_fn: Callable | None, return_outputs: bool) -> Callable[..., Any]:
@@ -52,7 +61,11 @@ def loss_function(model: nn.Module, loss_fn: Callable | None, return_outputs: bo
 
 @dataclass(frozen=True)
 class Written:
-    """One variant of the whole step as a lowered graph, not yet compiled. ``trained``: parameters by input position."""
+    """One variant of the whole step as a lowered graph, not yet compiled.
+
+    ``trained``: parameters by input position; ``kept``: the sites whose factors are on this rank; ``late``: buffers of
+    statistics that the next step awaits.
+    """
 
     whole: WholeStep
     variant: str
@@ -60,14 +73,17 @@ class Written:
     coverage: Coverage
     update: Update
     trained: dict[int, nn.Parameter]
-    slots: list[Slot]
+    kept: dict[int, nn.Parameter]
+    owners: dict[str, int | None]
+    late: Any
+    writer: StepWriter
     device: torch.device
 
 
 def write_whole_step(
     step: CompiledStep,
     rule: Rule | None,
-    refresh: bool,
+    phase: Phase,
     options: Options,
     skip_nonfinite: bool,
     communication: Communication,
@@ -79,7 +95,7 @@ def write_whole_step(
     naming = Naming.of(step.model, options.skip)
     held = {id(p) for group in step.optimizer.param_groups for p in group["params"]}
     params = {index: p for index, (_, p) in dynamo_parameters(gm, naming).items()}
-    variant = "plain" if rule is None else "refresh" if refresh else "reuse"
+    variant = "plain" if rule is None else phase.name
     coverage = Coverage(step.model, rule)
     graphs = Graphs(f"{type(step.model).__name__}: {variant} step", coverage)
 
@@ -97,34 +113,40 @@ def write_whole_step(
         analyse(whole, rule, graphs)
         coverage.add(whole)
         trace_artifact("mkor_fx_coverage", coverage.to_json)
-        states = {
-            index: step.mkor.create(params[index], Layout.of(site).fresh_state(rule))
-            for index, site in whole.sites.items()
-            if rule is not None
-        }
         step.prepare_optimizer(list(trained.values()))
         update = trace_update(step.optimizer, list(trained.values()))
         device = next(iter(trained.values())).device
+        owners: dict[str, int | None] = {}
+        if rule is not None:
+            owners = owners_of(whole, rule, options.placement, group, communication.padding, step.mkor.owners)
+        fresh = {params[i]: Layout.of(site).fresh_state(rule) for i, site in whole.sites.items() if rule is not None}
+        step.mkor.place(owners, fresh, 0 if group is None else group.rank)
+        states = {index: step.mkor.of(params[index]) for index in whole.sites if step.mkor.holds(params[index])}
         network = None if group is None else Network(whole.graph, group)
-        writer = StepWriter(whole, network, buffer_names(gm, step.model))
+        writer = StepWriter(whole, network, buffer_names(gm, step.model), owners)
+        late = buffers_of(whole, rule) if rule is not None and options.stale else ()
 
         def rewrite(_: WholeStep) -> None:
             writer.seed(step.rows(device) if communication.average == "rows" else None)
             directions = writer.take_gradients(list(trained))
             if rule is not None:
-                directions |= writer.precondition(rule, refresh, states, step.mkor.step_tensor(device))
+                statistics = writer.statistics(rule, *phase, late)
+                directions |= writer.precondition(
+                    rule, phase.refresh, states, statistics, step.mkor.step_tensor(device)
+                )
             optimizer_states = {i: tensor_state(step.optimizer, p) for i, p in trained.items()}
             writer.apply(update, directions, optimizer_states, step.numbers(device))
             writer.finish(skip_nonfinite, step.skip_counter(device))
 
         synthesise(whole, rewrite, graphs, inductor=False, group=group)
-    return Written(whole, variant, graphs, coverage, update, trained, writer.slots, device)
+    kept = {index: params[index] for index in states}
+    return Written(whole, variant, graphs, coverage, update, trained, kept, owners, late, writer, device)
 
 
 def build_whole_step(
     step: CompiledStep,
     rule: Rule | None,
-    refresh: bool,
+    phase: Phase,
     options: Options,
     skip_nonfinite: bool,
     communication: Communication,
@@ -135,11 +157,12 @@ def build_whole_step(
     group = group_of(step.ranks, communication)
     if group is None:
         check_still_alone()
-    written = write_whole_step(step, rule, refresh, options, skip_nonfinite, communication, group, gm, example_inputs)
-    graphs, variant, slots, device = written.graphs, written.variant, written.slots, written.device
+    written = write_whole_step(step, rule, phase, options, skip_nonfinite, communication, group, gm, example_inputs)
+    whole, graphs, variant, device = written.whole, written.graphs, written.variant, written.device
+    writer, late = written.writer, written.late
     with plain_tracing():
         keep_order = None if group is None else Overlap()
-        compiled = compile_graph(written.whole.module, options.backend, options.inductor, graphs.code, keep_order)
+        compiled = compile_graph(whole.module, options.backend, options.inductor, graphs.code, keep_order)
 
     step.follow_branches(written.update.branches)
     step.variants[variant], step.coverage = graphs, written.coverage
@@ -148,13 +171,33 @@ def build_whole_step(
 
     plan = ""
     if group is not None:
-        about = {"skip_nonfinite": skip_nonfinite, "communication": communication}
+        about = {"skip_nonfinite": skip_nonfinite, "communication": communication, "stale": options.stale}
+        about["owners"] = written.owners if options.placement == "owner" else options.placement
         trained = list(written.trained.values())
-        plan = plan_of(written.whole, step.optimizer, trained, rule, options, variant=variant, **about)
+        plan = plan_of(whole, step.optimizer, trained, rule, options, variant=variant, **about)
+
+    kept = {step.mkor.name(param): (param, Refresh.of(whole.sites[i])) for i, param in written.kept.items() if late}
+    refreshes = {name: refresh for name, (_, refresh) in kept.items()}
+
+    def settle(tensors: list[Tensor]) -> dict[str, Tensor]:
+        assert rule is not None
+        taken, *buffers = tensors
+        if not taken:
+            return {}
+        factors = {name: step.mkor.of(param) for name, (param, _) in kept.items()}
+        new = refresh_now(rule, refreshes, late, buffers, factors, step.mkor.step - 1)
+        return {f"{name}.{key}": t for name, state in new.items() for key, t in state.items()}
 
     def run(*args: Any) -> list[Any]:
         step.begin(variant, plan, present_numbers)
         with plain_tracing():
-            return compiled(*args, *(step.tensor(slot, args, device) for slot in slots))
+            waiting = step.late.take(late, lambda: nothing(late, device)) if late and phase.refresh else []
+            outputs = compiled(*args, *(step.tensor(slot, args, device, waiting) for slot in writer.slots))
+        if late:
+            step.late.clear()
+        if late and phase.collect:
+            outputs, sent = outputs[: writer.results], list(outputs[writer.results :])
+            step.late.put(sent, late, settle)
+        return outputs
 
     return run

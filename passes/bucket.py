@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from ..ir import StepGraph
-from .collectives import Message, Sizes, c10d, copy_of_first_rank, starts, sum_over_ranks, wait_of
+from .collectives import Message, Sizes, c10d, copy_of_first_rank, is_wait, starts, sum_over_ranks, wait_of
 from .core import graph_pass
 from .match import downstream
 from .schedule import readiness, sort_by_dependencies
@@ -47,10 +47,12 @@ def bucket(step: StepGraph, *, sizes: Sizes) -> None:
 
     Statistics, gradients and buffers travel apart, and what the forward has made does not wait for the backward: a
     statistics vector that is a ``cat`` is taken apart, so that the part about the layer's inputs leaves early. A tensor
-    that fills a bucket by itself is sent as it is. The order depends on the graph alone.
+    that fills a bucket by itself is sent as it is, and so is what another step waits for. The order depends on the graph
+    alone.
     """
     graph = step.graph
-    collectives = [s for s in starts(graph) if s.target in (c10d.all_reduce.default, c10d.broadcast.default)]
+    merged = (c10d.all_reduce.default, c10d.broadcast.default)
+    collectives = [s for s in starts(graph) if s.target in merged and all(map(is_wait, s.users))]
     if not collectives:
         return
     ready, position = readiness(graph), {node: i for i, node in enumerate(graph.nodes)}
@@ -64,7 +66,7 @@ def bucket(step: StepGraph, *, sizes: Sizes) -> None:
     for piece in pieces:
         kind = piece.message.kind
         limit = sizes.gradients if kind == "gradient" else sizes.statistics
-        if piece.bytes >= limit or kind == "rows":
+        if piece.bytes >= limit or kind in ("rows", "norms"):
             full.append(Bucket([piece]))
             continue
         device = piece.node.meta["val"].device

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, fx
@@ -17,6 +19,8 @@ STARTS = (
     c10d.reduce_scatter_tensor.default,
     c10d.all_gather_into_tensor.default,
 )
+#: ops that give ranks different results, or take different things from them
+DIVIDING = STARTS[2:]
 WAIT = c10d.wait_tensor.default
 
 
@@ -31,16 +35,20 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Group:
-    """A process group as graphs know it: its name, how many ranks it has, and the size of buckets."""
+    """A process group as graphs know it: its name, how many ranks it has, the size of buckets, and which rank this is."""
 
     name: str
     size: int
     buckets: Sizes
+    rank: int = 0
 
 
 @dataclass(frozen=True)
 class Message:
-    """What one tensor in a collective is: ``kind`` is "statistics", "gradient", "loss", "rows" or "buffer"."""
+    """What one tensor in a collective is.
+
+    ``kind`` is "statistics", "gradient", "direction", "norms", "loss", "rows" or "buffer".
+    """
 
     kind: str
     name: str
@@ -63,6 +71,16 @@ def starts(graph: fx.Graph) -> list[fx.Node]:
     return [node for node in graph.nodes if is_start(node)]
 
 
+def in_line(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """Each collective's predecessor, in a graph that is not the same on all ranks: there it must stay behind it.
+
+    Where weights have owners, ranks compute different things from what they receive, and an order derived from the graph
+    would be each rank's own.
+    """
+    issued = starts(graph)
+    return {b: a for a, b in pairwise(issued)} if any(s.target in DIVIDING for s in issued) else {}
+
+
 def wait_of(start: fx.Node) -> fx.Node:
     (wait,) = start.users
     assert is_wait(wait), f"{start} is used by {wait}, which does not wait for it"
@@ -75,28 +93,67 @@ def sum_over_ranks(x: Tensor, group: str) -> tuple[Tensor, Tensor]:
     return start, c10d.wait_tensor(start).reshape(x.shape)
 
 
+def start_sum_over_ranks(x: Tensor, group: str) -> Tensor:
+    return c10d.all_reduce(x, "sum", group)
+
+
 def copy_of_first_rank(x: Tensor, group: str) -> tuple[Tensor, Tensor]:
     """The collective and rank 0's ``x``."""
     start = c10d.broadcast(x.contiguous().reshape(-1), 0, group)
     return start, c10d.wait_tensor(start).reshape(x.shape)
 
 
+def part_of_sum(x: Tensor, size: int, group: str) -> tuple[Tensor, Tensor]:
+    """The collective and this rank's part, one of ``size`` in a row, of the sum of ``x`` over ranks."""
+    start = c10d.reduce_scatter_tensor(x.contiguous(), "sum", size, group)
+    return start, c10d.wait_tensor(start)
+
+
+def all_parts(x: Tensor, size: int, group: str) -> tuple[Tensor, Tensor]:
+    """The collective and all ranks' ``x`` in a row."""
+    start = c10d.all_gather_into_tensor(x.contiguous(), size, group)
+    return start, c10d.wait_tensor(start)
+
+
 class Network:
     """Writes collectives over one process group into a graph, at its insertion point."""
 
     def __init__(self, graph: fx.Graph, group: Group) -> None:
-        self.graph, self.group, self.size = graph, group.name, group.size
+        self.graph, self.group, self.size, self.rank = graph, group.name, group.size, group.rank
+        self.buckets = group.buckets
 
     def sum(self, node: fx.Node, kind: str, name: str) -> fx.Node:
         """The sum of ``node`` over all ranks, bitwise the same on each."""
-        return self._write(sum_over_ranks, node, kind, name)
+        return self._one(sum_over_ranks, node, kind, name)
 
     def of_first_rank(self, node: fx.Node, kind: str, name: str) -> fx.Node:
-        return self._write(copy_of_first_rank, node, kind, name)
+        return self._one(copy_of_first_rank, node, kind, name)
 
-    def _write(self, collective, node: fx.Node, kind: str, name: str) -> fx.Node:
-        start, result = insert(self.graph, collective, node, self.group, label=f"{name}: {kind} over ranks")
-        start.meta["mkor_messages"] = [Message(kind, name, node.meta["val"].numel())]
+    def scatter(self, node: fx.Node, messages: list[Message]) -> fx.Node:
+        """This rank's part of the sum over ranks."""
+        return self._write(part_of_sum, node, messages, self.size)
+
+    def gather(self, node: fx.Node, messages: list[Message]) -> fx.Node:
+        """All ranks' parts in a row."""
+        return self._write(all_parts, node, messages, self.size)
+
+    def start_sum(self, node: fx.Node, messages: list[Message]) -> fx.Node:
+        """The sum over ranks, on its way: only ``wait`` may read it, in this graph or in another one."""
+        start = insert(self.graph, start_sum_over_ranks, node, self.group, label="statistics over ranks")
+        start.meta["mkor_messages"] = messages
+        return start
+
+    def wait(self, node: fx.Node) -> fx.Node:
+        return insert(self.graph, WAIT, node, label="statistics over ranks")
+
+    def _one(self, collective: Callable, node: fx.Node, kind: str, name: str) -> fx.Node:
+        return self._write(collective, node, [Message(kind, name, node.meta["val"].numel())])
+
+    def _write(self, collective: Callable, node: fx.Node, messages: list[Message], *args: int) -> fx.Node:
+        name = messages[0].name + (f" to {messages[-1].name}" if len(messages) > 1 else "")
+        label = f"{name}: {messages[0].kind} over ranks"
+        start, result = insert(self.graph, collective, node, *args, self.group, label=label)
+        start.meta["mkor_messages"] = messages
         return result
 
 

@@ -9,9 +9,9 @@ from torch import fx
 from torch.utils.flop_counter import flop_registry
 
 from ..ir import StepGraph
-from .collectives import is_start, is_wait
+from .collectives import in_line, is_start, is_wait
 from .core import graph_pass
-from .schedule import reorder
+from .schedule import operands_of, reorder
 
 aten = torch.ops.aten
 #: (level, arrival, place, moved, number): see ``order``
@@ -31,7 +31,8 @@ def is_heavy(node: fx.Node) -> bool:
 
 
 def order(graph: fx.Graph) -> None:
-    """Sort a graph with collectives; the order depends on the graph alone, so it is the same on every rank.
+    """Sort a graph with collectives; the order depends on the graph alone, so it is the same on every rank. Where graphs
+    are not (``in_line``), collectives keep the order that they have.
 
     A node's *level* is the number of waits in a row that it needs. Levels follow each other: all work that does not need
     a result goes before all that does. Inside a level, what needs results goes in the order in which these were asked for
@@ -41,10 +42,11 @@ def order(graph: fx.Graph) -> None:
     nodes = list(graph.nodes)
     if not any(map(is_start, nodes)):
         return
+    behind = in_line(graph)
     number = {node: i for i, node in enumerate(nodes)}
     levels: dict[fx.Node, int] = {}
     for node in nodes:
-        levels[node] = max((levels[arg] for arg in node.all_input_nodes), default=0) + is_wait(node)
+        levels[node] = max((levels[arg] for arg in operands_of(node, behind)), default=0) + is_wait(node)
     prologue: set[fx.Node] = set()
     for node in reversed(nodes):
         if is_start(node) or (_is_free(node) and node.users and all(user in prologue for user in node.users)):
@@ -53,7 +55,8 @@ def order(graph: fx.Graph) -> None:
     place: dict[fx.Node, int] = {}
     for node in nodes:
         moved = node in prologue
-        place[node] = max((place[arg] for arg in node.all_input_nodes), default=-1) if moved else number[node]
+        operands = (place[arg] for arg in operands_of(node, behind))
+        place[node] = max(operands, default=-1) if moved else number[node]
 
     keys: dict[fx.Node, Key] = {}
     arrival: dict[fx.Node, int] = {}
@@ -62,9 +65,9 @@ def order(graph: fx.Graph) -> None:
         own = [node for node in nodes if levels[node] == level]
         for node in own:
             if is_wait(node):
-                arrival[node] = issued[node.args[0]]
+                arrival[node] = issued.get(node.args[0], -1)  # an input: another step has asked for it
             else:
-                arguments = (arg for arg in node.all_input_nodes if levels[arg] == level)
+                arguments = (arg for arg in operands_of(node, behind) if levels[arg] == level)
                 arrival[node] = max((arrival[arg] for arg in arguments), default=-1)
             keys[node] = (level, arrival[node], place[node], node in prologue, number[node])
         for start in sorted((node for node in own if is_start(node)), key=keys.__getitem__):

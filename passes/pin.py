@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import fx
 
+from .collectives import is_start
 from .lower import PostGradPass, depend
 from .overlap import hidden_under, is_heavy, order
 
@@ -20,7 +21,7 @@ def pin(graph: fx.Graph) -> None:
     needs: dict[fx.Node, list[fx.Node]] = {}
     for wait, between in hidden_under(graph).items():
         first = next(filter(is_heavy, between), None)
-        if first is not None:
+        if first is not None and is_start(wait.args[0]):
             needs.setdefault(first, []).append(wait.args[0])
         if between:
             needs[wait] = between

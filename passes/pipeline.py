@@ -17,6 +17,7 @@ from .core import run_passes
 from .lower import expand, shortcut_row_sums, store_scalars
 from .match import find_sites
 from .overlap import schedule
+from .owners import issue_alike
 from .rewrite import decline_by_rule
 from .schedule import recompute_checkpoints, update_when_ready
 
@@ -56,7 +57,7 @@ def synthesise(
     run_passes(step, [rewrite], "rewrite", graphs)
     ordering = [update_when_ready] if partitioned else SCHEDULE
     if group is not None:
-        ordering = [partial(bucket, sizes=group.buckets), *ordering, schedule]
+        ordering = [partial(bucket, sizes=group.buckets), issue_alike, *ordering, schedule]
     run_passes(step, ordering, "schedule", graphs)
     lowering = [shortcut_row_sums, partial(expand, inductor=inductor)]
     run_passes(step, lowering if partitioned else [*lowering, store_scalars], "lower", graphs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from ..ir import StepGraph
+from .collectives import in_line
 from .core import graph_pass
 from .match import downstream
 
@@ -64,7 +66,7 @@ def update_when_ready(step: StepGraph) -> None:
     every reader of what they overwrite.
     """
     nodes = list(step.graph.nodes)
-    ready = readiness(step.graph)
+    ready = readiness(step.graph, in_line(step.graph))
     first_place = max((i for i, n in enumerate(nodes) if n.op == "placeholder"), default=-1)  # none among the inputs
     keys = {}
     for i, node in enumerate(nodes):
@@ -73,12 +75,21 @@ def update_when_ready(step: StepGraph) -> None:
     reorder(step.graph, keys)
 
 
-def readiness(graph: fx.Graph) -> dict[fx.Node, int]:
-    """Where in the captured program a node's last operand is made; what the library has written can follow at once."""
+def readiness(graph: fx.Graph, behind: Mapping[fx.Node, fx.Node] | None = None) -> dict[fx.Node, int]:
+    """Where in the captured program a node's last operand is made; what the library has written can follow at once.
+
+    Nodes in ``behind`` also wait for another one.
+    """
     ready: dict[fx.Node, int] = {}
     for i, node in enumerate(graph.nodes):
-        ready[node] = max((ready[arg] for arg in node.all_input_nodes), default=0) if _is_written(node) else i
+        operands = (ready[arg] for arg in operands_of(node, behind or {}))
+        ready[node] = max(operands, default=0) if _is_written(node) else i
     return ready
+
+
+def operands_of(node: fx.Node, behind: Mapping[fx.Node, fx.Node]) -> list[fx.Node]:
+    """What a node needs, and what it must stay behind."""
+    return [*node.all_input_nodes, *([behind[node]] if node in behind else [])]
 
 
 def _is_written(node: fx.Node) -> bool:
@@ -92,13 +103,16 @@ def reorder(graph: fx.Graph, keys: dict[fx.Node, Any]) -> None:
         output.prepend(node)
 
 
-def sort_by_dependencies(graph: fx.Graph) -> None:
-    """Move nodes that stand behind a reader of theirs in front of it; the others keep their order."""
+def sort_by_dependencies(graph: fx.Graph, behind: Mapping[fx.Node, fx.Node] | None = None) -> None:
+    """Move nodes that stand behind a reader of theirs in front of it; the others keep their order.
+
+    Nodes in ``behind`` go behind another one as if they read it.
+    """
     places: dict[fx.Node, int] = {}
 
     def place(node: fx.Node) -> None:
         if node not in places:
-            for arg in node.all_input_nodes:
+            for arg in operands_of(node, behind or {}):
                 place(arg)
             places[node] = len(places)
 

@@ -99,6 +99,16 @@ class Ranks:
                 dist.broadcast(buffer, group=self.group, group_src=0)
                 tensor.copy_(buffer)
 
+    def from_owners(
+        self, tensors: dict[str, Tensor], owners: dict[str, int], device: torch.device
+    ) -> dict[str, Tensor]:
+        """Each of ``tensors`` from the rank that owns it; on others it may be a meta tensor of the same shape."""
+        fetched = {}
+        for key, owner in sorted(owners.items()):
+            fetched[key] = tensors[key] if owner == self.rank else torch.empty_like(tensors[key], device=device)
+            dist.broadcast(fetched[key], group=self.group, group_src=owner)
+        return fetched
+
     def compare(self, tensors: dict[str, Tensor], when: str) -> None:
         """Check that ``tensors`` are bitwise equal on all ranks: one gather of a checksum each.
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from os import PathLike
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .checkpoint import check_keys_and_shapes, fits, read_checkpoint, some
 
 
 class FactorState:
@@ -27,6 +29,12 @@ class FactorState:
         self._fresh: dict[str, Callable[[torch.device], dict[str, Tensor]]] = {}
         self._pending: dict[str, Tensor] = {}
         self._step_tensors: dict[torch.device, Tensor] = {}
+        #: the rank that keeps a weight's factors, by name; None: every rank. Factors of others, as meta tensors.
+        self.owners: dict[str, int | None] = {}
+        self._elsewhere: dict[str, Tensor] = {}
+        self.ranks: Any = None
+        #: what factors will be once everything on its way has arrived, by key
+        self.newer: Callable[[], dict[str, Tensor]] = dict
         self._step = 0
         #: how often the state was replaced from outside, and the step it was then at
         self.generation, self.loaded_step = 0, 0
@@ -85,14 +93,41 @@ class FactorState:
             if self._pending:
                 own = {f"{name}.{key}": tensor for key, tensor in factors.items()}
                 loaded = {key: t for key, t in self._pending.items() if key.rpartition(".")[0] == name}
-                _check_keys_and_shapes(own, loaded)
+                check_keys_and_shapes(own, loaded)
                 for key, tensor in own.items():
                     tensor.copy_(self._pending.pop(key))
             self._factors[name], self._fresh[name] = factors, fresh
         return self.of(param)
 
+    def place(
+        self,
+        owners: Mapping[str, int | None],
+        fresh: Mapping[nn.Parameter, Callable[[torch.device], dict[str, Tensor]]],
+        rank: int,
+    ) -> None:
+        """Create, on rank ``rank``, the factors of those parameters that it owns, or that have no owner."""
+        for param, make in fresh.items():
+            name = self.name(param)
+            self.owners[name] = owners[name]
+            if owners[name] in (None, rank):
+                self.create(param, make)
+            else:
+                others = {f"{name}.{key}": t for key, t in make(torch.device("meta")).items()}
+                loaded = {key: self._pending.pop(key) for key in [*self._pending] if key.rpartition(".")[0] == name}
+                if loaded:
+                    check_keys_and_shapes(others, loaded)
+                self._elsewhere |= others
+
+    def holds(self, param: nn.Parameter) -> bool:
+        """Whether this process has factors of ``param``."""
+        return self.name(param) in self._factors
+
+    def replicated(self) -> dict[str, Tensor]:
+        """The factors that every rank has, by name."""
+        return {key: t for key, t in self.tensors().items() if self._owner(key) is None}
+
     def tensors(self) -> dict[str, Tensor]:
-        """The factors themselves, by name."""
+        """The factors themselves, by name; of those that have an owner, this rank's own."""
         return {f"{name}.{key}": t for name, factors in self._factors.items() for key, t in factors.items()}
 
     def reset(self) -> None:
@@ -134,15 +169,29 @@ class FactorState:
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """``{"<parameter>.L": [O, O], "<parameter>.R": [I, I], ..., "step": []}``, copies; plain tensors only."""
+    def state_dict(self, *, full: bool = False) -> dict[str, Tensor]:
+        """``{"<parameter>.L": [O, O], "<parameter>.R": [I, I], ..., "step": []}``, copies; plain tensors only.
+
+        With owners it is this rank's part: what ``torch.distributed.checkpoint`` saves of all ranks together is the whole.
+        ``full=True`` fetches the rest, for ``torch.save``: every rank must call it, and gets the same.
+        """
         self._before_save()
-        state = {key: tensor.clone() for key, tensor in self.tensors().items()}
-        state.update({key: tensor.clone() for key, tensor in self._pending.items()})
+        state = {key: tensor.clone() for key, tensor in {**self.tensors(), **self.newer(), **self._pending}.items()}
+        if full:
+            everywhere = {**self._elsewhere, **state}
+            owners = {key: owner for key in everywhere if (owner := self._owner(key)) is not None}
+            if owners:
+                device = next(self._model.parameters()).device
+                state |= self.ranks.from_owners(everywhere, owners, device)
         return {**state, "step": torch.tensor(self._step)}
+
+    def _owner(self, key: str) -> int | None:
+        return self.owners.get(key.rpartition(".")[0])
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take over a ``state_dict()`` of the same model. Before the first step it is kept until the factors exist.
+
+        With owners: a full one, or this rank's part.
 
         Raises:
             ValueError: keys or shapes are another model's; names them, and changes nothing.
@@ -152,23 +201,24 @@ class FactorState:
             raise ValueError("the state has no 'step': it is no mkor_fx state_dict")
         if not loaded and int(state["step"]) == 0:
             return self.reset()
-        if self._factors:
+        if self._factors or self._elsewhere:
             own = self.tensors()
-            _check_keys_and_shapes(own, loaded)
+            others = {key: tensor for key, tensor in self._elsewhere.items() if key in loaded}
+            check_keys_and_shapes({**own, **others}, loaded)
             for key, tensor in own.items():
                 tensor.copy_(loaded[key])
         else:
             owned = dict(self._model.named_parameters())
             unknown = sorted(key for key in loaded if key.rpartition(".")[0] not in owned)
             if unknown:
-                raise ValueError(f"the state is another model's: {_some(unknown)} belong to no parameter of this one")
+                raise ValueError(f"the state is another model's: {some(unknown)} belong to no parameter of this one")
             unfit = {
                 key: f"{key} {tuple(tensor.shape)} for a parameter of {tuple(owned[key.rpartition('.')[0]].shape)}"
                 for key, tensor in loaded.items()
-                if tensor.dim() == 2 and not _fits(tensor, owned[key.rpartition(".")[0]])
+                if tensor.dim() == 2 and not fits(tensor, owned[key.rpartition(".")[0]])
             }
             if unfit:
-                raise ValueError(f"the state is another model's: {_some(list(unfit.values()))}")
+                raise ValueError(f"the state is another model's: {some(list(unfit.values()))}")
             self._pending = {key: tensor.clone() for key, tensor in loaded.items()}
         self._set_step(int(state["step"]))
 
@@ -176,26 +226,14 @@ class FactorState:
         """Take over a ``state_dict()`` that ``torch.distributed.checkpoint`` has saved under ``{entry: ...}``.
 
         Written by any number of ranks, for any number; to be called on all of them. What is to be loaded is read from the
-        checkpoint, since before the first step no factor exists yet.
+        checkpoint, since before the first step no factor exists yet. With owners each rank reads its own part; before the
+        first step, when it is not known whose is what, everything.
 
         Raises:
             ValueError: the checkpoint has no such entry, or it is another model's.
         """
-        from torch.distributed import checkpoint
-
-        reader = checkpoint.FileSystemReader(path)
-        metadata = reader.read_metadata()
-        state = {}
-        for key, place in metadata.planner_data.items():
-            if place[0] == entry:
-                saved = metadata.state_dict_metadata[key]
-                assert isinstance(saved, checkpoint.metadata.TensorStorageMetadata), key
-                state[place[1]] = torch.empty(saved.size, dtype=saved.properties.dtype)
-        if not state:
-            held = sorted({place[0] for place in metadata.planner_data.values()})
-            raise ValueError(f"{path} holds no {entry!r}; it has {_some(held)}")
-        checkpoint.load({entry: state}, storage_reader=reader)
-        self.load_state_dict(state)
+        own = {*self.tensors(), "step"}
+        self.load_state_dict(read_checkpoint(path, entry, own if len(own) > 1 else None))
 
     def _set_step(self, step: int) -> None:
         self._step = self.loaded_step = step
@@ -205,31 +243,6 @@ class FactorState:
 
 
 def state_of(model: nn.Module, mkor: FactorState) -> dict[str, Tensor]:
-    """Parameters, buffers and factors by name."""
-    factors = {f"factor {key}": tensor for key, tensor in mkor.tensors().items()}
+    """What all ranks have alike, by name: parameters, buffers, factors without an owner."""
+    factors = {f"factor {key}": tensor for key, tensor in mkor.replicated().items()}
     return {**dict(model.named_parameters()), **dict(model.named_buffers()), **factors}
-
-
-def _fits(factor: Tensor, param: Tensor) -> bool:
-    """Whether a square factor can belong to a parameter: its side is one of a matrix view's, a bias column more or not."""
-    splits = [param.shape[:k].numel() for k in range(param.dim() + 1)]
-    sides = {side for rows in splits if rows for side in (rows, param.numel() // rows)}
-    return factor.shape[0] == factor.shape[-1] and bool({factor.shape[0], factor.shape[0] - 1} & sides)
-
-
-def _check_keys_and_shapes(own: dict[str, Tensor], loaded: dict[str, Tensor]) -> None:
-    missing, unexpected = sorted(own.keys() - loaded.keys()), sorted(loaded.keys() - own.keys())
-    if missing or unexpected:
-        raise ValueError(f"the state is another model's: missing {_some(missing)}; unexpected {_some(unexpected)}")
-    wrong = [
-        f"{key}: loaded {tuple(loaded[key].shape)}, here {tuple(tensor.shape)}"
-        for key, tensor in own.items()
-        if loaded[key].shape != tensor.shape
-    ]
-    if wrong:
-        raise ValueError(f"the state is another model's: {_some(wrong)}")
-
-
-def _some(names: list[Any], most: int = 6) -> str:
-    shown = ", ".join(map(str, names[:most])) or "nothing"
-    return shown + (f" and {len(names) - most} more" if len(names) > most else "")

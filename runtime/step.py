@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
+from .late import Late
 from .optimizer import PackedNumbers, initialise_state, structure_of, tensor_state
 from .ranks import Ranks, Replicas
 from .state import FactorState, state_of
+
+
+class Phase(NamedTuple):
+    """What a step does beside training: sum statistics, and refresh the factors from them or from the last step's."""
+
+    collect: bool
+    refresh: bool
+
+    @property
+    def name(self) -> str:
+        return "refresh" if self.refresh else "collect" if self.collect else "reuse"
 
 
 class CompiledStep:
@@ -29,19 +41,22 @@ class CompiledStep:
         self,
         model: nn.Module,
         optimizer: Optimizer,
-        build: Callable[[CompiledStep, bool], Callable[..., Any]],
+        build: Callable[[CompiledStep, Phase], Callable[..., Any]],
         refresh_every: int,
         ranks: Ranks | None = None,
         check_replicas_every: int = 0,
+        stale: int = 0,
     ) -> None:
-        self.model, self.optimizer, self.refresh_every = model, optimizer, refresh_every
+        self.model, self.optimizer, self.refresh_every, self.stale = model, optimizer, refresh_every, stale
         self.ranks = ranks
         self.mkor = FactorState(model, refresh_every)
+        self.mkor.ranks = ranks
+        self.late = Late(self.mkor)
         self.variants: dict[str, Any] = {}
         self.coverage: Any = None
         self.compilations = 0
         self._build = build
-        self._programs: dict[bool, Callable[..., Any]] = {}
+        self._programs: dict[Phase, Callable[..., Any]] = {}
         self._structure: tuple = ()
         self._branches: tuple = ()
         self._numbers: PackedNumbers | None = None
@@ -76,12 +91,13 @@ class CompiledStep:
                 "torch.inference_mode(); to evaluate, call the model itself"
             )
         self._follow_optimizer()
-        refresh = self.mkor.step % self.refresh_every == 0
-        if refresh not in self._programs:
-            self._programs[refresh] = self._build(self, refresh)
+        step, every = self.mkor.step, self.refresh_every
+        phase = Phase(step % every == 0, (step - self.stale) % every == 0)
+        if phase not in self._programs:
+            self._programs[phase] = self._build(self, phase)
         self._arguments = (args, kwargs)
         try:
-            result = self._programs[refresh](*args, **kwargs)
+            result = self._programs[phase](*args, **kwargs)
         except Exception as error:
             if self.ranks is not None:
                 self.ranks.failed(error)
@@ -151,7 +167,7 @@ class CompiledStep:
             self._skipped = torch.zeros((), dtype=torch.int64, device=device)
         return self._skipped
 
-    def tensor(self, slot: Any, args: Sequence[Any], device: torch.device) -> Tensor:
+    def tensor(self, slot: Any, args: Sequence[Any], device: torch.device, late: Sequence[Tensor] = ()) -> Tensor:
         """The tensor that belongs to an input which the pipeline has added (see ``passes.whole_step.Slot``)."""
         match slot.kind:
             case "factor":
@@ -168,6 +184,8 @@ class CompiledStep:
                 return self.rows(device)
             case "step":
                 return self.mkor.step_tensor(device)
+            case "late":
+                return late[slot.index]
             case "skipped":
                 return self.skip_counter(device)
         raise AssertionError(f"no such input: {slot}")
