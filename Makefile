@@ -13,7 +13,7 @@ READY_DEV := $(VENV)/ready-dev
 MINILM := $(VENV)/minilm/vaderSentiment-3.3.1.tar.gz
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-ddp test fuzz check bench overlap sweep minilm clean
+.PHONY: help setup demo demo-ddp test fuzz nightly check bench overlap sweep minilm clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -54,6 +54,9 @@ test: $(MINILM)  ## run the tests
 
 fuzz: $(READY)  ## hold 1000 random programs to their reference (half an hour): ARGS="--seeds 0:1000"
 	$(RUN) -m tests.fuzz $(or $(ARGS),--seeds 0:1000)
+
+nightly: $(MINILM) fuzz  ## the tests that are left out of `make test`, and fuzz
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m nightly
 
 check: $(READY_DEV)  ## lint and type-check
 	$(RUN) -m ruff check .

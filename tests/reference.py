@@ -47,7 +47,8 @@ class Reference:
             left, right = (a_I / max(len(rows[0]), 1), g_O)[:: 1 if embedding else -1]
             yield left, nnf.pad(right, (0, G_OI.shape[1] - len(right)), value=1 - embedding)  # pads only if joint
         if self.statistic != "mean":
-            signed = ((M, rademacher(self.steps, side, M.shape[1]).to(M)) for side, M in enumerate((G_OI, G_OI.T)))
+            pairs = enumerate((G_OI, G_OI.T)) if self.sites[name][3][0] else ((1, G_OI), (0, G_OI.T))  # a table is [I, O]
+            signed = ((M, rademacher(self.steps, side, M.shape[1]).to(M)) for side, M in pairs)
             yield [self.unless_noise(M @ signs, M) for M, signs in signed]
 
     def unless_noise(self, v, rows):

@@ -80,7 +80,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.nightly] * (case == "in_out-2")) for case in CASES]
+)
 def test_owners_train_as_replicas_do(case):
     name, size, rule, _ = CASES[case]
     whole, whole_losses = train(0, 1, name, rule, 5)

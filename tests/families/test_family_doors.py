@@ -25,7 +25,12 @@ def train(model, batch, optimizer, steps=3):
     return losses
 
 
-@pytest.mark.parametrize("name", ["BERT, sequences", "GPT-2", "Mixtral, grouped_mm", "U-Net", "nn.LSTM"])
+NIGHTLY = pytest.mark.nightly
+
+
+@pytest.mark.parametrize("name", [
+    "BERT, sequences", "Mixtral, grouped_mm", *(pytest.param(name, marks=NIGHTLY) for name in ("GPT-2", "U-Net", "nn.LSTM")),
+])  # fmt: skip
 def test_both_doors_agree(name):
     """One captured graph, the hand-made roles, the compiled step's losses and parameters, and untouched keys."""
     family = FAMILIES[name]
@@ -89,7 +94,9 @@ def test_a_sequence_that_needs_no_gradient():
     assert losses[-1] < losses[0] and not step.coverage.declined
 
 
-@pytest.mark.parametrize("build", [lambda: NanoGPT(blocks=1), Autoencoder], ids=["nanoGPT", "autoencoder"])
+@pytest.mark.parametrize("build", [
+    pytest.param(lambda: NanoGPT(blocks=1), marks=NIGHTLY, id="nanoGPT"), pytest.param(Autoencoder, id="autoencoder"),
+])  # fmt: skip
 def test_inductor(build):
     """The default backend gives the losses of the uncompiled graph."""
     model = build()
