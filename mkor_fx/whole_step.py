@@ -113,15 +113,15 @@ def write_whole_step(
         analyse(whole, rule, graphs)
         coverage.add(whole)
         trace_artifact("mkor_fx_coverage", coverage.to_json)
-        step.prepare_optimizer(list(trained.values()))
-        update = trace_update(step.optimizer, list(trained.values()))
-        device = next(iter(trained.values())).device
         owners: dict[str, int | None] = {}
         if rule is not None:
             owners = owners_of(whole, rule, options.placement, group, communication.padding, step.mkor.owners)
         fresh = {params[i]: Layout.of(site).fresh_state(rule) for i, site in whole.sites.items() if rule is not None}
         step.mkor.place(owners, fresh, 0 if group is None else group.rank)
         states = {index: step.mkor.of(params[index]) for index in whole.sites if step.mkor.holds(params[index])}
+        step.prepare_optimizer(list(trained.values()))
+        update = trace_update(step.optimizer, list(trained.values()))
+        device = next(iter(trained.values())).device
         network = None if group is None else Network(whole.graph, group)
         writer = StepWriter(whole, network, buffer_names(gm, step.model), owners)
         late = buffers_of(whole, rule) if rule is not None and options.stale else ()
