@@ -176,6 +176,7 @@ def test_every_row_has_an_example():
 @pytest.mark.parametrize("make, dim", [
     (lambda: Stored((6, 5), lambda x, w: F.linear(x, w[1:])), 0),
     (lambda: Stored((3, 5, 4), lambda x, w: x @ w[0] + x.tanh() @ w[2]), 0),
+    (lambda: Stored((2, 5, 4), lambda x, w: x.unsqueeze(1).unsqueeze(1).expand(-1, 2, 3, 5) @ w), 0),
     (lambda: nn.Conv1d(5, 4, 3, padding=1, stride=2, padding_mode="circular"), 2),
     (lambda: nn.ConvTranspose1d(5, 4, 3, stride=2), 2),
 ])  # fmt: skip

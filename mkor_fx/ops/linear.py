@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -76,16 +77,26 @@ def _broadcast(node: fx.Node, view: fx.Node, dims: tuple[int, ...]) -> Tap | Dec
     in_batch = all(d < len(lead) for d in dims)
     if bmm.target is not aten.bmm.default or product(lead) != fake_value(bmm).shape[0] or not in_batch:
         return Decline(NO_ROW)
-    members = product(n for d, n in enumerate(lead) if d not in dims)
+    sizes, summed = _runs(lead, dims)
+    if sizes.count(-1) > 1:
+        return Decline(NO_ROW)
+    members = product(n for d, n in enumerate(sizes) if d not in summed)
     x_BPN, y_BNQ = bmm.args
     return Tap(
         node,
         "broadcast_linear",
         (*((members,) if members > 1 else ()), *fake_value(bmm).shape[1:]),
-        Operand(x_BPN, broadcast_rows, (as_columns, lead, dims)),
-        Operand(y_BNQ, broadcast_rows, (as_rows, lead, dims)),
+        Operand(x_BPN, broadcast_rows, (as_columns, sizes, summed)),
+        Operand(y_BNQ, broadcast_rows, (as_rows, sizes, summed)),
         routed=members > 1,
     )
+
+
+def _runs(lead: tuple[int, ...], dims: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """A batch with neighbouring summed dimensions as one, and which are summed; -1 for a size that is symbolic."""
+    runs = [(own, [n for _, n in run]) for own, run in groupby(enumerate(lead), lambda item: item[0] in dims)]
+    sizes = [(own, n) for own, run in runs for n in ([product(run)] if own else run)]
+    return tuple(n if isinstance(n, int) else -1 for _, n in sizes), tuple(i for i, (own, _) in enumerate(sizes) if own)
 
 
 def _kronecker(node: fx.Node, mul: fx.Node, dims: tuple[int, ...]) -> Tap | Decline:
