@@ -15,7 +15,7 @@ from torch import nn
 from . import reasons
 from .costs import Costs, Work, aligned, cost_table, count_costs
 from .graphs import ModelGraphs, module_path
-from .ir import Decline, Site, StepGraph, source_line
+from .ir import Decline, Site, StepGraph, product, source_line
 from .passes.rewrite import Layout
 from .rules import Rule
 
@@ -45,7 +45,7 @@ class Entry:
 
     @property
     def elements(self) -> int:
-        return torch.Size(self.shape).numel()
+        return product(self.shape)
 
     @property
     def matrix(self) -> bool:

@@ -76,10 +76,14 @@ def present_numbers(optimizer: Optimizer) -> str:
 
 def plan_of_update(rule: Rule, jobs: Sequence[Job], options: Options, graphs: Graphs) -> str:
     """As ``plan_of``, of a program that runs at the optimizer's step."""
-    lines = [f"torch {torch.__version__}, {torch.get_num_threads()} threads", f"rule {rule}"]
-    lines += [f"refresh_every {options.refresh_every}, skip {options.skip}, backend {options.backend}"]
+    lines = _chosen(rule, options)
     lines += [f"{job.name}: {job.layout}, refresh {job.refresh}" for job in jobs]
     return "\n".join([*lines, *describe(graphs["schedule"].module.graph)])
+
+
+def _chosen(rule: Rule | None, options: Options) -> list[str]:
+    about = f"refresh_every {options.refresh_every}, skip {options.skip}, backend {options.backend}"
+    return [f"torch {torch.__version__}, {torch.get_num_threads()} threads", f"rule {rule}", about]
 
 
 def find_ranks(process_group: dist.ProcessGroup | None) -> Ranks | None:
@@ -219,9 +223,7 @@ def plan_of(
     **more: Any,
 ) -> str:
     """What all ranks must have in common, a line each: options, parameters and their roles, collectives in order."""
-    lines = [f"torch {torch.__version__}, {torch.get_num_threads()} threads", f"rule {rule}"]
-    lines += [f"{key} {value}" for key, value in more.items()]
-    lines += [f"refresh_every {options.refresh_every}, skip {options.skip}, backend {options.backend}"]
+    lines = [*_chosen(rule, options), *(f"{key} {value}" for key, value in more.items())]
     lines += [f"optimizer {type(optimizer).__name__}, numbers {[*map(tuple, numbers_of(optimizer))]}"]
     lines += [f"optimizer state {[*map(list, (tensor_state(optimizer, p) for p in params))]}"]
     for index, parameter in step.parameters.items():

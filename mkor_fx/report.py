@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import linecache
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,11 +12,11 @@ from torch import fx
 
 from .graphs import Graphs, Stage, module_path, node_text
 from .ir import source_frame, source_line
+from .page import write_page
 
 if TYPE_CHECKING:
     from .coverage import Coverage
 
-TEMPLATE = Path(__file__).with_name("report.html")
 #: lines of the user's source shown above and below the one that a node comes from
 CONTEXT = 3
 
@@ -41,10 +39,7 @@ def write_report(
     path: str | os.PathLike[str], title: str, programs: Sequence[Graphs], coverage: Coverage | None
 ) -> None:
     """Write one page about ``programs``, readable with no network: coverage, stages, diffs, source lines, generated code."""
-    data = report_data(title, programs, coverage)
-    text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")  # nothing in it may end the script element
-    page = TEMPLATE.read_text(encoding="utf-8").replace("{{data}}", text, 1)
-    Path(path).write_text(page, encoding="utf-8")
+    write_page(path, "report.html", report_data(title, programs, coverage))
 
 
 def report_data(title: str, programs: Sequence[Graphs], coverage: Coverage | None) -> dict[str, Any]:

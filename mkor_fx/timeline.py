@@ -9,10 +9,10 @@ from functools import cached_property
 from pathlib import Path
 
 from .costs import aligned, short
+from .page import write_page
 from .passes.estimate import EFFICIENCY, Device
 
 COMPUTE, COMMUNICATION = "compute", "communication"
-TEMPLATE = Path(__file__).with_name("timeline.html")
 
 
 @dataclass
@@ -159,10 +159,7 @@ class Simulation:
             "phases": self.phases(),
             "events": [asdict(event) for event in self.events],
         }
-        text = json.dumps(data, separators=(",", ":"))
-        text = text.replace("<", "\\u003c")  # nothing in it may end the script element
-        page = TEMPLATE.read_text(encoding="utf-8").replace("{{data}}", text, 1)
-        Path(path).write_text(page, encoding="utf-8")
+        write_page(path, "timeline.html", data)
 
 
 def _ms(value: float | None) -> str:

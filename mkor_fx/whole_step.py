@@ -176,15 +176,14 @@ def build_whole_step(
         trained = list(written.trained.values())
         plan = plan_of(whole, step.optimizer, trained, rule, options, variant=variant, **about)
 
-    kept = {step.mkor.name(param): (param, Refresh.of(whole.sites[i])) for i, param in written.kept.items() if late}
-    refreshes = {name: refresh for name, (_, refresh) in kept.items()}
+    refreshes = {step.mkor.name(param): Refresh.of(whole.sites[i]) for i, param in written.kept.items() if late}
 
     def settle(tensors: list[Tensor]) -> dict[str, Tensor]:
         assert rule is not None
         taken, *buffers = tensors
         if not taken:
             return {}
-        factors = {name: step.mkor.of(param) for name, (param, _) in kept.items()}
+        factors = {step.mkor.name(param): step.mkor.of(param) for param in written.kept.values()}
         new = refresh_now(rule, refreshes, late, buffers, factors, step.mkor.step - 1)
         return {f"{name}.{key}": t for name, state in new.items() for key, t in state.items()}
 

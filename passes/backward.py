@@ -14,7 +14,7 @@ from ..ir import INPUTS_FIRST, INPUTS_LAST, StepGraph
 from ..rules import Gradient, Rule
 from .capture import described_gradients
 from .collectives import Group, Network
-from .drop_in import Job, StatisticsPass, compile_flat, placeholder, scales_over_ranks
+from .drop_in import Job, StatisticsPass, compile_flat, padded_rows, placeholder, scales_over_ranks
 from .lower import new_fake_mode, plain_tracing
 from .rewrite import Layout, Scales, refreshed, split_statistics, uses_of, write_statistics
 from .trace import insert
@@ -144,12 +144,8 @@ def precondition_in_backward(
 
     directions, norms = layout.each(member)(state, layout.orient(grad, bias_grad).tensors(), scale)
     rows = [vectors.get(kind) for kind in (INPUTS_LAST, INPUTS_FIRST)] + [norms.flatten()]
-    padded = [
-        scale.new_zeros(size) if r is None else torch.nn.functional.pad(r.to(dtype), (0, size - r.numel()))
-        for r in rows
-    ]
     bias = None if bias_grad is None else directions["bias"].reshape(bias_grad.shape)
-    return layout.store(directions["weight"], grad.shape), bias, torch.stack(padded)
+    return layout.store(directions["weight"], grad.shape), bias, padded_rows(rows, size, scale)
 
 
 def _square_sum(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -40,4 +40,12 @@ def drop_detach(step: StepGraph) -> None:
 
 
 def is_transpose(node: fx.Node) -> bool:
-    return node.target is aten.permute.default and [d % 2 for d in node.args[1]] == [1, 0] and len(node.args[1]) == 2
+    return swaps_last_two(node) and len(node.args[1]) == 2
+
+
+def swaps_last_two(node: fx.Node) -> bool:
+    """Whether a node transposes each matrix of a batch, or the one that it is."""
+    if node.target is not aten.permute.default:
+        return False
+    rank = len(node.args[1])
+    return [d % rank for d in node.args[1]] == [*range(rank - 2), rank - 1, rank - 2]

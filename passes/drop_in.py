@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from ..graphs import Graphs
-from ..ir import StepGraph
+from ..ir import INPUTS_FIRST, INPUTS_LAST, StepGraph
 from ..rules import Rule
 from .capture import Naming, capture_joint, described_gradients, has_backward, read_joint
 from .collectives import Group, Network
@@ -92,9 +92,14 @@ class StatisticsPass(JointPass):
 
 def carry(vectors: dict[int, Tensor], size: int) -> Tensor:
     """Statistics vectors by orientation as the rows of a carrier, ``[2, size]``; an unused row is zero."""
-    first = next(iter(vectors.values()))
-    rows = [vectors.get(kind, torch.zeros_like(first)) for kind in (0, 1)]
-    return torch.stack([torch.nn.functional.pad(row, (0, size - row.numel())) for row in rows])
+    like = next(iter(vectors.values()))
+    return padded_rows([vectors.get(kind) for kind in (INPUTS_LAST, INPUTS_FIRST)], size, like)
+
+
+def padded_rows(rows: list[Tensor | None], size: int, like: Tensor) -> Tensor:
+    """Vectors as rows of a carrier, ``[len(rows), size]``, in the dtype of ``like``; a missing one is zero."""
+    rows = [like.new_zeros(size) if r is None else r.to(like.dtype) for r in rows]
+    return torch.stack([torch.nn.functional.pad(r, (0, size - r.numel())) for r in rows])
 
 
 # ---- the update at the optimizer's step ---------------------------------------------------------------------------

@@ -6,11 +6,11 @@ import torch
 from torch import fx
 
 from .. import reasons
-from ..ir import Decline, Parameter, Site, StepGraph, fake_value, product, same_sizes, source_line
+from ..ir import Decline, Parameter, Site, StepGraph, Tap, fake_value, product, same_sizes, source_line
 from ..ops import CASTS, VIEWS
 from .boxes import Box, merge, view_of
 from .core import graph_pass
-from .read import Use, on_whole, pieces, read_piece, where
+from .read import Piece, Use, on_whole, pieces, read_piece, where
 
 aten = torch.ops.aten
 
@@ -41,8 +41,7 @@ def find_sites(step: StepGraph) -> None:
         taps = [on_whole(use) for use in uses[index]]
         for tap in taps:
             check_inputs(tap, parameter)
-        first = uses[index][0]
-        view = view_of(*first.whole)
+        view = view_of(*uses[index][0].whole)
         assert view is not None
         step.sites[index] = Site(parameter, taps, view, parametrized=behind is not None)
     for index, parameter in step.parameters.items():
@@ -145,7 +144,7 @@ class WeightFunctions:
         return pointwise or target in LINEAR_IN_GRADIENT
 
 
-def check_inputs(tap, parameter: Parameter) -> None:
+def check_inputs(tap: Tap, parameter: Parameter) -> None:
     """Fake tensors multiply integers with floats, real ones do not: say it now.
 
     Raises:
@@ -165,13 +164,13 @@ def find_bias_owner(step: StepGraph, parameter: Parameter, uses: dict[int, list[
     if parameter.grad is None or not product(parameter.shape):
         return None
     owners = [_owner_of(step, piece, uses) for piece in pieces(parameter.grad, Box.whole(parameter.shape))]
-    if not owners or owners[0] is None or any(owner is not owners[0] for owner in owners):
+    if not owners or owners[0] is None or any(owner != owners[0] for owner in owners):
         return None
     owner = step.sites[owners[0]]
     return owner if owner.bias is None else None
 
 
-def _owner_of(step: StepGraph, piece, uses: dict[int, list[Use]]) -> int | None:
+def _owner_of(step: StepGraph, piece: Piece, uses: dict[int, list[Use]]) -> int | None:
     """The input position of the weight one of whose uses sums its output gradients into this piece."""
     axes = merge(axis for dim in piece.box.dims for axis in dim)
     for index, own in uses.items():
@@ -181,10 +180,11 @@ def _owner_of(step: StepGraph, piece, uses: dict[int, list[Use]]) -> int | None:
             if use.tap.inputs != step.sites[index].kinds[0] or piece.node not in use.tap.bias_grads:
                 continue
             outputs = (*use.members, *use.outputs)
-            if not use.partial:  # whole, and in the same order
-                same = len(axes) <= 1 and product(a.size for a in axes) == product(a.size for a in outputs)
-            else:
+            if use.partial:
                 same = [(a.size, a.start, a.full) for a in outputs] == [(a.size, a.start, a.full) for a in axes]
-            if same and not any(axis.partial for axis in axes if not use.partial):
+            else:  # the whole bias, in the same order
+                whole = len(axes) <= 1 and not any(axis.partial for axis in axes)
+                same = whole and product(a.size for a in axes) == product(a.size for a in outputs)
+            if same:
                 return index
     return None

@@ -22,6 +22,7 @@ from ..ops.rows import (
     where_live,
 )
 from .boxes import Box, Side, at_dimensions, merge, wholes
+from .canonicalize import swaps_last_two
 
 aten = torch.ops.aten
 
@@ -209,7 +210,7 @@ def row_sums(tap: Tap) -> frozenset[fx.Node]:
     if view not in (as_rows, as_columns, only_member, gathered_rows):
         return frozenset()
     if as_columns in (view, *tap.g.arguments):
-        if not _swaps_last_two(node):
+        if not swaps_last_two(node):
             return frozenset()
         node = node.args[0]
     gathered = tap.node.args[1] if view is gathered_rows else None
@@ -244,12 +245,6 @@ def row_sums(tap: Tap) -> frozenset[fx.Node]:
 def _sums_rows(node: fx.Node, members: bool) -> bool:
     rank = fake_value(node.args[0]).dim()
     return {d % rank for d in node.args[1]} == set(range(1 if members else 0, rank - 1))
-
-
-def _swaps_last_two(node: fx.Node) -> bool:
-    rank = fake_value(node).dim()
-    order = [*range(rank - 2), rank - 1, rank - 2]
-    return node.target is aten.permute.default and [d % rank for d in node.args[1]] == order
 
 
 def where(node: fx.Node) -> tuple[str, str]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..ir import product
 from ..prims import accumulation_dtype, column_square_sum, column_sum, prim
 
 # ---- views ----------------------------------------------------------------------------------------------------------
@@ -181,7 +182,7 @@ def broadcast_rows(x: Tensor, view: Callable, lead: Sequence[int], summed: Seque
     rows = rows.reshape(*lead, *rows.shape[1:])
     kept = [d for d in range(len(lead)) if d not in summed]
     rows = rows.permute(*kept, *summed, len(lead), len(lead) + 1)
-    members = torch.Size(lead[d] for d in kept).numel()
+    members = product(lead[d] for d in kept)
     return rows.reshape(*((members,) if members > 1 else ()), -1, rows.shape[-1])
 
 
@@ -216,13 +217,7 @@ def _place(x: Tensor, *groups: list[int]) -> Tensor:
     for dim, (size, start, full) in enumerate(axes):
         if size is not full:  # the number of rows may be symbolic, but is always whole
             placed = _padded(placed, dim, start, full - start - size)
-    shape: list[int] = []
-    for group in groups:
-        total = 1
-        for n in group[2::3]:
-            total = total * n
-        shape.append(total)
-    return placed.reshape(shape)
+    return placed.reshape([product(group[2::3]) for group in groups])
 
 
 # ---- operands of operands: ``viewed`` is ``(view, *arguments)`` of one that is read first ---------------------------
@@ -238,7 +233,7 @@ def placed_rows(x: Tensor, viewed: tuple, members: list[int], columns: list[int]
 
 def placed_count(x: Tensor, viewed: tuple, members: list[int]) -> Tensor:
     """The number of rows of each member, ``[full E]``."""
-    return _place(seen(x, viewed).expand(torch.Size(members[0::3]).numel()), members)
+    return _place(seen(x, viewed).expand(product(members[0::3])), members)
 
 
 def count_all(x: Tensor, viewed: tuple) -> Tensor:
