@@ -40,14 +40,14 @@ class Reference:
             self.rows.setdefault((name, type(use) is torch.nn.Embedding), []).append(rows)
         y.requires_grad and y.register_hook(record)
 
-    def vectors(self, name, G_OI):  # yields pairs: one for the left factor, one for the right
+    def vectors(self, name, G_OI, table=False):  # yields pairs: one for the left factor, one for the right
         for embedding in [e for e in (False, True) if (name, e) in self.rows and self.statistic != "gradient"]:
             rows = [torch.cat(r) for r in zip(*self.rows[name, embedding], strict=True)]  # a_NI, g_NO
             a_I, g_O = (self.unless_noise(r.sum(0), r) for r in rows)
             left, right = (a_I / max(len(rows[0]), 1), g_O)[:: 1 if embedding else -1]
             yield left, nnf.pad(right, (0, G_OI.shape[1] - len(right)), value=1 - embedding)  # pads only if joint
         if self.statistic != "mean":
-            pairs = enumerate((G_OI, G_OI.T)) if self.sites[name][3][0] else ((1, G_OI), (0, G_OI.T))  # a table is [I, O]
+            pairs = zip((1, 0) if table else (0, 1), (G_OI, G_OI.T), strict=True)  # a table is [I, O]
             signed = ((M, rademacher(self.steps, side, M.shape[1]).to(M)) for side, M in pairs)
             yield [self.unless_noise(M @ signs, M) for M, signs in signed]
 
@@ -73,7 +73,7 @@ class Reference:
         for name, W, b, keys in filter(lambda site: site[1].grad is not None, self.sites.values()):
             joint = b is not None and self.bias == "joint"
             G_OI = torch.cat([W.grad.flatten(1), *([b.grad[:, None]] if joint else [])], 1).to(self.math)
-            for key, vs in zip(keys, zip(*self.vectors(name, G_OI), strict=True), strict=False):
+            for key, vs in zip(keys, zip(*self.vectors(name, G_OI, not keys[0]), strict=True), strict=False):
                 if key in self.state and self.steps % self.refresh_every == 0 and torch.cat(vs).isfinite().all():
                     self.state[key] = self.refreshed(self.state[key].to(self.math), vs).to(self.factor_dtype)
             L_OO, R_II = (self.state.get(key, torch.eye(n)).to(G_OI) for key, n in zip(keys, G_OI.shape, strict=True))

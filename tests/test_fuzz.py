@@ -1,6 +1,5 @@
 """Fifty random programs agree with their reference, and at least nine in ten of their supported weights are sites."""
 
-import functools
 from dataclasses import replace
 
 import pytest
@@ -9,23 +8,18 @@ from fuzz.program import Part, draw
 
 from mkor_fx import MKOR
 
-SEEDS = range(50)
-outcome_of = functools.cache(lambda seed: check.check(draw(seed)))
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_a_random_program_agrees_or_is_declined(seed):
-    outcome = outcome_of(seed)
-    assert not outcome.failure, f"{outcome.failure}\n{outcome.detail}\n{outcome.program}"
-
-
-def test_declining_does_not_pass_for_being_right():
-    outcomes = [outcome_of(seed) for seed in SEEDS]
-    supported = sum(len(outcome.supported) for outcome in outcomes)
-    missed = [reason for outcome in outcomes for reason in outcome.missed.values()]
-    assert supported >= 50
+@pytest.mark.parametrize("seeds", [range(25), range(25, 50)], ids=str)
+def test_random_programs_agree_and_declining_does_not_pass_for_being_right(seeds):
+    outcomes = {seed: check.check(draw(seed)) for seed in seeds}
+    failures = [f"seed {s}: {o.failure}\n{o.detail}\n{o.program}" for s, o in outcomes.items() if o.failure]
+    assert not failures, "\n\n".join(failures)
+    supported = sum(len(outcome.supported) for outcome in outcomes.values())
+    missed = [reason for outcome in outcomes.values() for reason in outcome.missed.values()]
+    assert supported >= 25
     assert len(missed) <= 0.1 * supported, missed
-    assert sum(bool(outcome.refused) for outcome in outcomes) <= 5
+    assert sum(bool(outcome.refused) for outcome in outcomes.values()) <= 2
 
 
 PLAN = replace(

@@ -65,7 +65,6 @@ class Recorded(Reference):
         )  # fmt: skip
         self.names = {p: name for name, p in model.named_parameters()}
         self.math, self.doubtful, self.tolerance = torch.float64, False, tolerance
-        self.unclear: set[str] = set()  # held by the identity alone
 
     def unless_noise(self, v, rows):
         """Sums that rounding may decide are not for comparing."""
@@ -94,9 +93,6 @@ class Recorded(Reference):
         (matrix, *others) = {use.matrix for use in uses}
         if others:
             raise Failure("a site whose uses are different matrices", f"{name}: {[matrix, *others]}")
-        if any(use.kind == "slice-of-one" for use in uses):
-            self.unclear.update({name} if b is None else {name, self.names[b]})
-            return
         flip = all(use.inputs == "first" for use in uses)
         G = matrix.of(W.grad).to(self.math)
         G = G[0] if len(G) == 1 and G.dim() == 3 else G  # a batch of one
@@ -259,8 +255,6 @@ def _agree(plan: Plan, model: Program, batches: list, outcome: Outcome, backend:
                 if name in {e.name for e in coverage.covered}
                 else "declined"
             )
-            if name in reference.unclear:
-                continue
             moved = (before[name] - p.detach()) / LEARNING_RATE
             close(
                 f"direction of a {role}: {_kinds(tape, q)}",
@@ -271,7 +265,7 @@ def _agree(plan: Plan, model: Program, batches: list, outcome: Outcome, backend:
             )
         if not plan.autocast:
             state = compiled.handle.mkor.state_dict()
-            own_keys = {key for key in state if key.rpartition(".")[0] not in {"", *reference.unclear}}
+            own_keys = {key for key in state if key.rpartition(".")[0]}
             if own_keys != reference.state.keys():
                 raise Failure("factors kept", f"{sorted(state)}, expected {sorted(reference.state)}")
             for key, factor in reference.state.items():

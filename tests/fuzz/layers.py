@@ -229,8 +229,7 @@ class Packed(Layer):
         self.text = f"x = weight used by {self.way}  # w {list(self.w.shape)}"
 
     def piece(self, x, part, first, last):
-        one = any(p == 1 < w for p, w in zip(part.shape, self.w.shape))  # may be read as one member of a batch
-        return saw(F.linear(x, part), self.w, x, "slice-of-one" if one else "slice", within=(first, last))
+        return saw(F.linear(x, part), self.w, x, "slice", within=(first, last))
 
     def forward(self, x):
         o, i, w = self.o, self.i, self.w
