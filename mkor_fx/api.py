@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 from .config import Options, check_model, check_optimizer, check_rule
 from .distributed import Communication, check_sharding, check_stale, find_ranks, inside_ddp, without_ddp
 from .drop_in import DropIn
+from .passes.backend import facing_user
 from .passes.capture import Naming
-from .passes.lower import facing_user
 from .rules import MKOR, Rule
 from .runtime.step import CompiledStep, Phase
 from .whole_step import build_whole_step, loss_function

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from .passes.lower import BACKENDS, inductor_options
+from .passes.backend import BACKENDS, inductor_options
 from .rules import Rule
 
 

@@ -14,7 +14,8 @@ from torch import Tensor, fx
 from torch.utils.flop_counter import flop_registry
 
 from .ir import Operand, Site, fake_value
-from .passes.lower import lowering_table, new_fake_mode
+from .passes.backend import new_fake_mode
+from .passes.lower import lowering_table
 from .passes.rewrite import Layout
 from .passes.trace import trace
 from .rules import Gradient, Rule, Shape, Use

@@ -78,7 +78,7 @@ def plan_of_update(rule: Rule, jobs: Sequence[Job], options: Options, graphs: Gr
     """As ``plan_of``, of a program that runs at the optimizer's step."""
     lines = _chosen(rule, options)
     lines += [f"{job.name}: {job.layout}, refresh {job.refresh}" for job in jobs]
-    return "\n".join([*lines, *describe(graphs["schedule"].module.graph)])
+    return "\n".join([*lines, *describe(graphs["schedule"].graph)])
 
 
 def _chosen(rule: Rule | None, options: Options) -> list[str]:

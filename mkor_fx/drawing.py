@@ -88,7 +88,7 @@ def _kinds(name: str, program: Graphs) -> dict[fx.Node, str]:
     stage = _stage(program)
     products = program.products.get(name, [])
     kinds: dict[fx.Node, str] = {}
-    for node in stage.module.graph.nodes:
+    for node in stage.graph.nodes:
         label = node.meta.get("mkor_fx", "")
         if node.name in products:
             kinds[node] = "product"

@@ -15,6 +15,7 @@ from .coverage import Coverage
 from .distributed import Communication, check_sharding, check_still_alone, group_of, plan_of_update
 from .graphs import Graphs
 from .ir import Decline
+from .passes.backend import compile_joint, facing_user
 from .passes.backward import BackwardPass, build_refresh
 from .passes.capture import (
     Naming,
@@ -26,7 +27,6 @@ from .passes.capture import (
     with_inputs,
 )
 from .passes.drop_in import Job, StatisticsPass, build_update, find_layouts
-from .passes.lower import compile_joint, facing_user
 from .passes.rewrite import merge_layouts
 from .prims import accumulation_dtype
 from .rules import Rule

@@ -11,8 +11,8 @@ from torch import Tensor, fx, nn
 from .config import check_model, check_rule
 from .coverage import Coverage
 from .graphs import Graphs
+from .passes.backend import facing_user, plain_tracing
 from .passes.capture import Naming, capture_joint, dynamo_parameters, own_code
-from .passes.lower import facing_user, plain_tracing
 from .passes.pipeline import analyse
 from .rules import MKOR, Rule
 from .runtime.step import CompiledStep

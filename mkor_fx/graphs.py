@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import os
 import re
 from collections import Counter
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import tabulate
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from .dump import Dump
 from .ir import StepGraph
@@ -53,8 +54,14 @@ class Stage:
     """The graph after one stage of the pipeline and the seconds spent in it."""
 
     name: str
-    module: fx.GraphModule
+    graph: fx.Graph
     seconds: float
+    root: nn.Module
+
+    @functools.cached_property
+    def module(self) -> fx.GraphModule:
+        """The graph with what it reads of ``root``, to call or interpret; its code is generated on first use."""
+        return fx.GraphModule(self.root, self.graph, class_name=self.name)
 
     def print_readable(self, print_output: bool = True) -> str:
         """The graph as Python code, with shapes; also printed unless ``print_output=False``."""
@@ -62,12 +69,12 @@ class Stage:
 
     def op_counts(self) -> Counter[str]:
         """How often each operator occurs."""
-        return Counter(str(node.target) for node in self.module.graph.nodes if node.op == "call_function")
+        return Counter(str(node.target) for node in self.graph.nodes if node.op == "call_function")
 
     def inserted(self, name: str = "") -> str:
         """What the library has written, block by block: those whose label (``"fc.weight: statistics"``) holds ``name``."""
         lines, label = [], ""
-        for node in self.module.graph.nodes:
+        for node in self.graph.nodes:
             own = node.meta.get("mkor_fx", "")
             if node.op != "call_function" or not own or name not in own:
                 continue
@@ -79,7 +86,7 @@ class Stage:
 
     @property
     def nodes(self) -> int:
-        return len(self.module.graph.nodes)
+        return len(self.graph.nodes)
 
 
 class Graphs:
@@ -101,7 +108,7 @@ class Graphs:
         copy = fx.Graph()
         output = copy.graph_copy(module.graph, {})
         copy.output(output)
-        self.stages[name] = Stage(name, fx.GraphModule(module, copy, class_name=name), seconds)
+        self.stages[name] = Stage(name, copy, seconds, module)
 
     def describe(self, step: StepGraph) -> None:
         """Take over what the matcher has found, by node names."""

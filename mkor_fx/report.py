@@ -49,7 +49,7 @@ def report_data(title: str, programs: Sequence[Graphs], coverage: Coverage | Non
     labels.number(""), places.number("")
 
     def stage_data(stage: Stage, parameters: dict[str, str]) -> dict[str, Any]:
-        rows = [_node(node, parameters, frames) for node in stage.module.graph.nodes]
+        rows = [_node(node, parameters, frames) for node in stage.graph.nodes]
         return {
             "name": stage.name,
             "ms": stage.seconds * 1e3,

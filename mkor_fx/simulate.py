@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from .config import Options, check_model, check_optimizer, check_rule
 from .distributed import Communication, check_sharding, without_ddp
 from .graphs import module_path, target_name
+from .passes.backend import facing_user
 from .passes.capture import Naming
 from .passes.collectives import Group, Message, is_start, is_wait
 from .passes.estimate import (
@@ -26,7 +27,6 @@ from .passes.estimate import (
     tensor_bytes,
     transfer_milliseconds,
 )
-from .passes.lower import facing_user
 from .passes.overlap import is_heavy, order
 from .rules import MKOR, Rule
 from .runtime.step import CompiledStep, Phase

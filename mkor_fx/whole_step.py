@@ -23,10 +23,10 @@ from .distributed import (
     present_numbers,
 )
 from .graphs import Graphs
+from .passes.backend import compile_graph, plain_tracing
 from .passes.capture import Naming, WholeStep, capture_whole_step, dynamo_parameters, own_code, trace_artifact
 from .passes.collectives import Group, Network
 from .passes.late import Refresh, buffers_of, nothing, refresh_now
-from .passes.lower import compile_graph, plain_tracing
 from .passes.optimizer import Update, trace_update
 from .passes.pin import Overlap
 from .passes.pipeline import analyse, synthesise

@@ -12,10 +12,10 @@ from torch import Tensor, fx
 from ..graphs import Graphs
 from ..ir import INPUTS_FIRST, INPUTS_LAST, StepGraph
 from ..rules import Gradient, Rule
+from .backend import new_fake_mode, plain_tracing
 from .capture import described_gradients
 from .collectives import Group, Network
 from .drop_in import Job, StatisticsPass, compile_flat, padded_rows, placeholder, scales_over_ranks
-from .lower import new_fake_mode, plain_tracing
 from .rewrite import Layout, Scales, refreshed, split_statistics, uses_of, write_statistics
 from .trace import insert
 

@@ -1,4 +1,4 @@
-"""From Dynamo's graph to a joint forward and backward graph. With ``lower.py`` the home of torch's private APIs."""
+"""From Dynamo's graph to a joint forward and backward graph. With ``backend.py`` the home of torch's private APIs."""
 
 from __future__ import annotations
 

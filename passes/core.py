@@ -56,7 +56,6 @@ def run_passes(step: StepGraph, pipeline: list[Callable[[StepGraph], None]], sta
         seconds += time.perf_counter() - start
         dump(f"{position}_{pass_name(graph_pass_)}.after")
     start = time.perf_counter()
-    step.module.recompile()
     verify(step, stage)
     if graphs is None:
         return

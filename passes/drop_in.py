@@ -14,9 +14,9 @@ from torch import Tensor, fx
 from ..graphs import Graphs
 from ..ir import INPUTS_FIRST, INPUTS_LAST, StepGraph
 from ..rules import Rule
+from .backend import FakeTensorMode, JointPass, compile_graph, new_fake_mode, plain_tracing
 from .capture import Naming, capture_joint, described_gradients, has_backward, read_joint
 from .collectives import Group, Network
-from .lower import FakeTensorMode, JointPass, compile_graph, new_fake_mode, plain_tracing
 from .pin import Overlap
 from .pipeline import analyse, synthesise
 from .rewrite import Layout, Scales, update_site, write_statistics

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
 from ..runtime.optimizer import Number, numbers_of, read_number, tensor_state
-from .lower import outside_dynamo
+from .backend import outside_dynamo
 from .trace import shaped_like, trace
 
 #: group options that choose between implementations of one update; the traced one is the plain loop

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from torch import fx
 
+from .backend import PostGradPass, depend
 from .collectives import is_start
-from .lower import PostGradPass, depend
 from .overlap import hidden_under, is_heavy, order
 
 
@@ -37,5 +37,5 @@ class Overlap(PostGradPass):
         pin(graph)
 
     def uuid(self) -> bytes:
-        files = (Path(__file__).with_name(name) for name in ("pin.py", "overlap.py", "schedule.py", "lower.py"))
+        files = (Path(__file__).with_name(name) for name in ("pin.py", "overlap.py", "schedule.py", "backend.py"))
         return hashlib.sha256(b"".join(file.read_bytes() for file in files)).digest()

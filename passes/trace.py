@@ -10,6 +10,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..ir import fake_value
@@ -86,7 +87,7 @@ def shaped_like(example: torch.Tensor) -> torch.Tensor:
 @contextlib.contextmanager
 def _literally(leaves: list[Any]) -> Iterator[None]:
     """In the leaves' fake mode, without autograd; composite operators by their Python bodies, which know symbolic sizes."""
-    modes = [leaf.fake_mode for leaf in leaves if isinstance(leaf, torch._subclasses.FakeTensor)]
+    modes = [leaf.fake_mode for leaf in leaves if isinstance(leaf, FakeTensor)]
     with torch.no_grad(), enable_python_dispatcher(), modes[0] if modes else contextlib.nullcontext():
         yield
 
@@ -110,16 +111,17 @@ def insert(
 
 
 def splice(graph: fx.Graph, traced: fx.GraphModule, inputs: list[fx.Node], label: str = "") -> list[Any]:
-    """Copy a traced graph behind ``inputs``; returns the nodes of its outputs. Shapes are inferred anew."""
+    """Copy a traced graph behind ``inputs``; returns the nodes of its outputs."""
     environment: dict[fx.Node, Any] = {}
     arguments = iter(inputs)
-    with _literally([fake_value(node) for node in inputs]):
+    values = [fake_value(node) for node in inputs]
+    with _literally(values):
         for node in traced.graph.nodes:
             if node.op == "placeholder":
                 environment[node] = next(arguments)
             elif node.op == "call_function":
                 copy = graph.node_copy(node, environment.__getitem__)
-                copy.meta = {"val": _infer(copy), "mkor_fx": label}
+                copy.meta = {"val": _value(node, copy, values), "mkor_fx": label}
                 environment[node] = copy
             elif node.op == "output":
                 return list(fx.map_arg(node.args[0], environment.__getitem__))
@@ -128,6 +130,21 @@ def splice(graph: fx.Graph, traced: fx.GraphModule, inputs: list[fx.Node], label
     raise AssertionError("traced graph without an output")
 
 
-def _infer(node: fx.Node) -> Any:
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    return node.target(*args, **kwargs)  # type: ignore[operator]
+def _value(traced: fx.Node, copy: fx.Node, inputs: list[Any]) -> Any:
+    """What a copied node computes: as in its trace, or inferred anew where it is a view, which shares its input's memory.
+
+    A tensor as the trace has seen it, with memory of its own, takes a tenth of the time.
+    """
+    value = traced.meta.get("val")
+    if (
+        isinstance(value, FakeTensor)
+        and isinstance(traced.target, torch._ops.OpOverload)
+        and not any(returned.alias_info for returned in traced.target._schema.returns)
+        and _key([value]) is not None
+    ):
+        mode = next((i.fake_mode for i in inputs if isinstance(i, FakeTensor)), value.fake_mode)
+        with torch._C._DisableTorchDispatch():
+            like = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+        return FakeTensor(mode, like, value.device)
+    args, kwargs = fx.map_arg((copy.args, copy.kwargs), lambda n: n.meta["val"])
+    return copy.target(*args, **kwargs)  # type: ignore[operator]

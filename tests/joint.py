@@ -14,9 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mkor_fx.graphs import Graphs
 from mkor_fx.ir import Operand, Site, StepGraph
+from mkor_fx.passes.backend import plain_tracing
 from mkor_fx.passes.capture import Naming, capture_joint, own_code
 from mkor_fx.passes.drop_in import placeholder
-from mkor_fx.passes.lower import plain_tracing
 from mkor_fx.passes.pipeline import analyse
 from mkor_fx.passes.trace import insert
 from mkor_fx.rules import MKOR

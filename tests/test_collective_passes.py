@@ -225,7 +225,7 @@ def test_generated_code_keeps_the_order():
     (code,) = step.graphs.code
     order = sequence(code)
     issued = order.count("start")
-    assert issued == order.count("wait") == len(describe(step.graphs["schedule"].module.graph)) >= 2 * layers
+    assert issued == order.count("wait") == len(describe(step.graphs["schedule"].graph)) >= 2 * layers
     assert "start" not in order[order.index("wait") :]  # everything is under way before anything is waited for
     assert "start" in order[: layers + 1]  # the first statistics leave in the forward
     backward = order[: order.index("wait")]

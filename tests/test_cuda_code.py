@@ -44,7 +44,7 @@ def program_and_kernels(folder):
     code = cuda.generate(written.whole.module, Overlap())
     made = {name: cuda.compile_kernel(name, source) for name, source in cuda.kernels(code).items()}
     sizes = {name: [(asm["ptx"][:400], len(asm["cubin"])) for asm in variants] for name, variants in made.items()}
-    return code, sizes, describe(written.graphs["schedule"].module.graph)
+    return code, sizes, describe(written.graphs["schedule"].graph)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ from fuzz.program import Part, draw
 from mkor_fx import MKOR
 
 
-
 @pytest.mark.parametrize("seeds", [range(25), range(25, 50)], ids=str)
 def test_random_programs_agree_and_declining_does_not_pass_for_being_right(seeds):
     outcomes = {seed: check.check(draw(seed)) for seed in seeds}

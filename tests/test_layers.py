@@ -31,10 +31,10 @@ ALLOWED = {
 }  # fmt: skip
 
 PRIVATE = {
-    "torch._inductor": {"mkor_fx.passes.capture", "mkor_fx.passes.lower", "mkor_fx.passes.estimate"},
-    "torch._functorch": {"mkor_fx.passes.capture", "mkor_fx.passes.lower"},
-    "torch._guards": {"mkor_fx.passes.capture", "mkor_fx.passes.lower"},
-    "torch._dynamo": {"mkor_fx.passes.lower"},
+    "torch._inductor": {"mkor_fx.passes.capture", "mkor_fx.passes.backend", "mkor_fx.passes.estimate"},
+    "torch._functorch": {"mkor_fx.passes.capture", "mkor_fx.passes.backend"},
+    "torch._guards": {"mkor_fx.passes.capture", "mkor_fx.passes.backend"},
+    "torch._dynamo": {"mkor_fx.passes.backend"},
     "torch.distributed.distributed_c10d": {"mkor_fx.runtime.ranks"},
     "torch._logging": {"mkor_fx.passes.capture"},
 }

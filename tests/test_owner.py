@@ -65,7 +65,7 @@ def train_owned(rank, size, name, rule, steps, placement, **options):
     state = {**model.state_dict(), **{f"factor {k}": v for k, v in full.items()}}
     for key, param in model.named_parameters():
         state |= {f"{key} {k}": t for k, t in optimizer.state.get(param, {}).items()}
-    program = step.variants["refresh"]["schedule"].module.graph
+    program = step.variants["refresh"]["schedule"].graph
     graph = {"lines": describe(program), "code": step.variants["refresh"].code}
     graph |= {"bytes": [(s.target.__name__, s.args[0].meta["val"].nbytes, {m.kind for m in s.meta["mkor_messages"]})
                         for s in starts(program)]}  # fmt: skip
@@ -117,7 +117,7 @@ def train_deep(rank, size, placement):
     step = mkor_fx.compile_step(model, functional.mse_loss, optimizer, **options)
     x = torch.randn(8, 24, generator=torch.Generator().manual_seed(rank))
     step(x, x)
-    program = step.graphs["schedule"].module.graph
+    program = step.graphs["schedule"].graph
     sent = [(str(s.target), s.args[0].meta["val"].nbytes, s.meta["mkor_messages"][0].kind) for s in starts(program)]
     products = sum("mkor_fx.precondition" in str(node.target) for node in program.nodes)
     return sent, products, sum(t.nbytes for t in step.mkor.tensors().values())

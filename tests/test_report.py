@@ -72,7 +72,7 @@ def page(step, tmp_path_factory):
 
 
 def names(stage):
-    return [node.name for node in stage.module.graph.nodes]
+    return [node.name for node in stage.graph.nodes]
 
 
 def test_every_node_of_every_stage_is_embedded(step):
@@ -84,7 +84,7 @@ def test_every_node_of_every_stage_is_embedded(step):
         assert len(texts) == stage.nodes
         assert [re.split(r"[ :(]", t)[0] for t in texts[:-1]] == names(stage)[:-1]
         labels = [data["labels"][t] for t in embedded["labels"]]
-        assert labels == [n.meta.get("mkor_fx", "") for n in stage.module.graph.nodes]
+        assert labels == [n.meta.get("mkor_fx", "") for n in stage.graph.nodes]
     assert len(data["texts"]) < sum(stage.nodes for stage in step.graphs)  # shared between stages
 
 
@@ -124,7 +124,7 @@ def test_a_browser_shows_the_tables(step, page):
 def test_a_browser_searches(step, page):
     shown = Page(visit(page, "#q=hidden"))
     assert shown.parameters == ["hidden.weight"]
-    labelled = [n for n in step.graphs["rewrite"].module.graph.nodes if "hidden" in n.meta.get("mkor_fx", "")]
+    labelled = [n for n in step.graphs["rewrite"].graph.nodes if "hidden" in n.meta.get("mkor_fx", "")]
     texts = {text.partition(" ")[0] for _, text in shown.rows}
     assert {n.name for n in labelled} <= texts
     assert shown.text["matches"].startswith("1 parameter, ")
@@ -138,7 +138,7 @@ def test_a_browser_compares_stages(step, page, before, after):
     """Added and removed nodes are those by name; the rest is the same text or marked as changed or moved."""
     shown = Page(visit(page, f"#before={before}&after={after}&q={quote('=')}"))  # every call has one: nothing is folded
     old, new = (
-        {n.name: n.meta.get("mkor_fx", "") for n in step.graphs[s].module.graph.nodes if n.op == "call_function"}
+        {n.name: n.meta.get("mkor_fx", "") for n in step.graphs[s].graph.nodes if n.op == "call_function"}
         for s in (before, after)
     )
     kinds = {kind: sum(k == kind for k, _ in shown.rows) for kind in ("add", "del", "chg", "mov", "same")}
@@ -153,7 +153,7 @@ def test_a_browser_compares_stages(step, page, before, after):
 
 def test_a_browser_shows_one_stage_alone(step, page):
     shown = Page(visit(page, f"#before=-&after=match&q={quote('aten')}"))
-    calls = [n for n in step.graphs["match"].module.graph.nodes if "aten" in str(n.target)]
+    calls = [n for n in step.graphs["match"].graph.nodes if "aten" in str(n.target)]
     assert len(shown.rows) == len(calls) and all("aten" in text for _, text in shown.rows)
 
 
@@ -197,7 +197,7 @@ def test_generated_code_of_both_halves_is_kept_from_inductors_cache_too():
 def test_a_drawing_has_product_operands_statistics_and_update(step, tmp_path):
     source = neighbourhood("head.weight", [step.graphs])
     (product,) = step.graphs.products["head.weight"]
-    stage = step.graphs["rewrite"].module.graph
+    stage = step.graphs["rewrite"].graph
     operands = {n.name for node in stage.nodes if node.name == product for n in node.all_input_nodes}
     drawn = set(re.findall(r"^\s*p0_(\w+) \[", source, re.M))
     assert {product, *operands} <= drawn

@@ -184,7 +184,7 @@ def test_collectives_are_those_of_compile_step(one_rank, sizes):
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     step = mkor_fx.compile_step(model, loss_fn, optimizer, communication=communication, backend="eager")
     step(*batches[0])
-    issued = [line.partition(": ")[2] for line in describe(step.graphs["schedule"].module.graph)]
+    issued = [line.partition(": ")[2] for line in describe(step.graphs["schedule"].graph)]
     assert [", ".join(e.messages) for e in simulated.lane(COMMUNICATION)] == issued
     assert len(issued) >= 3
 

@@ -156,13 +156,13 @@ def graph_of(rank, size):
     model, loss_fn, batches = batches_of("mlp", 8, 1)
     step = new_step(model, loss_fn)
     step(*share(batches[0], even(8, size), rank))
-    nodes = list(step.graphs["schedule"].module.graph.nodes)
+    nodes = list(step.graphs["schedule"].graph.nodes)
     tensors = [t.dtype for t in step.late.take(step.late._layout, list)]
     output = [start.name for start in filter(is_start, nodes) if [*start.users] == [nodes[-1]]]
     inputs = [n for n in nodes if is_wait(n) and n.args[0].op == "placeholder"]
     later = [n for n in nodes[nodes.index(inputs[0]) :] if n.op == "call_function"]
     backward = [n for n in nodes if n.meta.get("partitioner_tag") == "is_backward"]
-    lines, behind = describe(step.graphs["schedule"].module.graph), set(backward) & set(later)
+    lines, behind = describe(step.graphs["schedule"].graph), set(backward) & set(later)
     return output, lines, len(inputs), len(backward), len(behind), tensors
 
 

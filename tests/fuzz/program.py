@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .layers import LAYERS, SIZES, Embedding, Layer
+from .layer import SIZES, Layer
+from .layers import LAYERS
+from .products import Embedding
 from .tape import is_recording
 
 #: weightless lines; those that end in _ change their input
