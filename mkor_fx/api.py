@@ -158,7 +158,7 @@ def compile_step(
         check_rule(rule)
     check_stale(rule, chosen, communication)
     model, process_group = without_ddp(model, process_group)
-    check_sharding(model, "step")
+    check_sharding(model, "step", whole_step=True)
     check_optimizer(model, optimizer)
     Naming.of(model, chosen.skip)
     loss_of = loss_function(model, loss_fn, return_outputs)

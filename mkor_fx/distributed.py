@@ -170,7 +170,7 @@ def inside_ddp(ddp: DistributedDataParallel, handle: nn.Module) -> nn.Module:
     return outer
 
 
-def check_sharding(model: nn.Module, precondition: str) -> None:
+def check_sharding(model: nn.Module, precondition: str, *, whole_step: bool = False) -> None:
     """Preconditioning multiplies whole matrices, so it has to happen where gradients are whole.
 
     Raises:
@@ -191,11 +191,11 @@ def check_sharding(model: nn.Module, precondition: str) -> None:
                 "mkor_fx.compile(model, precondition='backward'), which sees them before they are scattered"
             )
         return
-    sharded = [name for name, p in model.named_parameters() if isinstance(p, DTensor)]
-    if sharded:
+    parts = [name for name, p in model.named_parameters() if isinstance(p, DTensor)]
+    if parts and whole_step:
         raise ValueError(
-            f"{len(sharded)} parameters are DTensors without fully_shard ({sharded[0]}, ...): tensor-parallel parameters "
-            "are not supported. Leave them to the base optimizer: compile the modules that hold the others"
+            f"{len(parts)} parameters are tensor-parallel ({parts[0]}, ...), and a compiled step does not know whose sum "
+            "each of their gradients is: use mkor_fx.compile, which leaves these to the base optimizer"
         )
 
 

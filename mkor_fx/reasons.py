@@ -32,6 +32,7 @@ MASKED = reason("a weight indexed by a mask", "`W[mask]`")
 DISAGREE = reason(
     "two graphs use it in ways that do not go together", "tied embedding and head on both sides of a graph break"
 )
+SHARDED = reason("a tensor-parallel shard", "a DTensor made by `parallelize_module`, in `mkor_fx.compile`")
 DTYPE = reason("no rule for {dtype} weights", "complex weights")
 EMPTY = reason("it has no elements", "")
 ZERO = reason("its gradient is zero", "")

@@ -77,7 +77,7 @@ def simulate(
     if rule is not None:
         check_rule(rule)
     model, _ = without_ddp(model, None)
-    check_sharding(model, "step")
+    check_sharding(model, "step", whole_step=True)
     check_optimizer(model, optimizer)
     if not batch and not kwargs:
         raise ValueError("nothing to trace: pass one rank's batch, simulate(model, *batch, optimizer=...)")

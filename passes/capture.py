@@ -17,13 +17,15 @@ from torch._functorch._aot_autograd.descriptors import (
     InputMutationAOTOutput,
     PlainAOTInput,
     PlainAOTOutput,
+    SubclassGetAttrAOTInput,
+    SubclassGetAttrAOTOutput,
     TangentAOTInput,
 )
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 
 from ..ir import Parameter, StepGraph
 from ..ops import TABLE
-from ..reasons import SKIPPED
+from ..reasons import SHARDED, SKIPPED
 
 
 class DecompositionTable(dict):
@@ -143,7 +145,12 @@ def read_joint(module: fx.GraphModule, named: dict[int, str], data: frozenset[in
     """Wrap a joint graph; ``named`` are the parameters' names by input position, ``data`` the data's positions."""
     graph = module.graph
     placeholders = graph.find_nodes(op="placeholder")
-    by_index = {d.idx: n for n in placeholders if isinstance(d := n.meta.get("desc"), PlainAOTInput)}
+    by_index = {
+        whole.idx: node
+        for node in placeholders
+        if isinstance(whole := _of_whole(description := node.meta.get("desc")), PlainAOTInput)
+        and (whole is description or isinstance(node.meta["val"], Tensor))  # a DTensor's mesh is an input, too
+    }
     grads = {
         description.grad_of.idx: position
         for position, (value, description) in enumerate(described_outputs(graph))
@@ -158,13 +165,20 @@ def read_joint(module: fx.GraphModule, named: dict[int, str], data: frozenset[in
             tuple(by_index[index].meta["val"].shape),
             by_index[index],
             grads.get(index),
-            naming.excluded(name),
+            naming.excluded(name) or (None if isinstance(by_index[index].meta["desc"], PlainAOTInput) else SHARDED),
         )
         for index, name in named.items()
     }
-    seeds = [n for n in placeholders if isinstance(n.meta.get("desc"), TangentAOTInput)]
+    seeds = [n for n in placeholders if isinstance(_of_whole(n.meta.get("desc")), TangentAOTInput)]
     inputs = [by_index[index] for index in sorted(by_index)]
     return StepGraph(module, inputs, parameters, seeds, {by_index[index] for index in data})
+
+
+def _of_whole(description: Any) -> Any:
+    """What an input or output is, or the DTensor whose local part it is."""
+    while isinstance(description, (SubclassGetAttrAOTInput, SubclassGetAttrAOTOutput)):
+        description = description.base
+    return description
 
 
 def described_outputs(graph: fx.Graph) -> list[tuple[fx.Node | None, Any]]:
@@ -183,7 +197,7 @@ def described_gradients(graph: fx.Graph) -> dict[int, int]:
 
 def has_backward(graph: fx.Graph) -> bool:
     """Whether a captured graph differentiates anything."""
-    return any(isinstance(n.meta.get("desc"), TangentAOTInput) for n in graph.find_nodes(op="placeholder"))
+    return any(isinstance(_of_whole(n.meta.get("desc")), TangentAOTInput) for n in graph.find_nodes(op="placeholder"))
 
 
 def capture_joint(gm: fx.GraphModule, inputs: Sequence[Any], naming: Naming) -> StepGraph | None:

@@ -110,16 +110,50 @@ def refusals(rank, size):
     with pytest.raises(ValueError) as error:
         compiled(torch.randn(2, 6))
     said.append(str(error.value))
-    parallel = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2))
-    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
-
-    parallelize_module(parallel, init_device_mesh("cpu", (size,)), {"0": ColwiseParallel()})
-    with pytest.raises(ValueError) as error:
-        mkor_fx.compile(parallel)
-    return said, str(error.value)
+    return said
 
 
 def test_what_would_not_see_whole_gradients_is_refused():
-    for said, parallel in processes.values(refusals, 2):
+    for said in processes.values(refusals, 2):
         assert len(said) == 3 and all("precondition='backward'" in message for message in said)
-        assert "tensor-parallel parameters are not supported" in parallel and "0.weight" in parallel
+
+
+def perceptron(skip=()):
+    """A model of three layers, compiled, and how it is trained for three steps."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 4))
+    batches = [(torch.randn(16, 6), torch.randn(16, 4)) for _ in range(3)]
+
+    def train():
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, foreach=False)
+        compiled = mkor_fx.compile(model, skip=skip, backend="eager")
+        for x, y in batches:
+            mse_loss(compiled(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return compiled
+
+    return model, train
+
+
+def tensor_parallel(rank, size):
+    """The first two layers are split over the ranks, which all have the same batches."""
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    model, train = perceptron()
+    parallelize_module(model, init_device_mesh("cpu", (size,)), {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    with pytest.raises(ValueError, match=r"4 parameters are tensor-parallel \(0.weight, ...\).*use mkor_fx.compile"):
+        mkor_fx.compile_step(model, mse_loss, torch.optim.SGD(model.parameters(), lr=0.1))
+    coverage = train().coverage
+    whole = {k: (p.full_tensor() if isinstance(p, DTensor) else p).detach() for k, p in model.named_parameters()}
+    return whole, {entry.name: str(entry.declined) for entry in coverage.declined}
+
+
+def test_tensor_parallel_layers_are_declined_and_the_others_train_as_on_one_process():
+    model, train = perceptron(skip=["0.*", "2.*"])
+    train()
+    for whole, declined in processes.values(tensor_parallel, 2):
+        assert declined == dict.fromkeys(["0.weight", "0.bias", "2.weight", "2.bias"], "a tensor-parallel shard")
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(whole[name], p.detach(), rtol=1e-5, atol=1e-6, msg=name)
