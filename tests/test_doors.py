@@ -49,6 +49,7 @@ def test_both_doors_have_one_trajectory(name):
         torch.testing.assert_close(factor, state[key], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.nightly
 def test_both_doors_have_one_trajectory_under_inductor():
     model, loss_fn, batches = zoo.build("mlp")
     twin = copy.deepcopy(model)

@@ -99,11 +99,14 @@ def test_refresh_every_third_step(door):
     lockstep("cnn", MKOR(factor_dtype=torch.float64), "eager", 1e-10, door, torch.optim.SGD, refresh_every=3)
 
 
-@pytest.mark.parametrize("name", ["mlp", "cnn", "gpt"])
+NIGHTLY = {"marks": pytest.mark.nightly}
+
+
+@pytest.mark.parametrize("name", [pytest.param("mlp", **NIGHTLY), pytest.param("cnn", **NIGHTLY), "gpt"])
 def test_compiled_step_in_float32(name):
     lockstep(name, MKOR(), "inductor", 1e-4, "step")
 
 
-@pytest.mark.parametrize("name", ["cnn", "breaks"])
+@pytest.mark.parametrize("name", ["cnn", pytest.param("breaks", **NIGHTLY)])
 def test_compiled_drop_in_in_float32(name):
     lockstep(name, MKOR(), "inductor", 1e-4, "drop-in")

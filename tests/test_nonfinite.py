@@ -86,6 +86,7 @@ def test_drop_in_door_leaves_the_parameters_to_the_optimizer(statistic):
     assert not torch.equal(compiled.mkor.state_dict()["0.weight.R"], before["0.weight.R"])
 
 
+@pytest.mark.nightly
 def test_compiled_guard():
     model, batches = model_and_batches()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

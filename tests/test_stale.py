@@ -114,6 +114,7 @@ def compiled(rank, size):
     return run(rank, size, "mlp", 4, rule=MKOR(max_factor=14, bias="off"), backend="inductor")[0]
 
 
+@pytest.mark.nightly
 def test_compiled_ranks_are_one_process():
     whole, _ = run(0, 1, "mlp", 4, rule=MKOR(max_factor=14, bias="off"))
     parts = processes.values(compiled, 2)
