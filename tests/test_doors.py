@@ -60,7 +60,7 @@ def test_both_doors_have_one_trajectory_under_inductor():
     assert_same(model, twin, 1e-4)
 
 
-@pytest.mark.parametrize("name", ["mlp", "gpt"])
+@pytest.mark.parametrize("name", ["mlp", pytest.param("gpt", marks=pytest.mark.nightly)])
 def test_two_micro_batches_equal_one_batch(name):
     model, loss_fn, batches = zoo.build(name)
     batches = [(x[: len(x) // 2 * 2], y[: len(y) // 2 * 2]) for x, y in batches]
@@ -112,7 +112,7 @@ def test_raw_gradients_are_the_users_before_and_after_the_step():
         torch.testing.assert_close(p.grad, q.grad)
 
 
-@pytest.mark.parametrize("name", ["gpt", "cnn", "checkpointed"])
+@pytest.mark.parametrize("name", [pytest.param("gpt", marks=pytest.mark.nightly), "cnn", "checkpointed"])
 def test_fullgraph_in_both_doors(name):
     options = {"dropout": 0.3} if name == "checkpointed" else {}
     model, loss_fn, batches = zoo.build(name, steps=3, **options)

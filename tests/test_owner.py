@@ -81,7 +81,7 @@ CASES = {
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=[pytest.mark.nightly] * (case == "in_out-2")) for case in CASES]
+    "case", [pytest.param(case, marks=[pytest.mark.nightly] * (case in ("in_out-2", "cnn-2"))) for case in CASES]
 )
 def test_owners_train_as_replicas_do(case):
     name, size, rule, _ = CASES[case]
@@ -188,6 +188,7 @@ def train_compiled(rank, size):
     return train_owned(rank, size, "mlp", rule, 3, "owner", backend="inductor", communication=communication)
 
 
+@pytest.mark.nightly
 def test_compiled_owners_issue_alike():
     whole, _ = train(0, 1, "mlp", MKOR(max_factor=14), 3)
     parts = processes.values(train_compiled, 2)
