@@ -11,8 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tests.fuzz.check import Outcome, check, shrink
-from tests.fuzz.program import draw
+from tests.fuzz.check import outcome_of
 
 
 def main() -> int:
@@ -42,23 +41,14 @@ def main() -> int:
             elif sys.stderr.isatty() or seed % 50 == 0:
                 seconds = time.monotonic() - begin
                 print(f"\r{seed}  {seconds:.0f} s  {failures.total()} failures", file=sys.stderr, flush=True)
+        pool.close()
+        pool.join()
     print(f"{len(seeds)} seeds, {time.monotonic() - begin:.0f} s, {failures.total()} failures")
     print(f"{refused} programs refused, by autograd itself or by a message")
     print(*(f"  {count} x {what}" for what, count in failures.most_common() if count), sep="\n")
     print(f"{supported} weights are made by supported operations, {supported - missed} became sites")
     print(*(f"  {count} x declined: {what}" for what, count in declined.most_common()), sep="\n")
     return bool(failures.total())
-
-
-def outcome_of(seed: int, smallest: bool) -> tuple[Outcome, str]:
-    """What the seed has shown, and a failure's text, of the smallest program that fails alike."""
-    outcome = check(draw(seed))
-    if not outcome.failure:
-        return outcome, ""
-    least = shrink(outcome) if smallest else outcome
-    kept = ("door", "shape", "sizes", "autocast", "frozen", "refresh_every", "dynamic", "rule")
-    plan = {name: getattr(least.plan, name) for name in kept}
-    return outcome, "\n".join([least.detail.strip()[-1500:], least.program, str(plan)])
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from torch import Tensor
 import mkor_fx
 from mkor_fx import MKOR
 
-from .program import Plan, Program, build
+from .program import Plan, Program, build, draw
 from .recorded import Failure, Recorded, close
 from .tape import Use, recording
 
@@ -243,3 +243,14 @@ def shrink(outcome: Outcome, attempts: int = 30) -> Outcome:
             if attempts <= 0:
                 break
     return outcome
+
+
+def outcome_of(seed: int, smallest: bool) -> tuple[Outcome, str]:
+    """What a seed has shown, and the text of its failure: of the smallest program found that fails alike."""
+    outcome = check(draw(seed))
+    if not outcome.failure:
+        return outcome, ""
+    least = shrink(outcome) if smallest else outcome
+    kept = ("door", "shape", "sizes", "autocast", "frozen", "refresh_every", "dynamic", "rule")
+    plan = {name: getattr(least.plan, name) for name in kept}
+    return outcome, "\n".join([least.detail.strip()[-1500:], least.program, str(plan)])
