@@ -52,7 +52,7 @@ demo-ddp: $(READY)  ## the demo on 2 gloo ranks: RANKS=2
 test: $(MINILM)  ## run the tests
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal $(ARGS)
 
-fuzz: $(READY)  ## hold 1000 random programs to their reference (half an hour): ARGS="--seeds 0:1000"
+fuzz: $(READY)  ## hold 1000 random programs to their reference (slow): ARGS="--seeds 0:1000"
 	$(RUN) -m tests.fuzz $(or $(ARGS),--seeds 0:1000)
 
 nightly: $(MINILM) fuzz  ## the tests that are left out of `make test`, and fuzz

@@ -69,7 +69,7 @@ def capture(model: nn.Module, *args: Any, match: bool = True) -> list[Joint]:
             found.append(Joint(step, flat))
             with torch.no_grad():
                 results = gm(*values)
-            return [r.requires_grad_(r.is_floating_point()) for r in results]
+            return [r.requires_grad_().clone() if r.is_floating_point() else r for r in results]  # no leaves
 
         return run
 

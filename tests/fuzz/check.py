@@ -146,7 +146,7 @@ def _agree(plan: Plan, model: Program, batches: list, outcome: Outcome, backend:
                 moved,
                 expected,
                 tolerance,
-                1e-9 if not plan.autocast else 1e-3,
+                1e-9 if not plan.autocast else 1e-3 + reference.noise.get(name, 0),
             )
         if not plan.autocast:
             state = compiled.handle.mkor.state_dict()

@@ -30,6 +30,7 @@ class Recorded(Reference):
         )  # fmt: skip
         self.names = {p: name for name, p in model.named_parameters()}
         self.math, self.doubtful, self.tolerance = torch.float64, False, tolerance
+        self.noise: dict[str, float] = {}  # the length of each gradient if it were bfloat16's rounding alone
 
     def unless_noise(self, v, rows):
         """Sums that rounding may decide are not for comparing."""
@@ -58,6 +59,9 @@ class Recorded(Reference):
         (matrix, *others) = {use.matrix for use in uses}
         if others:
             raise Failure("a site whose uses are different matrices", f"{name}: {[matrix, *others]}")
+        self.noise[name] = 2**-8 * sum(float(use.g.norm() * use.a.norm()) for use in uses)
+        if b is not None:
+            self.noise[self.names[b]] = 2**-8 * sum(float(use.g.norm()) for use in uses)
         flip = all(use.inputs == "first" for use in uses)
         G = matrix.of(W.grad).to(self.math)
         G = G[0] if len(G) == 1 and G.dim() == 3 else G  # a batch of one
@@ -99,9 +103,9 @@ class Recorded(Reference):
                 g = b.grad.reshape(-1, len(D))[e or 0].to(self.math)
                 bias_directions.append(D[:, -1] if joint else self.rescaled(factors[0] @ g, g))
         D = directions[0] if G.dim() == 2 else torch.stack(directions)
-        W.grad.copy_(matrix.back(D.mT if flip else D, W.shape))
+        W.grad = W.grad.clone().copy_(matrix.back(D.mT if flip else D, W.shape))  # autograd's may be expanded
         if b is not None:
-            b.grad.copy_(torch.stack(bias_directions).reshape(b.shape))
+            b.grad = b.grad.clone().copy_(torch.stack(bias_directions).reshape(b.shape))
 
     def rows_of(self, uses, flip, e):
         """As ``Reference.vectors`` wants them; it calls uses in the opposite orientation embeddings."""

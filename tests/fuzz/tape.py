@@ -112,7 +112,7 @@ def saw(
 
     if y.requires_grad:
         y.register_hook(note)
-    return y
+    return y.clone()  # a hook on a view is lost where its base is changed in place
 
 
 def opaque(weight: nn.Parameter, kind: str = "elementwise") -> None:
