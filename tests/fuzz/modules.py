@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .layer import Layer, weight
-from .tape import is_recording, saw
+from .tape import is_recording, opaque, saw
 
 
 class Attention(Layer):
@@ -105,6 +105,8 @@ class Norm(Layer):
         self.text = f"x = {self.inner}(x)"
 
     def forward(self, x):
+        for p in self.inner.parameters():
+            opaque(p)
         return self.inner(x)
 
 
@@ -122,4 +124,5 @@ class Elementwise(Layer):
         self.text = f"x = {text}  # p {list(shape)}"
 
     def forward(self, x):
+        opaque(self.p)
         return self.function(x, self.p)

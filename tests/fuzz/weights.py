@@ -71,7 +71,7 @@ class Derived(Layer):
             )
         )
         if self.way == "symmetric":
-            o = i
+            o, self.way = i, "symmetric" if i > 1 else "cast"  # one number is its own transpose: either role is right
         self.inner = nn.Linear(i, o, bias=rng.random() < 0.6)
         if self.way == "lora":
             self.down, self.up = weight(2, i, fan=i), weight(o, 2, fan=2)
@@ -138,7 +138,7 @@ class Tied(Layer):
         if self.into is not None:
             x = saw(self.into(x), self.into.weight, x, "linear")
         y = F.linear(x, self.w.T if self.flipped else self.w)
-        return saw(y, self.w, x, "linear", inputs="first" if self.flipped else "last")
+        return saw(y, self.w, x, "linear", inputs="first" if self.flipped and self.w.numel() > 1 else "last")
 
 
 class Penalty(Layer):
