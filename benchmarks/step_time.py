@@ -70,7 +70,7 @@ def timings(records: list[dict], compile_seconds: dict[str, float]) -> str:
 
 
 def counts() -> str:
-    """Multiply-adds a step of every linear layer, its preconditioning in the cheaper order, and its factors' size."""
+    """Multiply-adds a step of every layer, its preconditioning in the cheaper order, and its factors' size."""
     n = BATCH * CONTEXT
     attention = 3 * 2 * DEPTH * n * CONTEXT * WIDTH  # forward and twice that backward, of scores and mixtures
     shapes, training, preconditioning, factors = {"attention": ""}, [attention], [0], [0]
@@ -83,6 +83,12 @@ def counts() -> str:
             training.append(3 * n * o * i)
             preconditioning.append(min(product_first, operands_first))
             factors.append(4 * (o * o + i * i))
+        elif isinstance(layer, nn.Embedding):  # looked up, and with one factor
+            rows_of_table, width = layer.weight.shape
+            shapes[name] = f"{width} x {rows_of_table}"
+            training.append(0)
+            preconditioning.append(rows_of_table * width**2)
+            factors.append(4 * width**2)
     shapes["total"] = ""
     for column in (training, preconditioning, factors):
         column.append(sum(column))
