@@ -56,7 +56,7 @@ fuzz: $(READY)  ## hold 1000 random programs to their reference (slow): ARGS="--
 	$(RUN) -m tests.fuzz $(or $(ARGS),--seeds 0:1000)
 
 nightly: $(MINILM) fuzz  ## the tests that are left out of `make test`, and fuzz
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m nightly
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal -m nightly
 
 check: $(READY_DEV)  ## lint and type-check
 	$(RUN) -m ruff check .

@@ -9,11 +9,12 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
 
 import tabulate
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from .dump import Dump
 from .ir import StepGraph
@@ -56,12 +57,12 @@ class Stage:
     name: str
     graph: fx.Graph
     seconds: float
-    root: nn.Module
+    constants: dict[str, Any]
 
     @functools.cached_property
     def module(self) -> fx.GraphModule:
-        """The graph with what it reads of ``root``, to call or interpret; its code is generated on first use."""
-        return fx.GraphModule(self.root, self.graph, class_name=self.name)
+        """The graph with the ``constants`` that it reads, to call or interpret; its code is generated on first use."""
+        return fx.GraphModule(self.constants, self.graph, class_name=self.name)
 
     def print_readable(self, print_output: bool = True) -> str:
         """The graph as Python code, with shapes; also printed unless ``print_output=False``."""
@@ -108,7 +109,8 @@ class Graphs:
         copy = fx.Graph()
         output = copy.graph_copy(module.graph, {})
         copy.output(output)
-        self.stages[name] = Stage(name, copy, seconds, module)
+        constants = {node.target: attrgetter(node.target)(module) for node in copy.find_nodes(op="get_attr")}
+        self.stages[name] = Stage(name, copy, seconds, constants)
 
     def describe(self, step: StepGraph) -> None:
         """Take over what the matcher has found, by node names."""

@@ -18,7 +18,6 @@ from torch._functorch._aot_autograd.descriptors import (
     PlainAOTInput,
     PlainAOTOutput,
     SubclassGetAttrAOTInput,
-    SubclassGetAttrAOTOutput,
     TangentAOTInput,
 )
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
@@ -144,13 +143,8 @@ def data_inputs(gm: fx.GraphModule, naming: Naming) -> frozenset[int]:
 def read_joint(module: fx.GraphModule, named: dict[int, str], data: frozenset[int], naming: Naming) -> StepGraph:
     """Wrap a joint graph; ``named`` are the parameters' names by input position, ``data`` the data's positions."""
     graph = module.graph
-    placeholders = graph.find_nodes(op="placeholder")
-    by_index = {
-        whole.idx: node
-        for node in placeholders
-        if isinstance(whole := _of_whole(description := node.meta.get("desc")), PlainAOTInput)
-        and (whole is description or isinstance(node.meta["val"], Tensor))  # a DTensor's mesh is an input, too
-    }
+    described = described_inputs(graph)
+    by_index = {d.idx: node for node, d in described if isinstance(d, PlainAOTInput)}
     grads = {
         description.grad_of.idx: position
         for position, (value, description) in enumerate(described_outputs(graph))
@@ -169,16 +163,21 @@ def read_joint(module: fx.GraphModule, named: dict[int, str], data: frozenset[in
         )
         for index, name in named.items()
     }
-    seeds = [n for n in placeholders if isinstance(_of_whole(n.meta.get("desc")), TangentAOTInput)]
+    seeds = [node for node, d in described if isinstance(d, TangentAOTInput)]
     inputs = [by_index[index] for index in sorted(by_index)]
     return StepGraph(module, inputs, parameters, seeds, {by_index[index] for index in data})
 
 
-def _of_whole(description: Any) -> Any:
-    """What an input or output is, or the DTensor whose local part it is."""
-    while isinstance(description, (SubclassGetAttrAOTInput, SubclassGetAttrAOTOutput)):
-        description = description.base
-    return description
+def described_inputs(graph: fx.Graph) -> list[tuple[fx.Node, Any]]:
+    """Each input and what it is. A DTensor is its local tensor; its mesh, an input as well, is left out."""
+    found = []
+    for node in graph.find_nodes(op="placeholder"):
+        whole = description = node.meta.get("desc")
+        while isinstance(whole, SubclassGetAttrAOTInput):
+            whole = whole.base
+        if whole is description or isinstance(node.meta["val"], Tensor):
+            found.append((node, whole))
+    return found
 
 
 def described_outputs(graph: fx.Graph) -> list[tuple[fx.Node | None, Any]]:
@@ -197,7 +196,7 @@ def described_gradients(graph: fx.Graph) -> dict[int, int]:
 
 def has_backward(graph: fx.Graph) -> bool:
     """Whether a captured graph differentiates anything."""
-    return any(isinstance(_of_whole(n.meta.get("desc")), TangentAOTInput) for n in graph.find_nodes(op="placeholder"))
+    return any(isinstance(description, TangentAOTInput) for _, description in described_inputs(graph))
 
 
 def capture_joint(gm: fx.GraphModule, inputs: Sequence[Any], naming: Naming) -> StepGraph | None:

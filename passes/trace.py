@@ -10,7 +10,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..ir import fake_value
@@ -87,9 +87,13 @@ def shaped_like(example: torch.Tensor) -> torch.Tensor:
 @contextlib.contextmanager
 def _literally(leaves: list[Any]) -> Iterator[None]:
     """In the leaves' fake mode, without autograd; composite operators by their Python bodies, which know symbolic sizes."""
-    modes = [leaf.fake_mode for leaf in leaves if isinstance(leaf, FakeTensor)]
-    with torch.no_grad(), enable_python_dispatcher(), modes[0] if modes else contextlib.nullcontext():
+    mode = _fake_mode(leaves)
+    with torch.no_grad(), enable_python_dispatcher(), mode or contextlib.nullcontext():
         yield
+
+
+def _fake_mode(leaves: list[Any]) -> FakeTensorMode | None:
+    return next((leaf.fake_mode for leaf in leaves if isinstance(leaf, FakeTensor)), None)
 
 
 def insert(
@@ -115,13 +119,14 @@ def splice(graph: fx.Graph, traced: fx.GraphModule, inputs: list[fx.Node], label
     environment: dict[fx.Node, Any] = {}
     arguments = iter(inputs)
     values = [fake_value(node) for node in inputs]
+    mode = _fake_mode(values)
     with _literally(values):
         for node in traced.graph.nodes:
             if node.op == "placeholder":
                 environment[node] = next(arguments)
             elif node.op == "call_function":
                 copy = graph.node_copy(node, environment.__getitem__)
-                copy.meta = {"val": _value(node, copy, values), "mkor_fx": label}
+                copy.meta = {"val": _value(node, copy, mode), "mkor_fx": label}
                 environment[node] = copy
             elif node.op == "output":
                 return list(fx.map_arg(node.args[0], environment.__getitem__))
@@ -130,7 +135,7 @@ def splice(graph: fx.Graph, traced: fx.GraphModule, inputs: list[fx.Node], label
     raise AssertionError("traced graph without an output")
 
 
-def _value(traced: fx.Node, copy: fx.Node, inputs: list[Any]) -> Any:
+def _value(traced: fx.Node, copy: fx.Node, mode: FakeTensorMode | None) -> Any:
     """What a copied node computes: as in its trace, or inferred anew where it is a view, which shares its input's memory.
 
     A tensor as the trace has seen it, with memory of its own, takes a tenth of the time.
@@ -142,9 +147,8 @@ def _value(traced: fx.Node, copy: fx.Node, inputs: list[Any]) -> Any:
         and not any(returned.alias_info for returned in traced.target._schema.returns)
         and _key([value]) is not None
     ):
-        mode = next((i.fake_mode for i in inputs if isinstance(i, FakeTensor)), value.fake_mode)
         with torch._C._DisableTorchDispatch():
             like = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
-        return FakeTensor(mode, like, value.device)
+        return FakeTensor(mode or value.fake_mode, like, value.device)
     args, kwargs = fx.map_arg((copy.args, copy.kwargs), lambda n: n.meta["val"])
     return copy.target(*args, **kwargs)  # type: ignore[operator]

@@ -115,10 +115,12 @@ class Ranks:
         Raises:
             RuntimeError: names the first that differs, on every rank.
         """
+        if self.alone:
+            return
         from torch.distributed.tensor import DTensor
 
         tensors = {name: tensor for name, tensor in tensors.items() if not isinstance(tensor, DTensor)}
-        if self.alone or not tensors:
+        if not tensors:
             return
         device = next(iter(tensors.values())).device
         own = torch.stack([checksum(tensor).to(device) for tensor in tensors.values()])

@@ -99,14 +99,14 @@ def test_refresh_every_third_step(door):
     lockstep("cnn", MKOR(factor_dtype=torch.float64), "eager", 1e-10, door, torch.optim.SGD, refresh_every=3)
 
 
-NIGHTLY = {"marks": pytest.mark.nightly}
+NIGHTLY = pytest.mark.nightly
 
 
-@pytest.mark.parametrize("name", ["cnn", *(pytest.param(name, **NIGHTLY) for name in ("mlp", "gpt"))])
+@pytest.mark.parametrize("name", ["cnn", *(pytest.param(name, marks=NIGHTLY) for name in ("mlp", "gpt"))])
 def test_compiled_step_in_float32(name):
     lockstep(name, MKOR(), "inductor", 1e-4, "step")
 
 
-@pytest.mark.parametrize("name", ["cnn", pytest.param("breaks", **NIGHTLY)])
+@pytest.mark.parametrize("name", ["cnn", pytest.param("breaks", marks=NIGHTLY)])
 def test_compiled_drop_in_in_float32(name):
     lockstep(name, MKOR(), "inductor", 1e-4, "drop-in")
