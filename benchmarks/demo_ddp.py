@@ -13,7 +13,7 @@ import torch.distributed as dist
 import mkor_fx
 from benchmarks.demo import usable_backend
 from benchmarks.tasks import TASKS, cosine
-from mkor_fx.passes.collectives import describe
+from mkor_fx.passes.order.collectives import describe
 
 CHECK_EVERY = 50
 

@@ -5,12 +5,10 @@ on a small, busy machine. Then weak scaling: the same batch a rank on 1 and 2 ra
 """
 
 import argparse
-import contextlib
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from unittest import mock
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -20,49 +18,34 @@ from torch import nn
 
 import mkor_fx
 from benchmarks import latency
-from mkor_fx.passes import pipeline
-from mkor_fx.passes.core import graph_pass
+from mkor_fx.api import compiled_step
+from mkor_fx.options import Options
 
 LAYERS, WIDTH, ROWS = 6, 512, 2048
 PLAN = mkor_fx.Communication(gradient_bytes=2 * WIDTH * WIDTH * 4)
-SIDES = {"trace order": (), "scheduled": ("schedule",), "scheduled, in buckets": ("schedule", "bucket")}
+#: the passes over collectives that are left out
+SIDES = {"trace order": ("schedule", "pin", "bucket"), "scheduled": ("bucket",), "scheduled, in buckets": ()}
 
 
-@graph_pass(stage="schedule", exact=True)
-def nothing(step: object, **options: object) -> None:
-    """Stands in for a pass that is switched off."""
-
-
-@contextlib.contextmanager
-def passes(*on: str) -> Iterator[None]:
-    """Steps compiled inside have only these of the passes over collectives."""
-    with contextlib.ExitStack() as stack:
-        for name in {"schedule", "bucket"} - set(on):
-            stack.enter_context(mock.patch.object(pipeline, name, nothing))
-        if "schedule" not in on:
-            stack.enter_context(mock.patch("mkor_fx.whole_step.Overlap", lambda: None))
-        yield
-
-
-def build(backend: str, layers: int, width: int, rows: int) -> Callable[[], torch.Tensor]:
+def build(
+    backend: str, layers: int, width: int, rows: int, without: Sequence[str] = ()
+) -> Callable[[], torch.Tensor]:
     torch.manual_seed(0)
     model = nn.Sequential(*(m for _ in range(layers) for m in (nn.Linear(width, width, bias=False), nn.Tanh())))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    step = mkor_fx.compile_step(
-        model, nn.functional.mse_loss, optimizer, skip_nonfinite=False, backend=backend, communication=PLAN
-    )
+    options = Options(skip_nonfinite=False, backend=backend, communication=PLAN, fullgraph=True, without=without)
+    step = compiled_step(model, nn.functional.mse_loss, optimizer, options)
     x, y = torch.randn(rows, width), torch.randn(rows, width)
     return lambda: step(x, y)
 
 
-def blocked(on: tuple[str, ...], backend: str = "eager", steps: int = 10) -> dict[str, float]:
+def blocked(without: Sequence[str], backend: str = "eager", steps: int = 10) -> dict[str, float]:
     """Medians a step over a group of this rank: milliseconds `communication`, `blocked`, `step`; `collectives`."""
     group = dist.group.WORLD
     assert isinstance(group, latency.LatencyGroup)
-    with passes(*on):
-        step = build(backend, LAYERS, WIDTH, ROWS)
-        for _ in range(2):
-            step()
+    step = build(backend, LAYERS, WIDTH, ROWS, without)
+    for _ in range(2):
+        step()
     records = []
     for _ in range(steps):
         group.reset()
@@ -105,8 +88,8 @@ def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("latency", store=dist.HashStore(), rank=0, world_size=1)
     rows = []
-    for name, on in SIDES.items():
-        figures = blocked(on, options.backend)
+    for name, without in SIDES.items():
+        figures = blocked(without, options.backend)
         share = figures["blocked"] / figures["communication"]
         milliseconds = [f"{figures[key]:.1f}" for key in ("communication", "blocked", "step")]
         rows.append([name, int(figures["collectives"]), *milliseconds, f"{share:.0%}"])

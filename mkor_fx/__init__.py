@@ -1,11 +1,11 @@
 """Second-order optimizers as a compiler pass: MKOR inside torch.compile's own graphs."""
 
 from .api import compile, compile_step
-from .distributed import Communication
-from .explain import explain
+from .doors.explain import explain
+from .doors.simulate import simulate
 from .ops import op_rule
-from .progress import progress
-from .rules import MKOR, Rule
-from .simulate import simulate
+from .options import Communication
+from .rules import KFAC, MKOR, Rule
+from .show.progress import progress
 
-__all__ = ["MKOR", "Communication", "Rule", "compile", "compile_step", "explain", "op_rule", "progress", "simulate"]
+__all__ = ["KFAC", "MKOR", "Communication", "Rule", "compile", "compile_step", "explain", "op_rule", "progress", "simulate"]

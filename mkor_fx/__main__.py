@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from .explain import explain
+from .doors.explain import explain
 
 DESCRIPTION = """\
 What mkor_fx would precondition of a model, and why not the rest. Nothing is trained, computed or changed.

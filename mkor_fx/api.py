@@ -5,25 +5,34 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from .config import Options, check_model, check_optimizer, check_rule
-from .distributed import Communication, check_sharding, check_stale, find_ranks, inside_ddp, without_ddp
-from .drop_in import DropIn
-from .passes.backend import facing_user
-from .passes.capture import Naming
-from .rules import MKOR, Rule
-from .runtime.step import CompiledStep, Phase
-from .whole_step import build_whole_step, loss_function
+from .doors.agreement import find_ranks
+from .doors.checks import (
+    check_drop_in,
+    check_gradient_hooks,
+    check_late,
+    check_model,
+    check_optimizer,
+    check_placement,
+    check_sharding,
+    without_ddp,
+)
+from .doors.drop_in import DropIn
+from .doors.handle import inside_ddp
+from .doors.whole_step import new_step
+from .options import Communication, Options
+from .passes.naming import Naming
+from .rules import MKOR, RuleChoice
+from .runtime.compiled_step import CompiledStep
 
 
 def compile(
     model: nn.Module,
-    rule: Rule = MKOR(),  # noqa: B008  (frozen)
+    rule: RuleChoice = MKOR(),  # noqa: B008  (frozen)
     *,
     refresh_every: int = 1,
     skip: Sequence[str] = (),
@@ -64,25 +73,32 @@ def compile(
         ValueError: bad options, or a model with nothing to train; nothing is changed.
     """
     chosen = Options(
-        skip=skip,
+        rule=rule,
         refresh_every=refresh_every,
+        skip=skip,
+        precondition=precondition,
+        process_group=process_group,
+        communication=communication,
         backend=backend,
         dynamic=dynamic,
         fullgraph=fullgraph,
         mode=mode,
         options=options,
     )
+    return compiled_model(model, chosen)
+
+
+def compiled_model(model: nn.Module, options: Options) -> nn.Module:
+    """As :func:`compile`, by the doors' options."""
     check_model(model)
-    check_rule(rule)
-    if precondition not in ("step", "backward"):
-        raise ValueError(f"precondition={precondition!r}: must be 'step' or 'backward'")
-    inner, group = model, process_group
+    if not options.rules:
+        raise ValueError("rule=None: without a rule there is nothing to add; use torch.compile(model)")
+    check_drop_in(options)
+    inner, group = model, options.process_group
     if isinstance(model, DistributedDataParallel):
-        inner, group = model.module, process_group or model.process_group
-    if communication.average != "ranks":
-        raise ValueError("Communication(average='rows') needs compile_step: here the gradients are averaged elsewhere")
-    check_sharding(inner, precondition)
-    handle = DropIn(inner, rule, chosen, precondition, find_ranks(group), communication).handle
+        inner, group = model.module, group or model.process_group
+    check_sharding(inner, options.precondition)
+    handle = DropIn(inner, options, find_ranks(group)).handle
     return inside_ddp(model, handle) if isinstance(model, DistributedDataParallel) else handle
 
 
@@ -90,7 +106,7 @@ def compile_step(
     model: nn.Module,
     loss_fn: Callable[..., Tensor] | None,
     optimizer: Optimizer,
-    rule: Rule | None = MKOR(),  # noqa: B008  (frozen)
+    rule: RuleChoice = MKOR(),  # noqa: B008  (frozen)
     *,
     refresh_every: int = 1,
     skip: Sequence[str] = (),
@@ -139,36 +155,38 @@ def compile_step(
         ValueError: bad options, an optimizer over another model, a loss that is not a scalar; nothing is changed.
     """
     chosen = Options(
-        skip=skip,
+        rule=rule,
         refresh_every=refresh_every,
+        skip=skip,
+        skip_nonfinite=skip_nonfinite,
+        process_group=process_group,
+        placement=placement,
+        stale=stale,
+        communication=communication,
+        return_outputs=return_outputs,
         backend=backend,
         dynamic=dynamic,
         fullgraph=fullgraph,
         mode=mode,
         options=options,
-        placement=placement,
-        stale=stale,
     )
-    if not fullgraph:
+    return compiled_step(model, loss_fn, optimizer, chosen)
+
+
+def compiled_step(
+    model: nn.Module, loss_fn: Callable[..., Tensor] | None, optimizer: Optimizer, options: Options
+) -> CompiledStep:
+    """As :func:`compile_step`, by the doors' options."""
+    if not options.fullgraph:
         raise ValueError(
             "compile_step compiles one graph and needs fullgraph=True; mkor_fx.compile handles graph breaks"
         )
     check_model(model)
-    if rule is not None:
-        check_rule(rule)
-    check_stale(rule, chosen, communication)
-    model, process_group = without_ddp(model, process_group)
+    check_late(options)
+    check_placement(options)
+    model, process_group = without_ddp(model, options.process_group)
     check_sharding(model, "step", whole_step=True)
     check_optimizer(model, optimizer)
-    Naming.of(model, chosen.skip)
-    loss_of = loss_function(model, loss_fn, return_outputs)
-
-    def build(step: CompiledStep, phase: Phase) -> Callable[..., Any]:
-        def mkor_fx(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-            return build_whole_step(step, rule, phase, chosen, skip_nonfinite, communication, gm, inputs)
-
-        return facing_user(torch.compile(loss_of, backend=mkor_fx, fullgraph=True, dynamic=dynamic))
-
-    every = refresh_every if rule is not None else 1
-    ranks = find_ranks(process_group)
-    return CompiledStep(model, optimizer, build, every, ranks, communication.check_replicas_every, stale)
+    check_gradient_hooks(model.named_parameters())
+    Naming.of(model, options.skip, options.rules)
+    return new_step(model, loss_fn, optimizer, options, find_ranks(process_group))

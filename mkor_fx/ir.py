@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import fx
@@ -135,7 +136,7 @@ class Parameter:
 
 @dataclass
 class Site:
-    """A weight whose gradient is a product, with every use of it. ``bias`` is its bias, if matched.
+    """A weight whose gradient is a product, with every use of it. ``bias`` is its bias, if matched; ``rule`` updates it.
 
     ``parametrized``: the products make the gradient of a function of the weight, from which its own follows elementwise.
     """
@@ -145,6 +146,7 @@ class Site:
     view: View
     parametrized: bool = False
     bias: Parameter | None = None
+    rule: Any = None
 
     @property
     def kinds(self) -> tuple[int, ...]:

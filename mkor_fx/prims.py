@@ -4,7 +4,8 @@ Each operator has a native body in plain torch. Eager execution runs the body; `
 splices the result, so a graph that reads ``mkor_fx.inverse_update(L, [g], ...)`` ends as ordinary aten operators.
 
 Shape suffixes: ``N`` rows (batch x positions), ``M`` any width, ``O`` outputs, ``I`` inputs, ``D`` one side of a factor.
-Operators on a weight's matrices take a batch of them in front. How rows are read off operands is in ``rows.py``.
+Operators on a weight's matrices take a batch of them in front. How rows are read off operands is in ``rows.py``. Where a
+number may change over time, an operator has a twin ``..._by`` that takes 0-dim tensors.
 """
 
 from __future__ import annotations
@@ -81,8 +82,9 @@ def column_square_sum(rows_NM: Tensor) -> Tensor:
     return (wide * wide).sum(-2)
 
 
-@prim("inverse_update(Tensor factor, Tensor[] vectors, float scale, float shift, float weight) -> Tensor")
-def inverse_update(factor_DD: Tensor, vectors: list[Tensor], scale: float, shift: float, weight: float) -> Tensor:
+def _inverse_update(
+    factor_DD: Tensor, vectors: list[Tensor], scale: float | Tensor, shift: float | Tensor, weight: float | Tensor
+) -> Tensor:
     """Sherman-Morrison steps on an inverse factor, in the dtype of the vectors.
 
     With ``B_0 = scale * F + shift * I`` returns ``B_k``, where ``B_j = B_{j-1} - weight u u^T / (1 + weight v_j^T u)``
@@ -92,19 +94,36 @@ def inverse_update(factor_DD: Tensor, vectors: list[Tensor], scale: float, shift
     its step.
     """
     factor = factor_DD.to(vectors[0].dtype)
+    scale_1, shift_1, weight_1 = (_for_each(x, 1, factor.dtype) for x in (scale, shift, weight))
     roots: list[Tensor] = []  # r_j with r r^T = weight u u^T / (1 + weight v^T u): a symmetric step stays symmetric
     for v_D in map(stored, vectors):
-        u_D = scale * (factor * v_D.unsqueeze(-2)).sum(-1) + shift * v_D
+        u_D = scale_1 * (factor * v_D.unsqueeze(-2)).sum(-1) + shift_1 * v_D
         for root_D in roots:
             u_D = u_D - root_D * (root_D * v_D).sum(-1, keepdim=True)
         u_D = stored(u_D)
-        divisor = 1 + weight * (v_D * u_D).sum(-1, keepdim=True)
-        roots.append(stored(u_D * torch.where(divisor > 0, weight / divisor, torch.zeros_like(divisor)).sqrt()))
+        divisor = 1 + weight_1 * (v_D * u_D).sum(-1, keepdim=True)
+        roots.append(stored(u_D * torch.where(divisor > 0, weight_1 / divisor, torch.zeros_like(divisor)).sqrt()))
     index_D = stored(torch.arange(factor.shape[-1], dtype=factor.dtype, device=factor.device))
-    updated = scale * factor + shift * (index_D[:, None] == index_D).to(factor.dtype)
+    identity = (index_D[:, None] == index_D).to(factor.dtype)
+    updated = _for_each(scale, 2, factor.dtype) * factor + _for_each(shift, 2, factor.dtype) * identity
     for root_D in roots:
         updated = updated - root_D.unsqueeze(-1) * root_D.unsqueeze(-2)
     return updated.to(factor_DD.dtype)
+
+
+@prim("inverse_update(Tensor factor, Tensor[] vectors, float scale, float shift, float weight) -> Tensor")
+def inverse_update(factor_DD: Tensor, vectors: list[Tensor], scale: float, shift: float, weight: float) -> Tensor:
+    return _inverse_update(factor_DD, vectors, scale, shift, weight)
+
+
+@prim("inverse_update_by(Tensor factor, Tensor[] vectors, Tensor scale, Tensor shift, Tensor weight) -> Tensor")
+def inverse_update_by(factor_DD: Tensor, vectors: list[Tensor], scale: Tensor, shift: Tensor, weight: Tensor) -> Tensor:
+    return _inverse_update(factor_DD, vectors, scale, shift, weight)
+
+
+def _for_each(number: float | Tensor, dims: int, dtype: torch.dtype) -> float | Tensor:
+    """A number beside matrices or vectors of ``dims`` dimensions; a tensor is 0-dim, or one number for each of a batch."""
+    return number.to(dtype).reshape(*number.shape, *[1] * dims) if isinstance(number, Tensor) else number
 
 
 def stored(x: Tensor) -> Tensor:
@@ -121,13 +140,23 @@ def unless_noise(v_D: Tensor, noise: Tensor) -> Tensor:
     return torch.where(((v_D * v_D).sum(-1) > noise).unsqueeze(-1), v_D, torch.zeros_like(v_D))
 
 
-@prim("scale_to(Tensor vector, float squared_length) -> Tensor")
-def scale_to(v_D: Tensor, squared_length: float) -> Tensor:
+def _scale_to(v_D: Tensor, squared_length: float | Tensor) -> Tensor:
     """``v`` brought to ``|v|^2 = squared_length``; zero stays zero. The largest entry is divided out first: no underflow."""
     largest = v_D.abs().amax(-1, keepdim=True)
     scaled = v_D / torch.where(largest > 0, largest, torch.ones_like(largest))
     squared = (scaled * scaled).sum(-1, keepdim=True)
-    return scaled * torch.where(squared > 0, (squared_length / squared).sqrt(), squared)
+    length = _for_each(squared_length, 1, v_D.dtype)
+    return scaled * torch.where(squared > 0, (length / squared).sqrt(), squared)
+
+
+@prim("scale_to(Tensor vector, float squared_length) -> Tensor")
+def scale_to(v_D: Tensor, squared_length: float) -> Tensor:
+    return _scale_to(v_D, squared_length)
+
+
+@prim("scale_to_by(Tensor vector, Tensor squared_length) -> Tensor")
+def scale_to_by(v_D: Tensor, squared_length: Tensor) -> Tensor:
+    return _scale_to(v_D, squared_length)
 
 
 @prim("precondition(Tensor? left, Tensor grad, Tensor? right) -> Tensor")
@@ -149,6 +178,15 @@ def rescale(direction: Tensor, grad: Tensor) -> Tensor:
     quotient = norms[0] / norms[1]
     usable = torch.isfinite(quotient) & (quotient > 0)
     return torch.where(usable, direction * quotient.to(direction.dtype), grad)
+
+
+@prim("graft_rms(Tensor direction) -> Tensor")
+def graft_rms(direction: Tensor) -> Tensor:
+    """``direction`` brought to a root mean square of 0.2, that of an Adam update; zero, and what is not finite, is zero."""
+    norm = torch.linalg.vector_norm(direction, dim=(-2, -1), keepdim=True, dtype=accumulation_dtype(direction.dtype))
+    quotient = 0.2 * (direction.shape[-2] * direction.shape[-1]) ** 0.5 / norm
+    usable = torch.isfinite(quotient) & (quotient > 0)
+    return torch.where(usable, direction * quotient.to(direction.dtype), torch.zeros_like(direction))
 
 
 @prim("rademacher(Tensor step, int side, int size, ScalarType dtype) -> Tensor")

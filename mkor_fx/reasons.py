@@ -38,11 +38,12 @@ EMPTY = reason("it has no elements", "")
 ZERO = reason("its gradient is zero", "")
 UNUSED = reason("no gradient reaches it in this graph", "an unused layer")
 UNSEEN = reason("not seen in a graph with gradients", "a layer that no step has used yet")
-TOO_LARGE = reason("{rule} keeps no factor for {O} x {I}: both sides exceed max_factor", "")
+NO_STATE = reason("{rule} keeps no state for {O} x {I}{why}", "`MKOR`, where both sides exceed its largest factor")
+NO_PATTERN = reason("no pattern of rule= names it", '`rule={"blocks.*": MKOR()}`')
 WEIGHT_DECLINED = reason("its weight {weight} is declined", "")
 BIAS_ALONE = reason(
-    "{rule} leaves the bias of {weight} alone", "`MKOR(bias='off')`, or an output side above `max_factor`"
+    "{rule} leaves the bias of {weight} alone", "`MKOR(bias='off')`, or an output side without a factor"
 )
-SKIPPED = reason("skipped by pattern {pattern}", '`skip=["head.*"]`')
+SKIPPED = reason("skipped by pattern {pattern}", '`skip=["head.*"]`, `rule={"head.*": None, "*": MKOR()}`')
 NOT_HELD = reason("the optimizer does not hold it", "`compile_step` with an optimizer over some of the parameters")
 NO_RULE = reason("no rule: the plain step", "`compile_step(..., rule=None)`")

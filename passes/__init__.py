@@ -1,1 +1,1 @@
-"""From a captured graph to a program, one stage a file; ``pipeline.py`` is the literal order."""
+../mkor_fx/passes/__init__.py

@@ -1,1 +1,1 @@
-"""What runs at every step: state, hooks, the compiled step."""
+../mkor_fx/runtime/__init__.py

@@ -12,14 +12,15 @@ from torch import Tensor, fx, nn
 from torch._functorch._aot_autograd.descriptors import PlainAOTInput
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mkor_fx.graphs import Graphs
 from mkor_fx.ir import Operand, Site, StepGraph
-from mkor_fx.passes.backend import plain_tracing
-from mkor_fx.passes.capture import Naming, capture_joint, own_code
-from mkor_fx.passes.drop_in import placeholder
+from mkor_fx.passes.naming import Naming
 from mkor_fx.passes.pipeline import analyse
-from mkor_fx.passes.trace import insert
-from mkor_fx.rules import MKOR
+from mkor_fx.passes.torch_api.backend import plain_tracing
+from mkor_fx.passes.torch_api.capture import capture_joint
+from mkor_fx.passes.torch_api.dynamo import own_code
+from mkor_fx.passes.torch_api.tracing import add_input, insert
+from mkor_fx.rules import MKOR, Rules
+from mkor_fx.show.graphs import Graphs
 
 
 @dataclass
@@ -62,7 +63,7 @@ def capture(model: nn.Module, *args: Any, match: bool = True) -> list[Joint]:
             return gm
         if match:
             with plain_tracing():
-                analyse(step, MKOR(), Graphs("test"))
+                analyse(step, Rules.of(MKOR()), Graphs("test"))
 
         def run(*values):
             flat = [_value(node, values) for node in step.graph.find_nodes(op="placeholder")]
@@ -93,6 +94,6 @@ def _value(node: fx.Node, values: tuple) -> Any:
 def program(function, *tensors: Tensor) -> StepGraph:
     """A graph of one call of ``function``, prims left as they are, with no parameters: ``step.module(*tensors)``."""
     graph, mode = fx.Graph(), FakeTensorMode()
-    nodes = [placeholder(graph, mode, f"x{i}", t) for i, t in enumerate(tensors)]
+    nodes = [add_input(graph, f"x{i}", t, mode) for i, t in enumerate(tensors)]
     graph.output(insert(graph, function, *nodes))
     return StepGraph(fx.GraphModule({}, graph), nodes, {}, [])

@@ -12,11 +12,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import mkor_fx
 from mkor_fx import Communication
 from mkor_fx.ir import StepGraph
-from mkor_fx.passes.bucket import bucket
-from mkor_fx.passes.collectives import Group, Network, Sizes, describe, is_start, is_wait, starts
-from mkor_fx.passes.overlap import hidden_under, is_heavy, schedule
-from mkor_fx.passes.pin import pin
-from mkor_fx.passes.trace import insert
+from mkor_fx.passes.order.bucket import bucket
+from mkor_fx.passes.order.collectives import Group, Network, Sizes, describe, is_start, is_wait, starts
+from mkor_fx.passes.order.pin import pin
+from mkor_fx.passes.order.schedule import hidden_under, is_heavy, schedule
+from mkor_fx.passes.torch_api.tracing import insert
 
 WIDTH = 8
 

@@ -26,10 +26,10 @@ def program_and_kernels(folder):
     import cuda
     import torch.distributed as dist
 
-    from mkor_fx.config import Options
-    from mkor_fx.passes.collectives import Group, describe
-    from mkor_fx.passes.pin import Overlap
-    from mkor_fx.simulate import trace_step
+    from mkor_fx.doors.simulate import trace_step
+    from mkor_fx.options import Options
+    from mkor_fx.passes.order.collectives import Group, describe
+    from mkor_fx.passes.order.pin import Overlap
 
     os.environ["TRITON_CACHE_DIR"] = os.path.join(folder, "triton")
     dist.init_process_group("fake", rank=0, world_size=2, store=dist.HashStore())
@@ -40,7 +40,8 @@ def program_and_kernels(folder):
     loss_fn = nn.functional.mse_loss
     communication = Communication(statistics_bytes=2 * WIDTH * 4, gradient_bytes=WIDTH * WIDTH * 4)
     group = Group(dist.group.WORLD.group_name, 2, communication.sizes)
-    written = trace_step(model, (x, x), {}, loss_fn, optimizer, MKOR(), True, Options(), True, communication, group)
+    options = Options(rule=MKOR(), communication=communication)
+    written = trace_step(model, (x, x), {}, loss_fn, optimizer, options, group)
     code = cuda.generate(written.whole.module, Overlap())
     made = {name: cuda.compile_kernel(name, source) for name, source in cuda.kernels(code).items()}
     sizes = {name: [(asm["ptx"][:400], len(asm["cubin"])) for asm in variants] for name, variants in made.items()}

@@ -12,8 +12,8 @@ from torch import nn
 
 import mkor_fx
 from mkor_fx import MKOR
-from mkor_fx.costs import count_costs, orders, short
 from mkor_fx.rules import Shape
+from mkor_fx.show.costs import count_costs, orders, short
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import mkor_fx
 from mkor_fx import MKOR, Rule
 from mkor_fx.ir import Decline, Operand, Tap, fake_value
 from mkor_fx.ops import TABLE, op_rule
-from mkor_fx.passes.capture import decompositions
+from mkor_fx.passes.torch_api.capture import decompositions
 from mkor_fx.rules import Gradient
 
 aten = torch.ops.aten

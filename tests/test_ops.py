@@ -12,11 +12,11 @@ import mkor_fx
 from mkor_fx import reasons
 from mkor_fx.ir import INPUTS_FIRST, INPUTS_LAST
 from mkor_fx.ops import TABLE
-from mkor_fx.ops.__main__ import document
+from mkor_fx.ops.document import document
 from mkor_fx.ops.table import Weight
-from mkor_fx.passes.boxes import view_of
-from mkor_fx.passes.match import downstream, read_weight
-from mkor_fx.passes.read import on_whole
+from mkor_fx.passes.match.boxes import view_of
+from mkor_fx.passes.match.find_sites import downstream, read_weight
+from mkor_fx.passes.match.pieces import on_whole
 
 ROOT = Path(__file__).parents[1]
 
@@ -225,7 +225,7 @@ def test_a_kronecker_factor_sees_what_the_other_one_has_made_of_the_inputs(store
 
 
 def test_the_page_of_ops_is_the_table():
-    assert (ROOT / "docs/ops.md").read_text() == document(), "write it again: python -m mkor_fx.ops > docs/ops.md"
+    assert (ROOT / "docs/ops.md").read_text() == document(), "write it again: python -m mkor_fx.ops.document > docs/ops.md"
 
 
 def test_every_reason_on_the_page_is_given_somewhere():

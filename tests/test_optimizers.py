@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 import mkor_fx
-from mkor_fx.runtime.optimizer import initialise_state, tensor_state
+from mkor_fx.runtime.optimizer_state import initialise_state, tensor_state
 
 OPTIMIZERS = {
     "SGD": (torch.optim.SGD, {"lr": 0.05}),

@@ -11,8 +11,8 @@ from torch.nn import functional
 
 import mkor_fx
 from mkor_fx import MKOR, Communication
-from mkor_fx.passes.collectives import describe, starts
-from mkor_fx.passes.placement import Load, assign, lay_out
+from mkor_fx.passes.order.collectives import describe, starts
+from mkor_fx.passes.write.placement import Load, assign, lay_out
 
 # ---- who owns what ----------------------------------------------------------------------------------------------------
 

@@ -9,13 +9,16 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 import mkor_fx
 from mkor_fx import prims
-from mkor_fx.graphs import Graphs
 from mkor_fx.ir import Decline, Parameter, verify
-from mkor_fx.passes.canonicalize import cancel_double_transpose, drop_detach, spell_transposes
-from mkor_fx.passes.lower import expand
-from mkor_fx.passes.match import find_sites
+from mkor_fx.passes.lower.expand import expand
+from mkor_fx.passes.match.cancel_double_transpose import cancel_double_transpose
+from mkor_fx.passes.match.drop_detach import drop_detach
+from mkor_fx.passes.match.find_sites import find_sites
+from mkor_fx.passes.match.spell_transposes import spell_transposes
+from mkor_fx.passes.order.recompute_checkpoints import recompute_checkpoints
+from mkor_fx.passes.order.update_when_ready import update_when_ready
 from mkor_fx.passes.pipeline import CANONICALIZE, SCHEDULE
-from mkor_fx.passes.schedule import recompute_checkpoints, update_when_ready
+from mkor_fx.show.graphs import Graphs
 
 aten = torch.ops.aten
 MATRIX, CUBE = torch.ones(3, 4), torch.ones(2, 3, 4)

@@ -10,7 +10,8 @@ from joint import program
 from mkor_fx import prims
 from mkor_fx.ir import verify
 from mkor_fx.ops import rows
-from mkor_fx.passes.lower import expand, shortcut_row_sums
+from mkor_fx.passes.lower.expand import expand
+from mkor_fx.passes.lower.shortcut_row_sums import shortcut_row_sums
 
 STEP = torch.tensor(3)
 GEOMETRIES = [  # kernel, stride, padding, dilation, surplus positions, groups
@@ -42,12 +43,17 @@ EXAMPLES = {
     rows.member_rows: [(randn(7, 3), torch.tensor([0, 2, 2, 4, 0, 2, 3]), 4)],
     rows.place_rows: [(randn(7, 6), [], [6, 2, 9]), (randn(2, 7, 6), [2, 1, 4], [2, 0, 2, 3, 1, 5])],
     prims.inverse_update: [(spd(5), [randn(5, seed=j) for j in range(k)], 0.9, 0.1, 0.5) for k in (1, 2, 3)],
+    prims.inverse_update_by: [
+        (spd(5), [randn(5, seed=j) for j in range(k)], *map(torch.tensor, (0.9, 0.1, 0.5))) for k in (1, 2)
+    ],
     prims.precondition: [
         (left, randn(4, 5), right) for left in (spd(4), None) for right in (spd(5), None)
     ],
     prims.rescale: [(randn(4, 5), randn(4, 5, seed=1)), (torch.zeros(4, 5), torch.ones(4, 5))],
     prims.unless_noise: [(randn(5), torch.tensor(noise, dtype=torch.float64)) for noise in (0.0, 1e9)],
     prims.scale_to: [(vector, 10.0) for vector in (randn(5), torch.zeros(5).double(), 1e-30 * randn(5))],
+    prims.scale_to_by: [(randn(5), torch.tensor(10.0)), (torch.zeros(5).double(), torch.tensor(10.0))],
+    prims.graft_rms: [(randn(4, 5),), (torch.zeros(4, 5),)],
     prims.rademacher: [(STEP, 1, 17, torch.float64)],
 }
 CALLS = [pytest.param(op, args, id=f"{op}-{i}") for op in EXAMPLES for i, args in enumerate(EXAMPLES[op])]

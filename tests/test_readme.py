@@ -43,7 +43,7 @@ def test_the_other_lines_run_too(tmp_path, monkeypatch):
     """The page, the check before training, and the progress line, in the order of the README."""
     monkeypatch.chdir(tmp_path)
     if shutil.which("dot") is None:
-        monkeypatch.setattr(mkor_fx.graphs.Graphs, "to_svg", lambda *arguments: None)
+        monkeypatch.setattr(mkor_fx.show.graphs.Graphs, "to_svg", lambda *arguments: None)
     example = next(block for block in BLOCKS if "compile_step(" in block)
     namespace: dict = {"loader": [(torch.randn(64, 1, 8, 8), torch.randint(0, 10, (64,)))] * 20}
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as line:

@@ -13,8 +13,8 @@ from browser import tool, visit
 from torch import nn
 
 import mkor_fx
-from mkor_fx.drawing import neighbourhood
-from mkor_fx.report import report_data
+from mkor_fx.show.drawing import neighbourhood
+from mkor_fx.show.report import report_data
 
 
 class Page(HTMLParser):

@@ -16,14 +16,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
 import mkor_fx
-from benchmarks.overlap import passes
 from mkor_fx import Communication
-from mkor_fx.passes import estimate
-from mkor_fx.passes.collectives import Group, Network, Sizes, describe
-from mkor_fx.passes.estimate import DEVICES
-from mkor_fx.passes.trace import insert
-from mkor_fx.simulate import lay_out
-from mkor_fx.timeline import COMMUNICATION, COMPUTE, Simulation
+from mkor_fx.doors.simulate import Machines, lay_out, simulate_step
+from mkor_fx.options import Options
+from mkor_fx.passes.order import estimate
+from mkor_fx.passes.order.collectives import Group, Network, Sizes, describe
+from mkor_fx.passes.order.estimate import DEVICES
+from mkor_fx.passes.torch_api.tracing import insert
+from mkor_fx.show.timeline import COMMUNICATION, COMPUTE, Simulation
 
 H100 = DEVICES["h100"]
 
@@ -45,7 +45,7 @@ def simulation():
 @pytest.fixture
 def seconds(monkeypatch):
     """Every product takes 1 ms, every collective 10, the rest nothing."""
-    module = sys.modules["mkor_fx.simulate"]
+    module = sys.modules["mkor_fx.doors.simulate"]
     monkeypatch.setattr(module, "collective_milliseconds", lambda *_: 10.0)
     monkeypatch.setattr(module, "product_milliseconds", lambda *_: 1.0)
     monkeypatch.setattr(module, "transfer_milliseconds", lambda *_: 0.0)
@@ -189,23 +189,19 @@ def test_collectives_are_those_of_compile_step(one_rank, sizes):
     assert len(issued) >= 3
 
 
-def test_the_passes_shorten_what_is_exposed(monkeypatch):
+def test_the_passes_shorten_what_is_exposed():
     """Everything is exposed where each collective is awaited at once; the order hides most, buckets take less."""
     width = 1024
     with FakeTensorMode():
         model = nn.Sequential(*(m for _ in range(6) for m in (nn.Linear(width, width, bias=False), nn.Tanh())))
         x = torch.empty(1 << 15, width)
 
-    def seen(*on):
+    def seen(*without):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        communication = Communication(gradient_bytes=2 * width * width * 4)
-        with passes(*on), monkeypatch.context() as patch:
-            if "schedule" not in on:
-                patch.setattr(sys.modules["mkor_fx.simulate"], "order", lambda graph: None)
-            return mkor_fx.simulate(model, x, x, loss_fn=functional.mse_loss, optimizer=optimizer, world_size=8,
-                                    communication=communication)  # fmt: skip
+        options = Options(communication=Communication(gradient_bytes=2 * width * width * 4), without=without)
+        return simulate_step(model, (x, x), {}, functional.mse_loss, optimizer, options, Machines(8, "h100"))
 
-    trace, scheduled, bucketed = seen(), seen("schedule"), seen("schedule", "bucket")
+    trace, scheduled, bucketed = seen("schedule", "bucket"), seen("bucket"), seen()
     assert trace.exposed_ms == pytest.approx(trace.communication_ms)
     assert scheduled.communication_ms == pytest.approx(trace.communication_ms)
     assert scheduled.exposed_ms < 0.3 * trace.exposed_ms

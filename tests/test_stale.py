@@ -17,7 +17,7 @@ from torch.nn import functional
 
 import mkor_fx
 from mkor_fx import MKOR, Communication
-from mkor_fx.passes.collectives import describe, is_start, is_wait
+from mkor_fx.passes.order.collectives import describe, is_start, is_wait
 
 
 class LateReference(reference.Reference):

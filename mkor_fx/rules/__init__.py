@@ -1,6 +1,25 @@
 """Update rules, one file each."""
 
-from .base import Gradient, Rule, Shape, State, Use
+from ..kinds import Kind
+from .base import Rule, Shape, State, Use
+from .choice import RuleChoice, Rules, check_rule
+from .direction import Gradient, Sides
+from .hyper import Hyper
+from .kfac import KFAC
 from .mkor import MKOR
 
-__all__ = ["MKOR", "Gradient", "Rule", "Shape", "State", "Use"]
+__all__ = [
+    "KFAC",
+    "MKOR",
+    "Gradient",
+    "Hyper",
+    "Kind",
+    "Rule",
+    "RuleChoice",
+    "Rules",
+    "Shape",
+    "Sides",
+    "State",
+    "Use",
+    "check_rule",
+]

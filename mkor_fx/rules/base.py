@@ -1,4 +1,4 @@
-"""What an update rule is: four pure functions of tensors, plain torch code, traced once per shape.
+"""What an update rule is: pure functions of tensors, plain torch code, traced once per shape.
 
 Shape suffixes: ``N`` rows, ``I`` inputs, ``O`` outputs of one weight.
 """
@@ -7,10 +7,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from ..kinds import Kind
+from .direction import Gradient, Sides, direction_of
+from .hyper import bind, changing, number
 
 
 @dataclass(frozen=True)
@@ -38,30 +43,45 @@ class Use(NamedTuple):
     opposite: bool
 
 
-class Gradient(NamedTuple):
-    """``weight`` is ``[O, I]`` whatever way the parameter is stored; ``bias`` is ``[O]`` or None."""
-
-    weight: Tensor
-    bias: Tensor | None = None
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Those that there are, by name."""
-        return {name: t for name, t in self._asdict().items() if t is not None}
-
-
 State = dict[str, Tensor]
 
 
 class Rule(ABC):
-    """An update rule. Subclasses are frozen dataclasses: a rule is its options and holds no tensors.
+    """An update rule. Subclasses are frozen dataclasses: a rule is its options and holds no state.
 
     It is written for one matrix. A batch of them (experts, groups of a convolution) runs under ``vmap``, each member with
     a state of its own. Where its operands are not finite, or a member has seen no row, the library keeps the old state,
-    so ``update`` need not look.
+    so no function need look.
+
+    What runs when, at step ``t``: ``update`` if the step refreshes; ``advance``; then the direction, by ``sides`` or by
+    ``precondition``; and behind the step ``derive``, if ``t`` is a multiple of ``derive_every``. A field annotated ``Hyper``
+    may be a number, a 0-dim tensor or a function of the step: the rule's code then sees a 0-dim tensor.
+
+    A rule has to define ``init``, ``summarize``, ``update`` and one of ``sides`` and ``precondition``.
     """
 
     #: whether ``update`` reads the gradient (then a gradient that is not finite leaves the state alone, too)
     reads_gradient: bool = False
+    #: whether ``summarize`` reads the state: it is called with ``state=`` as well
+    reads_state: bool = False
+    #: what sizes a direction D: "gradient": the norm of the raw gradient; "rms": a root mean square of 0.2, so
+    #: ``0.2 sqrt(O I) / |D| * D``, the size of Adam's updates; None: nothing. A bias alike, by its own norm.
+    graft: Literal["gradient", "rms"] | None = None
+    #: whether ``[W | b]`` is one matrix of ``I + 1`` columns, in its right side and for its size
+    joint_bias: bool = False
+    #: dtype of the two products; None is that of the gradient
+    product_dtype: torch.dtype | None = None
+    #: "gradient": the base optimizer gets the direction in place of the gradient. "update": the direction is the step
+    #: itself, ``W <- W (1 - lr wd) - lr D`` with the rate and weight decay of the weight's own group, and the base
+    #: optimizer leaves the weight alone.
+    applies: Literal["gradient", "update"] = "gradient"
+    #: steps between two calls of ``derive``
+    derive_every: int = 1
+
+    #: why ``init`` may give no state, for the reader of a table
+    without_state: ClassVar[str] = ""
+    #: what the tensors of a state are, by name; of others ``metrics()`` says nothing
+    kinds: ClassVar[dict[str, Kind]] = {}
 
     @abstractmethod
     def init(self, shape: Shape, device: torch.device) -> State:
@@ -82,9 +102,30 @@ class Rule(ABC):
     def update(self, state: State, uses: list[Use], grad: Gradient, step: Tensor) -> State:
         """New state from this step's statistics; refresh steps only. ``step`` is 0-dim int64, 0 on the first."""
 
-    @abstractmethod
+    def advance(self, state: State, grad: Gradient, step: Tensor) -> State:
+        """New state from this step's gradient, every step: moments, moving averages."""
+        return state
+
+    def derive(self, state: State) -> State:
+        """New state from the state alone, every ``derive_every`` steps and outside of the compiled program: inverses,
+        eigendecompositions, QR. The next step is the first to see it."""
+        return state
+
+    def momentum(self, state: State, grad: Gradient) -> Gradient:
+        """What the sides multiply: the gradient, or what ``advance`` has made of it."""
+        return grad
+
+    def sides(self, state: State) -> Sides | None:
+        """The two sides of the direction, which the library multiplies; None for a rule that has ``precondition``."""
+        return None
+
     def precondition(self, state: State, grad: Gradient) -> Gradient:
-        """The direction that the base optimizer gets in place of the gradient; every step."""
+        """The direction; every step. A rule whose direction is no product of two sides defines it, and the library sizes
+        what it returns."""
+        outputs, inputs = grad.weight.shape
+        if grad.bias is not None and not self.preconditions_bias(Shape(outputs, inputs, bias=True)):
+            return direction_of(self, state, Gradient(grad.weight))._replace(bias=grad.bias)
+        return direction_of(self, state, grad)
 
     def unscale(self, summary: tuple[Tensor, ...], scale: Tensor) -> tuple[Tensor, ...]:
         """The summary without a loss scale: what ``summarize`` would have returned for ``g_NO / scale``."""
@@ -92,3 +133,12 @@ class Rule(ABC):
             f"{type(self).__name__} does not say how its statistics depend on the scale of the loss: define "
             "unscale(summary, scale) to use it with a gradient scaler"
         )
+
+    @cached_property
+    def at_first_step(self) -> Rule:
+        """This rule as it is at step 0, with plain numbers only."""
+        return bind(self, {name: number(value, f"{type(self).__name__}({name}=") for name, value in changing(self).items()})
+
+    def overrides(self, function: str) -> bool:
+        """Whether this rule has a ``function`` of its own in the place of the default."""
+        return getattr(type(self), function) is not getattr(Rule, function)

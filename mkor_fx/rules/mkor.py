@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from ..kinds import Kind
 from ..prims import (
     accumulation_dtype,
     column_square_sum,
     column_sum,
     inverse_update,
-    precondition,
+    inverse_update_by,
     rademacher,
-    rescale,
     scale_to,
+    scale_to_by,
     unless_noise,
 )
-from .base import Gradient, Rule, Shape, State, Use
+from .base import Rule, Shape, State, Use
+from .direction import Gradient, Sides, joined
+from .hyper import Hyper, number
 
 FORMS = ("scale_free", "forgetful", "exact", "paper")
 STATISTICS = ("mean", "gradient", "mean+gradient")
@@ -37,6 +40,8 @@ class MKOR(Rule):
     For a weight ``W`` of ``[O, I]`` with statistics ``g_O = sum_n g[n]`` and ``a_I = mean_n a[n]`` the inverse factors
     ``L`` of ``[O, O]`` and ``R`` of ``[I, I]`` take one rank-1 step each, and the base optimizer gets
     ``L @ grad @ R * |grad| / |L @ grad @ R|``.
+
+    Fields of type ``Hyper`` may change over time: a number, a 0-dim tensor, or a function of the step.
 
     Args:
         form: how an inverse factor ``F`` takes a statistic ``v``. With ``k`` statistics a side each has weight ``1/k``.
@@ -69,13 +74,13 @@ class MKOR(Rule):
 
     form: Literal["scale_free", "forgetful", "exact", "paper"] = "scale_free"
     statistic: Literal["mean", "gradient", "mean+gradient"] = "mean"
-    gamma: float = 0.99
-    kappa: float = 10.0
-    epsilon: float | None = None
-    zeta: float | None = None
+    gamma: Hyper = 0.99
+    kappa: Hyper = 10.0
+    epsilon: Hyper | None = None
+    zeta: Hyper | None = None
     rescale: bool = True
     bias: Literal["left", "joint", "off"] = "left"
-    clamp: float | None = None
+    clamp: Hyper | None = None
     max_factor: int = 4096
     factor_dtype: torch.dtype = torch.float32
 
@@ -84,35 +89,49 @@ class MKOR(Rule):
         for name, allowed in choices:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"MKOR({name}={getattr(self, name)!r}): must be one of {', '.join(map(str, allowed))}")
-        if not 0 < self.gamma < 1:
+        given = {name: getattr(self, name) for name in ("gamma", "kappa", "epsilon", "zeta", "clamp")}
+        first = {name: number(value, f"MKOR({name}=") for name, value in given.items() if value is not None}
+        gamma, zeta = first.get("gamma", math.nan), first.get("zeta")
+        if not 0 < gamma < 1:
             raise ValueError(f"MKOR(gamma={self.gamma!r}): the factor momentum must lie inside (0, 1), e.g. 0.99")
-        if not 0 <= self.pull < self.gamma:
+        if zeta is not None and not 0 <= zeta < gamma:
             raise ValueError(
                 f"MKOR(zeta={self.zeta!r}): the stabiliser needs 0 <= zeta < gamma={self.gamma}, "
                 "or it cannot outrun the growth of unseen directions; lower zeta or raise gamma"
             )
-        for name, value in (("kappa", self.kappa), ("epsilon", self.epsilon), ("clamp", self.clamp)):
-            if value is not None and not value > 0:
-                raise ValueError(f"MKOR({name}={value!r}): must be positive")
-        if self.kappa is None or math.isinf(self.kappa):
+        for name in ("kappa", "epsilon", "clamp"):
+            if name in first and not first[name] > 0:
+                raise ValueError(f"MKOR({name}={given[name]!r}): must be positive")
+        if self.kappa is None or math.isinf(first["kappa"]):
             raise ValueError(f"MKOR(kappa={self.kappa!r}): must be a positive, finite number, e.g. 10.0")
-        if self.max_factor < 0:
-            raise ValueError(f"MKOR(max_factor={self.max_factor!r}): must be 0 (no factors) or more")
+        if not isinstance(self.max_factor, int) or self.max_factor < 0:
+            raise ValueError(f"MKOR(max_factor={self.max_factor!r}): must be an integer, 0 (no factors) or more")
 
     @property
     def reads_gradient(self) -> bool:  # type: ignore[override]
         return "gradient" in self.statistic
 
     @property
-    def stabiliser_threshold(self) -> float:
+    def graft(self) -> Literal["gradient"] | None:  # type: ignore[override]
+        return "gradient" if self.rescale else None
+
+    @property
+    def joint_bias(self) -> bool:  # type: ignore[override]
+        return self.bias == "joint"
+
+    @property
+    def stabiliser_threshold(self) -> Any:
         if self.epsilon is not None:
             return self.epsilon
         return 1000.0 if self.form in ("exact", "paper") else math.inf
 
     @property
-    def pull(self) -> float:
+    def pull(self) -> Any:
         """``zeta``, or what None stands for."""
         return self.gamma / 2 if self.zeta is None else self.zeta
+
+    without_state = "both sides exceed max_factor"
+    kinds = {"L": Kind.POSITIVE, "R": Kind.POSITIVE}  # noqa: RUF012
 
     def init(self, shape: Shape, device: torch.device) -> State:
         """``{"L": eye(O), "R": eye(I)}`` in ``factor_dtype``, sides above ``max_factor`` left out.
@@ -173,7 +192,7 @@ class MKOR(Rule):
                 left.append(along_O)
                 right.append(along_I)
         if self.reads_gradient:
-            grad_OI = (_joined(grad) if joint else grad.weight).to(dtype)
+            grad_OI = (joined(grad) if joint else grad.weight).to(dtype)
             signs_I = rademacher(step, 0, grad_OI.shape[1], dtype)
             signs_O = rademacher(step, 1, grad_OI.shape[0], dtype)
             sketches = (grad_OI * signs_I).sum(1), (grad_OI * signs_O[:, None]).sum(0)
@@ -189,13 +208,17 @@ class MKOR(Rule):
         share = 1 / len(vectors)
         factor = self._stabilise(factor_DD, vectors[0].dtype)
         if self.form == "scale_free":
-            vectors = [scale_to(v, self.kappa) for v in vectors]
+            scale_by = scale_to_by if isinstance(self.kappa, Tensor) else scale_to
+            vectors = [scale_by(v, self.kappa) for v in vectors]
         if self.form == "paper":
             return self._as_printed(factor, vectors).to(factor_DD.dtype)
         if self.form == "exact":
             scale, shift, weight = 1 / self.gamma, 0.0, (1 - self.gamma) * share
         else:
             scale, shift, weight = self.gamma, 1 - self.gamma, share
+        if isinstance(self.gamma, Tensor):
+            numbers = [x if isinstance(x, Tensor) else self.gamma.new_full((), x) for x in (scale, shift, weight)]
+            return inverse_update_by(factor, vectors, *numbers).to(factor_DD.dtype)
         return inverse_update(factor, vectors, scale, shift, weight).to(factor_DD.dtype)
 
     def _as_printed(self, factor_DD: Tensor, vectors: list[Tensor]) -> Tensor:
@@ -210,31 +233,16 @@ class MKOR(Rule):
 
     def _stabilise(self, factor_DD: Tensor, dtype: torch.dtype) -> Tensor:
         """A positive definite matrix has its largest entry on the diagonal, so ``max |F|`` costs ``D`` reads."""
-        if math.isinf(self.stabiliser_threshold):
+        threshold = self.stabiliser_threshold
+        if not isinstance(threshold, Tensor) and math.isinf(threshold):
             return factor_DD
         factor = factor_DD.to(dtype)
-        fires = factor.diagonal().abs().amax() > self.stabiliser_threshold
+        fires = factor.diagonal().abs().amax() > threshold
         identity = torch.eye(factor.shape[0], dtype=dtype, device=factor.device)
         return torch.where(fires, self.pull * factor + (1 - self.pull) * identity, factor)
 
-    def precondition(self, state: State, grad: Gradient) -> Gradient:
-        left, right = state.get("L"), state.get("R")
-        if grad.bias is not None and self.bias == "joint":
-            direction = self._direction(left, _joined(grad), right)
-            return Gradient(direction[:, :-1], direction[:, -1])
-        bias = grad.bias
-        if bias is not None and self.bias == "left" and left is not None:
-            bias = self._direction(left, bias[:, None], None)[:, 0]
-        return Gradient(self._direction(left, grad.weight, right), bias)
-
-    def _direction(self, left: Tensor | None, grad: Tensor, right: Tensor | None) -> Tensor:
-        direction = precondition(left, grad, right)
-        return rescale(direction, grad) if self.rescale else direction
-
-
-def _joined(grad: Gradient) -> Tensor:
-    assert grad.bias is not None
-    return torch.cat([grad.weight, grad.bias[:, None]], 1)
+    def sides(self, state: State) -> Sides:
+        return Sides(state.get("L"), state.get("R"))
 
 
 def _rounding(rows_NM: Tensor) -> Tensor:

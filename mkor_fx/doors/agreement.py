@@ -1,0 +1,110 @@
+"""What all ranks must have in common: the process group, who owns what, and the plan of each program."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import fx, nn
+from torch.optim import Optimizer
+
+from ..ir import Site, StepGraph, fake_value
+from ..options import Options
+from ..passes.match.layout import Layout
+from ..passes.order.collectives import Group, describe
+from ..passes.torch_api.dynamo import dynamo_tensors
+from ..passes.write.placement import Load, assign
+from ..passes.write.update_draft import Job
+from ..runtime.optimizer_state import numbers_of, read_number, tensor_state
+from ..runtime.ranks import Ranks
+from ..show.recorder import Recording
+
+
+def find_ranks(process_group: dist.ProcessGroup | None) -> Ranks | None:
+    """The given group's ranks, the world's where torch.distributed is initialised, or None: one process.
+
+    Raises:
+        ValueError: no group, or one that this process is not in.
+    """
+    ready = dist.is_available() and dist.is_initialized()
+    if process_group is None:
+        return Ranks(dist.group.WORLD) if ready else None  # type: ignore[arg-type]
+    if not ready or not isinstance(process_group, dist.ProcessGroup):
+        raise ValueError(f"process_group={process_group!r}: must be a torch.distributed process group, initialised")
+    if dist.get_rank(process_group) < 0:
+        raise ValueError("process_group: this process is not a member of it")
+    return Ranks(process_group)
+
+
+def group_of(ranks: Ranks | None, options: Options) -> Group | None:
+    return None if ranks is None else Group(ranks.name, ranks.size, options.communication.sizes, ranks.rank)
+
+
+def owners_of(
+    step: StepGraph, options: Options, group: Group | None, known: Mapping[str, int | None]
+) -> dict[str, int | None]:
+    """The rank that keeps each weight's factors, by name; None: every rank. Owners that are ``known`` stay."""
+    names = {site.parameter.name: site for site in step.sites.values()}
+    if options.placement == "replicated" or group is None or group.size == 1:
+        return dict.fromkeys(names)
+    return assign({name: _load(site) for name, site in names.items()}, group.size, options.communication.padding, known)
+
+
+def _load(site: Site) -> Load:
+    value, layout = fake_value(site.parameter.node), Layout.of(site)
+    state = layout.fresh_state(torch.device("meta"))
+    factors = [state[name] for name in layout.sides if name] or [t for t in state.values() if t.dim()]
+    sides = [factor.shape[-1] for factor in factors]
+    bias = 0 if site.bias is None else fake_value(site.bias.node).numel()
+    return Load(value.numel() * sum(sides), (value.numel() + bias) * value.element_size())
+
+
+def buffer_names(gm: fx.GraphModule, model: nn.Module) -> dict[int, str]:
+    """The model's buffers among the inputs of Dynamo's graph: position -> name."""
+    names = {id(buffer): name for name, buffer in model.named_buffers()}
+    return {i: names[id(tensor)] for i, tensor in dynamo_tensors(gm).items() if id(tensor) in names}
+
+
+# ---- plans ------------------------------------------------------------------------------------------------------------
+
+
+def present_numbers(optimizer: Optimizer) -> str:
+    """The optimizer's numbers as they are, a line each: equal on all ranks, but not for ever."""
+    numbers = ((number, float(read_number(optimizer, number))) for number in numbers_of(optimizer))
+    return "\n".join(f"{number.key} of group {number.group}: {value}" for number, value in numbers)
+
+
+def plan_of_update(kind: str, jobs: Sequence[Job], options: Options, graphs: Recording) -> str:
+    """As ``plan_of``, of a program that runs at the optimizer's step."""
+    lines = [*_chosen(options), kind]
+    lines += [f"{job.name}: {describe_layout(job.layout)}, refresh {job.refresh}" for job in jobs]
+    return "\n".join([*lines, *describe(graphs["schedule"].graph)])
+
+
+def describe_layout(layout: Layout) -> str:
+    """All of a layout that is alike in every process."""
+    return f"{layout.view} {layout.kinds} bias {layout.bias} lookup {layout.lookup}"
+
+
+def _chosen(options: Options) -> list[str]:
+    return [f"torch {torch.__version__}, {torch.get_num_threads()} threads", f"rule {options.rules}", options.about]
+
+
+def plan_of(
+    step: StepGraph,
+    optimizer: Optimizer,
+    params: Sequence[nn.Parameter],
+    options: Options,
+    **more: Any,
+) -> str:
+    """What all ranks must have in common, a line each: options, parameters and their roles, collectives in order."""
+    lines = [*_chosen(options), *(f"{key} {value}" for key, value in more.items())]
+    lines += [f"optimizer {type(optimizer).__name__}, numbers {[*map(tuple, numbers_of(optimizer))]}"]
+    lines += [f"optimizer state {[*map(list, (tensor_state(optimizer, p) for p in params))]}"]
+    for index, parameter in step.parameters.items():
+        role = step.role(index).value
+        reason = f" ({step.declines[index].reason})" if index in step.declines else ""
+        lines.append(f"{parameter.name} {list(parameter.shape)} {parameter.node.meta['val'].dtype}: {role}{reason}")
+    return "\n".join([*lines, *describe(step.graph)])

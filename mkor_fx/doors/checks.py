@@ -1,0 +1,209 @@
+"""What a model, its wrapper and its optimizer must be like, checked before anything is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from ..options import Options
+from ..runtime.census import hooked
+
+
+def check_model(model: object) -> None:
+    """A module with at least one trainable parameter."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"expected an nn.Module, got {type(model).__name__}")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError(
+            f"{type(model).__name__} has no trainable parameter: nothing to precondition. Set requires_grad, "
+            "or use torch.compile for inference"
+        )
+
+
+def check_optimizer(model: nn.Module, optimizer: object, *, changed: bool = False) -> None:
+    """A torch optimizer that can be compiled, all of whose parameters are the model's. In a model that has ``changed`` since
+    then, it may still hold what is gone from it, as long as it holds all that is trained."""
+    if not isinstance(optimizer, Optimizer):
+        raise ValueError(f"optimizer={type(optimizer).__name__}: must be a torch.optim.Optimizer instance")
+    if isinstance(optimizer, (torch.optim.LBFGS, torch.optim.SparseAdam)):
+        raise ValueError(
+            f"{type(optimizer).__name__} cannot be compiled into a step; use mkor_fx.compile with your loop"
+        )
+    hooks = len(optimizer._optimizer_step_pre_hooks) + len(optimizer._optimizer_step_post_hooks)
+    if hooks:
+        raise ValueError(
+            f"the optimizer has step hooks ({hooks}), which a compiled step cannot run: remove them, or use "
+            "mkor_fx.compile(model) with your own loop"
+        )
+    own = {id(p) for p in model.parameters() if p.requires_grad} if changed else {id(p) for p in model.parameters()}
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    foreign = [tuple(p.shape) for p in held if id(p) not in own]
+    lost = own - {id(p) for p in held}
+    if foreign and (lost or not changed):
+        raise ValueError(
+            f"{len(foreign)} of the optimizer's {len(held)} parameters are not this model's (shapes "
+            f"{foreign[:3]}{', ...' if len(foreign) > 3 else ''}): was it built over another model, or before "
+            "the parameters were replaced? Build it from model.parameters()"
+        )
+
+
+def check_gradient_hooks(named: Iterable[tuple[str, Tensor]]) -> None:
+    """Raises ValueError for hooks on gradients: a compiled step gives parameters no gradient to hook."""
+    for name, kind in hooked(named):
+        raise ValueError(
+            f"{name} has a hook on its gradient ({kind}), which a compiled step cannot run: remove it, or use "
+            "mkor_fx.compile(model) with your own loop, where it acts"
+        )
+
+
+def check_memory(named: Iterable[tuple[str, Tensor]]) -> None:
+    """Raises ValueError for parameters that share elements without being one: each would be stepped, and the last one wins.
+    Different parts of one memory are fine."""
+    tenants: dict[int, list[tuple[str, Tensor]]] = {}
+    for name, param in named:
+        if param.device.type != "meta" and param.numel():
+            tenants.setdefault(param.untyped_storage().data_ptr(), []).append((name, param))
+    for held in tenants.values():
+        for at, (name, param) in enumerate(held):
+            for first, other in held[:at]:
+                if _overlap(first=other, second=param):
+                    raise ValueError(
+                        f"{first} and {name} share memory but are two parameters, which one step cannot update together: tie "
+                        "them as one (module.weight = other.weight), or give each its own (param.data = param.data.clone())"
+                    )
+
+
+def _overlap(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors of one storage have an element in common: decided on the host, from their geometry alone."""
+    ends = [1 + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride())) for t in (first, second)]
+    starts = [t.storage_offset() for t in (first, second)]
+    low, high = max(starts), min(start + end for start, end in zip(starts, ends))
+    if low >= high or first.dtype != second.dtype:
+        return False
+    taken = torch.zeros(max(start + end for start, end in zip(starts, ends)), dtype=torch.bool)
+    taken.as_strided(first.shape, first.stride(), first.storage_offset()).fill_(True)
+    return bool(taken.as_strided(second.shape, second.stride(), second.storage_offset()).any())
+
+
+def check_late(options: Options) -> None:
+    """Raises ValueError for what cannot be one step late."""
+    if not options.stale:
+        return
+    for rule in options.rules:
+        if rule.reads_gradient:
+            raise ValueError(
+                f"stale=1 delays what crosses the network, but {rule} also refreshes from the gradient of its own step: use "
+                "stale=0, or a rule of statistics alone"
+            )
+    if options.communication.statistics_dtype is not None:
+        raise ValueError("stale=1 hides the statistics' transfer: leave Communication(statistics_dtype) at None")
+
+
+def check_placement(options: Options) -> None:
+    """Raises ValueError for rules whose statistics need state that only one rank has."""
+    for rule in options.rules:
+        if options.placement == "owner" and rule.reads_state:
+            raise ValueError(
+                f"placement='owner' keeps a weight's state on one rank, and {type(rule).__name__} reads it for "
+                "the statistics of every rank (reads_state): use placement='replicated'"
+            )
+
+
+def check_in_backward(options: Options) -> None:
+    """Raises ValueError for rules that cannot make their direction before the gradient is whole."""
+    for rule in options.rules:
+        reasons = {
+            "reads the gradient at its refresh (reads_gradient, as with statistic='gradient')": rule.reads_gradient,
+            "keeps moments of the whole gradient (advance)": rule.overrides("advance"),
+            "makes steps of its own (applies='update')": rule.applies == "update",
+            "sizes each direction by itself (graft='rms')": rule.graft == "rms",
+        }
+        for what, there in reasons.items():
+            if there:
+                raise ValueError(
+                    f"{type(rule).__name__} {what}, and cannot precondition in the backward, where gradients come in parts "
+                    "and the refresh comes later: use precondition='step'"
+                )
+
+
+def check_drop_in(options: Options) -> None:
+    """Raises ValueError for options that ``compile`` cannot honour, or that would do nothing there."""
+    communication = options.communication
+    if communication.average != "ranks":
+        raise ValueError("Communication(average='rows') needs compile_step: here the gradients are averaged elsewhere")
+    idle = {"gradient_bytes", "padding", "statistics_dtype"} & {*communication.changed()}
+    if idle:
+        raise ValueError(
+            f"Communication({', '.join(sorted(idle))}) would do nothing here, where gradients are the wrapper's or yours to "
+            "average and statistics travel as they are: leave it out, or use mkor_fx.compile_step"
+        )
+    if options.precondition == "backward":
+        check_in_backward(options)
+
+
+def without_ddp(model: nn.Module, process_group: ProcessGroup | None) -> tuple[nn.Module, Any]:
+    """The module inside a DistributedDataParallel, and the process group to use: its own unless another is given.
+
+    Raises:
+        ValueError: the wrapper has been told to do what a compiled step does itself.
+    """
+    if not isinstance(model, DistributedDataParallel):
+        return model, process_group
+    asked = {
+        "a communication hook": bool(model._comm_hooks),
+        "find_unused_parameters=True": model.find_unused_parameters,
+        "mixed_precision": model.mixed_precision is not None,
+        "join": model._join_config.enable,
+    }
+    for what, there in asked.items():
+        if there:
+            raise ValueError(
+                f"compile_step writes its own collectives and cannot honour DistributedDataParallel's {what}: pass the "
+                "module inside, or use mkor_fx.compile with your own loop"
+            )
+    return model.module, process_group or model.process_group
+
+
+def check_sharding(model: nn.Module, precondition: str, *, whole_step: bool = False) -> None:
+    """Preconditioning multiplies whole matrices, so it has to happen where gradients are whole.
+
+    Raises:
+        ValueError: parameters are sharded, and this way of preconditioning would not see their whole gradients.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+    from torch.distributed.tensor import DTensor
+
+    modules = list(model.modules())
+    if any(isinstance(module, FullyShardedDataParallel) for module in modules):
+        raise ValueError("FullyShardedDataParallel flattens parameters into vectors: use torch's fully_shard instead")
+    if any(isinstance(module, FSDPModule) for module in modules):
+        if precondition != "backward":
+            raise ValueError(
+                "fully_shard leaves each rank a part of every gradient, and preconditioning needs whole ones: use "
+                "mkor_fx.compile(model, precondition='backward'), which sees them before they are scattered"
+            )
+        return
+    parts = [name for name, p in model.named_parameters() if isinstance(p, DTensor)]
+    if parts and whole_step:
+        raise ValueError(
+            f"{len(parts)} parameters are tensor-parallel ({parts[0]}, ...), and a compiled step does not know whose sum "
+            "each of their gradients is: use mkor_fx.compile, which leaves these to the base optimizer"
+        )
+
+
+def check_still_alone() -> None:
+    """A step that was made for one process must not go on silently in several."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        raise ValueError(
+            "torch.distributed was initialised after mkor_fx was called: ranks would train apart. Call init_process_group "
+            "first"
+        )

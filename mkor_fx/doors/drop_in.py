@@ -1,0 +1,237 @@
+"""Behind ``compile``: the Dynamo backend that adds statistics to each graph, and the handle that the user gets."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from .. import reasons
+from ..ir import Decline
+from ..options import Options
+from ..passes.joint_pass import Matching, StatisticsPass, find_layouts
+from ..passes.match.layout import merge_layouts
+from ..passes.naming import Naming
+from ..passes.torch_api.backend import compile_joint
+from ..passes.torch_api.capture import trace_artifact
+from ..passes.torch_api.dynamo import data_inputs, dynamo_compile, dynamo_parameters, under_transform, with_inputs
+from ..passes.update_program import build_program
+from ..passes.write.draft import changing_of
+from ..passes.write.joint_draft import Added
+from ..passes.write.update_draft import Job
+from ..runtime.census import Census
+from ..runtime.factors import FactorState
+from ..runtime.followed import Followed, Maker
+from ..runtime.given import Given
+from ..runtime.ranks import Ranks
+from ..show.coverage import Coverage
+from ..show.graphs import Graphs
+from .agreement import group_of, plan_of_update
+from .checks import check_sharding, check_still_alone
+from .handle import compiled_handle
+from .modes import MODES
+from .rule_clock import RuleClock
+from .states import possible_states
+
+#: of a weight that two graphs see as different matrices, or that one looks up and another multiplies
+DISAGREE = Decline(reasons.DISAGREE)
+
+
+class DropIn:
+    """One compiled model: captures its graphs, keeps their stages, owns what acts at its steps. ``handle`` is the user's."""
+
+    def __init__(self, model: nn.Module, options: Options, ranks: Ranks | None) -> None:
+        self.model, self.options, self.ranks = model, options, ranks
+        self.rules, self.mode, self.group = options.rules, MODES[options.precondition], group_of(ranks, options)
+        self.naming = Naming.of(model, options.skip, self.rules)
+        self.coverage, self.clock = Coverage(model), RuleClock(self.rules)
+        self.runtime = self._make_runtime()
+        self._census = Census(model)
+        self._graphs_seen = 0
+        self._compiled = self._make_compiled()
+        mkor = self.runtime.mkor
+        self.handle = compiled_handle(model, self.run, mkor=mkor, graphs=self.coverage.graphs, coverage=self.coverage)
+
+    def _make_runtime(self) -> Followed:
+        every = self.options.refresh_every
+        mkor = FactorState(self.model, every, self._before_save, possible_states(self.rules, self.mode.sizes_later))
+        maker = Maker(self._build, Job, merge_layouts, self.clock.derive, self.clock.numbers, self._left_alone)
+        checked = self.options.communication.check_replicas_every
+        return self.mode.runtime(self.model, mkor, every, maker, self.ranks, checked)
+
+    def _before_save(self) -> None:
+        self.runtime.before_save()
+
+    def _left_alone(self, name: str) -> bool:
+        return self.naming.excluded(name) is not None or self.rules.match(name) is None
+
+    # ---- calls --------------------------------------------------------------------------------------------------------
+
+    def _make_compiled(self) -> Callable[..., Any]:
+        """What runs the model compiled."""
+        fullgraph, dynamic = self.options.fullgraph, self.options.dynamic
+        return dynamo_compile(_call_of(self.model), self._backend, fullgraph=fullgraph, dynamic=dynamic)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """The handle's call."""
+        if self._census.changed():
+            self._plan_anew()
+        self.runtime.seen.called |= torch.is_grad_enabled()
+        result = self._compiled(*args, **kwargs)
+        if not self._graphs_seen and not under_transform():
+            raise RuntimeError(
+                f"no graph was captured from {type(self.model).__name__}: its forward runs outside of "
+                "what torch.compile can see (torch._dynamo.explain tells why)"
+            )
+        return result
+
+    def _plan_anew(self) -> None:
+        """Parameters or modules were replaced, added, removed or tied."""
+        check_sharding(self.model, self.options.precondition)
+        naming = Naming.of(self.model, self.options.skip, self.rules)
+        if self._graphs_seen:
+            warnings.warn(
+                f"mkor_fx: {type(self.model).__name__} has changed since it was compiled ({self._census.changes()}): it is "
+                "compiled again",
+                stacklevel=3,
+            )
+            self._compiled = self._make_compiled()
+        self.naming, self._census = naming, Census(self.model)
+        self.coverage.forget(self.model)
+        self.runtime.forget_plan()
+        self.runtime.mkor.learn_names()
+
+    # ---- graphs -------------------------------------------------------------------------------------------------------
+
+    def _backend(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        """Dynamo's backend: carriers in, statistics pass on the joint graph, roles resolved at each call."""
+        self._graphs_seen += 1
+        if self.naming.names.keys() != {id(p) for p in self.model.parameters()}:  # swapped by a sharding wrapper
+            check_sharding(self.model, self.options.precondition)
+            self.naming = Naming.of(self.model, self.options.skip, self.rules)
+        named = dynamo_parameters(gm, self.naming)
+        if not named or not torch.is_grad_enabled():
+            return compile_joint(gm, inputs, None, self.options.compiler, [])
+        captured = self.coverage.graphs.captured
+        graphs = self._graphs(f"graph {len(captured)}, forward and backward")
+        names, data = {index: name for index, (name, _) in named.items()}, data_inputs(gm, self.naming)
+        matching = Matching(self.naming, names, data, self.rules)
+        graph = CompiledGraph(self, gm, inputs, {index: param for index, (_, param) in named.items()}, matching, graphs)
+        captured.append(graphs)
+        if graph.statistics.capture.step is not None:
+            seen_here = Coverage(self.model)
+            seen_here.add(graph.statistics.capture.step)
+            trace_artifact("mkor_fx_coverage", seen_here.to_json)
+        return graph
+
+    def _graphs(self, what: str) -> Graphs:
+        return Graphs(f"{type(self.model).__name__}: {what}", self.coverage)
+
+    def register(self, statistics: StatisticsPass, params: Mapping[int, nn.Parameter]) -> None:
+        """Tell the runtime and the coverage what a graph says of the parameters it is called with."""
+        capture = statistics.capture
+        if capture.step is None:
+            return
+        self.coverage.add(capture.step, {index: self.runtime.mkor.name(param) for index, param in params.items()})
+        biases = set(capture.biases.values())
+        for index, param in params.items():
+            if index not in biases:
+                bias = capture.biases.get(index)
+                layout = capture.layouts.get(index)
+                if not self.runtime.register(param, layout, None if bias is None else params[bias]):
+                    self.coverage.decline(self.runtime.mkor.name(param), DISAGREE)
+
+    # ---- programs outside of the graphs -------------------------------------------------------------------------------
+
+    def _build(self, kind: str, jobs: Sequence[Job], given: Given) -> Callable[[Given], list[Tensor]]:
+        """A program for the optimizer's step, on which all ranks agree before it runs."""
+        graphs = self._graphs(f"{kind} of {len(jobs)} weights")
+        rules, group = list(self.rules), None if kind == "apply" else self.group
+        try:
+            rewrite = self.mode.programs[kind]
+            program = build_program(jobs, rules, given, rewrite, self.options.compiler, graphs, group, self.options.without)
+            self.coverage.graphs.updates.append(graphs)
+        except Exception as error:
+            if self.ranks is not None:
+                self.ranks.failed(error)
+            raise
+        if self.ranks is None:
+            check_still_alone()
+        else:
+            self.ranks.agree(plan_of_update(kind, jobs, self.options, graphs))
+        return program
+
+
+class CompiledGraph:
+    """One graph of a compiled model: what Dynamo calls in its place, for every instance of a module that it serves."""
+
+    def __init__(
+        self,
+        door: DropIn,
+        gm: fx.GraphModule,
+        inputs: Sequence[Any],
+        params: Mapping[int, nn.Parameter],
+        matching: Matching,
+        graphs: Graphs,
+    ) -> None:
+        self._door = weakref.ref(door)
+        self._indices, self._mode = list(params), door.mode
+        self._layouts = find_layouts(gm, inputs, matching)
+        self._dtypes = {index: params[index].dtype for index in self._layouts}
+        changing = bool(changing_of(list(door.rules)))
+        added, position = {}, len(inputs) + changing
+        for index, layout in self._layouts.items():
+            state = door.mode.state_in_graph(layout, self._dtypes[index])
+            added[index] = Added(position, door.mode.carrier(layout, self._dtypes[index]), state)
+            position += 1 + len(state)
+        self._added = added
+        numbers_at = len(inputs) if changing else None
+        self.statistics = StatisticsPass(
+            matching, self._layouts, added, numbers_at, door.mode.in_graphs, graphs, door.options.backend == "inductor",
+            door.options.without,
+        )  # fmt: skip
+        extended = with_inputs(gm, inputs, self._further_inputs(door, params))
+        self._compiled = compile_joint(*extended, self.statistics, door.options.compiler, graphs.code)
+        self._seen: set[tuple[int, ...]] = set()
+
+    def _further_inputs(self, door: DropIn, own: Mapping[int, nn.Parameter]) -> list[Tensor]:
+        """What the graph is passed behind Dynamo's inputs: numbers that change, then for each site carrier and state."""
+        runtime, device = door.runtime, next(iter(own.values())).device
+        numbers = door.clock.numbers(runtime.mkor.step, device)
+        found = [] if numbers is None else [numbers]
+        for index, layout in self._layouts.items():
+            geometry = self._added[index].geometry
+            recipe = self._mode.recipe(layout, self._dtypes[index])
+            found += runtime.inputs(own[index], recipe, geometry.shape, geometry.dtype)
+        return found
+
+    def __call__(self, *args: Any) -> Any:
+        door = self._door()
+        assert door is not None
+        own = {index: args[index] for index in self._indices}
+        key = tuple(map(id, own.values()))
+        if key not in self._seen:
+            self._seen.add(key)
+            door.register(self.statistics, own)
+        params = list(own.values())
+        door.runtime.prepare(params)
+        outputs = self._compiled(*args, *self._further_inputs(door, own))
+        if torch.is_grad_enabled():
+            door.runtime.seen.ran = True
+            door.runtime.watch(outputs, params)
+        return outputs
+
+
+def _call_of(model: nn.Module) -> Callable[..., Any]:
+    """What is traced: the call of the model itself, hooks and all."""
+    base = type(model)
+    own = base.__call__ if base.__call__ is not nn.Module.__call__ else base._call_impl
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return own(model, *args, **kwargs)
+
+    return call

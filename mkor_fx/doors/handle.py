@@ -1,0 +1,77 @@
+"""The handle of a compiled model: another object that is the same model, but for what calling it does."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def compiled_handle(model: nn.Module, run: Callable[..., Any], **shown: Any) -> nn.Module:
+    """A handle whose call, and whose ``forward``, is ``run``; inside of another torch.compile it is called as it is."""
+    call = torch.compiler.disable(run, reason="a compiled model of mkor_fx is compiled already")
+
+    def compile(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        raise RuntimeError(
+            f"this {type(model).__name__} is compiled already: mkor_fx.compile stands in the place of torch.compile and of "
+            "Module.compile(). Call it as it is"
+        )
+
+    does = {
+        "__call__": lambda self, *args, **kwargs: call(*args, **kwargs),
+        "forward": lambda self, *args, **kwargs: call(*args, **kwargs),
+        "compile": compile,
+    }
+    return _another(model, does, shown)
+
+
+def inside_ddp(ddp: DistributedDataParallel, handle: nn.Module) -> nn.Module:
+    """A handle of the wrapper around the compiled ``handle`` of its module, with what that one shows."""
+    shown = {name: getattr(handle, name) for name in ("mkor", "graphs", "coverage")}
+    return _another(ddp, {"module": property(lambda self: handle)}, shown)
+
+
+def _another(model: nn.Module, does: dict[str, Any], shown: dict[str, Any]) -> nn.Module:
+    """Another object over the attributes of ``model``, all of them and no copy: parameters, modes, counters and whatever is
+    set on one of the two is seen on the other. It is of a subclass of the model's class under its name, with what it
+    ``does`` otherwise and what is ``shown``. Copies of it, and what is pickled of it, are plain models.
+    """
+    base = type(model)
+
+    def plain(self: nn.Module) -> nn.Module:
+        one = object.__new__(base)
+        object.__setattr__(one, "__dict__", self.__dict__)
+        return one
+
+    members = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "__class__": property(lambda self: base),
+        "__reduce_ex__": lambda self, protocol: plain(self).__reduce_ex__(protocol),
+        "__deepcopy__": lambda self, memo: copy.deepcopy(plain(self), memo),
+        **does,
+        **{name: _Shown(name, value) for name, value in shown.items()},
+    }
+    metaclass: Any = type(base)
+    handle = object.__new__(metaclass(base.__name__, (base,), members))
+    object.__setattr__(handle, "__dict__", model.__dict__)
+    return handle
+
+
+class _Shown:
+    """An attribute of a handle. One that the model has itself, under the same name, stays the model's."""
+
+    def __init__(self, name: str, value: Any) -> None:
+        self.name, self.value = name, value
+
+    def __get__(self, handle: Any, owner: type) -> Any:
+        if handle is not None:
+            for held in ("_parameters", "_buffers", "_modules"):
+                if self.name in handle.__dict__.get(held, {}):
+                    return handle.__dict__[held][self.name]
+        return self.value

@@ -1,0 +1,266 @@
+"""Behind ``compile_step``: the Dynamo backend whose callable is the training step."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx, nn
+from torch.optim import Optimizer
+
+from .. import reasons
+from ..options import Options
+from ..passes.match.layout import Layout
+from ..passes.naming import Naming
+from ..passes.order.collectives import Group, Network
+from ..passes.order.pin import Overlap
+from ..passes.pipeline import REWRITE, Variant, analyse, choose, synthesise
+from ..passes.torch_api.backend import FakeTensorMode, compile_graph, plain_tracing
+from ..passes.torch_api.capture import WholeStep, capture_whole_step, trace_artifact
+from ..passes.torch_api.dynamo import dynamo_compile, dynamo_parameters
+from ..passes.write.late_statistics import buffers_of, nothing, refresh_now
+from ..passes.write.step_draft import Plan, StepDraft
+from ..runtime.compiled_step import CompiledStep, StepMaker
+from ..runtime.factors import FactorState
+from ..runtime.inputs import Call
+from ..runtime.ranks import Ranks
+from ..show.coverage import Coverage
+from ..show.graphs import Graphs
+from .agreement import buffer_names, group_of, owners_of, plan_of, present_numbers
+from .checks import check_gradient_hooks, check_memory, check_model, check_optimizer, check_still_alone
+from .rule_clock import RuleClock
+from .states import possible_states
+
+
+def loss_function(model: nn.Module, loss_fn: Callable | None, return_outputs: bool) -> Callable[..., Any]:
+    """What Dynamo captures: the loss first, then whatever else is wanted, detached."""
+
+    def loss_of(*args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_dynamo_compiling():
+            raise RuntimeError(
+                "a compiled step was about to run without being compiled, which would train nothing: torch.compile is "
+                "switched off or has given up (torch.compiler.set_stance, TORCH_COMPILE_DISABLE, a recompile limit)"
+            )
+        if loss_fn is None:
+            outputs = model(*args, **kwargs)
+            if isinstance(outputs, Tensor):
+                loss = outputs
+            elif isinstance(outputs, (tuple, list)):
+                loss = outputs[0]
+            else:
+                loss = outputs["loss"] if isinstance(outputs, dict) else outputs.loss
+        else:
+            outputs = model(*args[:-1], **kwargs)
+            loss = loss_fn(outputs, args[-1])
+        if return_outputs:
+            return loss, pytree.tree_map_only(Tensor, Tensor.detach, outputs)
+        return loss
+
+    return loss_of
+
+
+def new_step(
+    model: nn.Module, loss_fn: Callable | None, optimizer: Optimizer, options: Options, ranks: Ranks | None
+) -> CompiledStep:
+    """A compiled step over a model and an optimizer that have been checked."""
+    clock, rule = RuleClock(options.rules), bool(options.rules)
+    loss_of, every = loss_function(model, loss_fn, options.return_outputs), options.refresh_every if rule else 1
+
+    def pick(step: int, fallback: bool) -> Variant:
+        return choose(step, every, rule=rule, fallback=fallback, stale=options.stale)
+
+    def check() -> None:
+        check_model(model)
+        check_optimizer(model, optimizer, changed=True)
+        check_gradient_hooks(model.named_parameters())
+        Naming.of(model, options.skip, options.rules)
+
+    def build(step: CompiledStep, variant: Variant) -> Callable[..., Any]:
+        return StepProgram(step, variant, options, clock, loss_of)
+
+    mkor = FactorState(model, every, expect=possible_states(options.rules))
+    maker = StepMaker(pick, build, check, clock.derive, clock.derives, clock.numbers)
+    return CompiledStep(model, optimizer, mkor, maker, ranks, options.communication.check_replicas_every)
+
+
+@dataclass(frozen=True)
+class Written:
+    """One variant of the whole step as a lowered graph, not yet compiled. ``params``: by input position; ``layouts`` of the
+    sites, ``here`` those whose factors are on this rank."""
+
+    draft: StepDraft
+    variant: Variant
+    graphs: Graphs
+    coverage: Coverage
+    params: dict[int, nn.Parameter]
+    layouts: dict[int, Layout]
+    here: list[int]
+
+    @property
+    def whole(self) -> WholeStep:
+        return self.draft.step
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """Those that the base optimizer steps."""
+        return [self.params[i] for i in self.draft.plan.trained if i not in self.draft.final]
+
+
+def write_whole_step(
+    step: CompiledStep, variant: Variant, options: Options, group: Group | None, gm: fx.GraphModule, inputs: Sequence[Any]
+) -> Written:
+    """capture -> canonicalize -> match -> rewrite -> schedule -> lower, of Dynamo's graph ``gm``. Changes nothing."""
+    naming = Naming.of(step.model, options.skip, options.rules)
+    held = {id(p) for group in step.optimizer.param_groups for p in group["params"]}
+    params = {index: p for index, (_, p) in dynamo_parameters(gm, naming).items()}
+    coverage = Coverage(step.model)
+    graphs = Graphs(f"{type(step.model).__name__}: {variant.name} step", coverage, variant.has("refresh"))
+
+    whole = capture_whole_step(gm, inputs, naming)
+    for index, parameter in whole.parameters.items():
+        if not options.rules:
+            parameter.excluded = reasons.NO_RULE
+        elif id(params[index]) not in held:
+            parameter.excluded = reasons.NOT_HELD
+    trained = [i for i, p in whole.parameters.items() if p.grad is not None and id(params[i]) in held]
+    if not trained:
+        raise ValueError("no parameter that the optimizer holds gets a gradient from this loss")
+
+    with plain_tracing():
+        analyse(whole, options.rules, graphs)
+        coverage.add(whole)
+        trace_artifact("mkor_fx_coverage", coverage.to_json)
+        owners = owners_of(whole, options, group, step.mkor.owners) if options.rules else {}
+        layouts = {index: Layout.of(site) for index, site in whole.sites.items()}
+        rank = 0 if group is None else group.rank
+        here = [i for i, site in whole.sites.items() if owners.get(site.parameter.name) in (None, rank)]
+        uses_state = variant.has("precondition") or variant.has("refresh")
+        meta = torch.device("meta")
+        plan = Plan(
+            step.optimizer,
+            list(options.rules),
+            params,
+            trained,
+            states={i: on_device(layouts[i].fresh_state(meta), params[i].device) for i in here} if uses_state else {},
+            buffers=buffer_names(gm, step.model),
+            owners=owners,
+            late=buffers_of(whole) if options.stale and options.rules else (),
+            rows=options.communication.average == "rows",
+            skip_nonfinite=options.skip_nonfinite,
+            refreshes=variant.has("refresh"),
+        )
+        draft = StepDraft(whole, plan, None if group is None else Network(whole.graph, group))
+        passes = [p for p in REWRITE if variant.has(p.name)]
+        synthesise(draft, passes, graphs, group=group, without=options.without)
+    return Written(draft, variant, graphs, coverage, params, layouts, here)
+
+
+class StepProgram:
+    """One variant of a compiled step: the program that Dynamo calls, made when it is first called."""
+
+    def __init__(
+        self, step: CompiledStep, variant: Variant, options: Options, clock: RuleClock, loss_of: Callable[..., Any]
+    ) -> None:
+        self._step, self.variant, self.options, self.clock = weakref.ref(step), variant, options, clock
+        self._compiled = dynamo_compile(loss_of, self._backend, fullgraph=True, dynamic=options.dynamic)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._compiled(*args, **kwargs)
+
+    def _backend(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        """The Dynamo backend of a whole step: write it, compile it."""
+        step, options = self._step(), self.options
+        assert step is not None
+        group = group_of(step.ranks, options)
+        if group is None:
+            check_still_alone()
+        written = write_whole_step(step, self.variant, options, group, gm, inputs)
+        keep_order = None if group is None or "pin" in options.without else Overlap()
+        with plain_tracing():
+            compiled = compile_graph(written.whole.module, options.compiler, written.graphs.code, keep_order)
+        if written.draft.update is not None:
+            step.follow_branches(written.draft.update.branches)
+        step.variants[self.variant.name], step.coverage = written.graphs, written.coverage
+        written.coverage.graphs.captured += step.variants.values()
+        step.compilations += 1
+        plan = ""
+        if group is not None:
+            owners = written.draft.plan.owners if options.placement == "owner" else options.placement
+            about = {"variant": self.variant.name, "owners": owners}
+            plan = plan_of(written.whole, step.optimizer, written.trained, options, **about)
+        return Run(step, self.clock, written, compiled, plan)
+
+
+class Run:
+    """What Dynamo calls in the place of its graph: a program, and what it is passed behind Dynamo's inputs."""
+
+    def __init__(
+        self, step: CompiledStep, clock: RuleClock, written: Written, compiled: Callable[..., Any], plan: str
+    ) -> None:
+        draft = written.draft
+        self._step, self._clock, self._compiled, self._plan = weakref.ref(step), clock, compiled, plan
+        self._variant, self._inputs, self._results = written.variant, list(draft.inputs), draft.results
+        self._device, self._late, self._owners = draft.device, draft.plan.late, dict(draft.plan.owners)
+        self._layouts, self._here = written.layouts, written.here
+        self._trained = [i for i in draft.plan.trained if i not in draft.final]
+        self._names = {index: written.whole.parameters[index].name for index in draft.plan.trained}
+        self._memory: list[int] = []
+        self._ready = False
+
+    def __call__(self, *args: Any) -> list[Any]:
+        step = self._step()
+        assert step is not None
+        self._check_parameters(args)
+        step.begin(self._variant.name, self._plan, present_numbers)
+        if not self._ready:
+            self._commit(step, args)
+        step.runs()
+        receives, sends = self._variant.has("arrive"), self._variant.has("send")
+        with plain_tracing():
+            waiting = step.late.take(self._late, lambda: nothing(self._late, self._device)) if receives else []
+            call = Call(step, args, self._device, waiting)
+            outputs = self._compiled(*args, *(source.fetch(call) for source in self._inputs))
+        if self._late:
+            step.late.clear()
+        if sends:
+            outputs, sent = outputs[: self._results], list(outputs[self._results :])
+            names = {step.mkor.name(args[index]): self._layouts[index] for index in self._here}
+            step.late.put(sent, self._late, lambda tensors: self._settle(step, names, tensors))
+        return outputs
+
+    def _check_parameters(self, args: Sequence[Any]) -> None:
+        """What can have happened to parameters since the last step, without their being replaced."""
+        check_gradient_hooks((name, args[index]) for index, name in self._names.items())
+        memory = [args[index].data_ptr() for index in self._names]
+        if memory != self._memory:
+            check_memory((name, args[index]) for index, name in self._names.items())
+            self._memory = memory
+
+    def _commit(self, step: CompiledStep, args: Sequence[Any]) -> None:
+        """Make what the program changes: factors, and the optimizer's state. Nothing was, before all that can fail."""
+        rank = 0 if step.ranks is None else step.ranks.rank
+        if self._variant.has("precondition"):
+            step.mkor.place(self._owners, {args[index]: layout for index, layout in self._layouts.items()}, rank)
+        step.prepare_optimizer([args[index] for index in self._trained])
+        self._ready = True
+
+    def _settle(self, step: CompiledStep, layouts: dict[str, Layout], tensors: list[Tensor]) -> dict[str, Tensor]:
+        """The factors as the next refresh will make them of what is on its way."""
+        taken, *buffers = tensors
+        if not taken:
+            return {}
+        count = step.mkor.step - 1
+        numbers = {name: self._clock.of(layout.rule, count) for name, layout in layouts.items()}
+        states = {name: step.mkor.state(name) for name in layouts}
+        new = refresh_now(layouts, numbers, self._late, buffers, states, count)
+        return {f"{name}.{key}": t for name, state in new.items() for key, t in state.items()}
+
+
+def on_device(state: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Stand-ins for tensors that will be on ``device``, without memory."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return {key: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device) for key, t in state.items()}

@@ -1,0 +1,1 @@
+"""From a captured graph to a program, one stage a folder; ``pipeline.py`` is the literal order."""

@@ -1,0 +1,1 @@
+"""From semantic operators to aten."""

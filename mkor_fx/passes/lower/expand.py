@@ -1,0 +1,64 @@
+"""From semantic operators to aten: each operator's body, traced once per shape, takes its place."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx
+
+from ...ir import StepGraph
+from ...prims import BODIES
+from ..core import graph_pass
+from ..torch_api.backend import inductor_decompositions
+from ..torch_api.tracing import Decompositions, insert
+
+#: what a node's replacement takes over from it
+INHERITED = ("partitioner_tag", "stack_trace", "seq_nr", "nn_module_stack", "fwd_nn_module_stack", "recompute")
+
+
+@functools.cache
+def lowering_table(inductor: bool) -> Decompositions:
+    """The bodies of ``mkor_fx::`` operators; with ``inductor`` whatever Inductor wants decomposed, too.
+
+    A graph that goes through AOTAutograd afterwards needs the bodies only. One that has been through it already must
+    not show Inductor an operator of its decomposition table.
+    """
+    return {**(inductor_decompositions() if inductor else {}), **BODIES}
+
+
+def _call(target: Callable, args: tuple, kwargs: dict) -> Any:
+    return target(*args, **kwargs)
+
+
+@graph_pass(stage="lower")
+def expand(step: StepGraph, *, inductor: bool = False) -> None:
+    """Replace each operator of the lowering table by its body, traced once per shape."""
+    table = lowering_table(inductor)
+    for node in list(step.graph.nodes):
+        if node.op != "call_function" or node.target not in table or not node.users:
+            continue
+        with step.graph.inserting_before(node):
+            label = node.meta.get("mkor_fx", "")
+            before = node.prev
+            new = insert(step.graph, _call, node.target, node.args, node.kwargs, decompositions=table, label=label)
+        written = between(before, node)
+        if any(copy.target is node.target for copy in written):  # the table has it, but declines these operands
+            continue
+        for copy in written:
+            copy.meta = {**{k: v for k, v in node.meta.items() if k in INHERITED}, **copy.meta}
+        if isinstance(new, fx.Node):
+            node.replace_all_uses_with(new)
+        else:
+            for user in list(node.users):
+                user.replace_all_uses_with(new[user.args[1]])
+    step.graph.eliminate_dead_code()
+
+
+def between(first: fx.Node, last: fx.Node) -> list[fx.Node]:
+    nodes, node = [], first.next
+    while node is not last:
+        nodes.append(node)
+        node = node.next
+    return nodes

@@ -1,0 +1,1 @@
+"""From a gradient back to its weight's products: sites, their layouts and their rules."""

@@ -1,0 +1,44 @@
+"""Each matched weight gets the rule that its name asks for."""
+
+from __future__ import annotations
+
+import torch
+
+from ... import reasons
+from ...ir import Decline, Site, StepGraph
+from ...rules import Rule, Rules, Shape
+from ..core import graph_pass
+from .layout import Layout
+
+
+@graph_pass(stage="match", exact=True)
+def assign_rules(step: StepGraph, *, rules: Rules) -> None:
+    """Give every site its rule. A weight that no pattern names, or for which its rule keeps no state, is declined with its
+    bias; so is a bias that the rule leaves alone. A bias goes with its weight."""
+    for index, site in list(step.sites.items()):
+        entry = rules.match(site.parameter.name)
+        rule = None if entry is None else entry[1]
+        if rule is None:
+            _decline(step, index, Decline(reasons.NO_PATTERN))
+            continue
+        site.rule = rule
+        shape = Layout.of(site).shape
+        _check_state(step, index, site, rule, shape)
+
+
+def _check_state(step: StepGraph, index: int, site: Site, rule: Rule, shape: Shape) -> None:
+    name, weight, bias = type(rule).__name__, site.parameter.name, site.bias
+    if not rule.at_first_step.init(shape, torch.device("meta")):
+        why = f": {rule.without_state}" if rule.without_state else ""
+        reason = reasons.NO_STATE.format(rule=name, O=shape.O, I=shape.I, why=why)
+        _decline(step, index, Decline(reason, str(site.taps[0].node.target)))
+    elif bias is not None and not rule.preconditions_bias(shape):
+        site.bias = None
+        step.declines[bias.index] = Decline(reasons.BIAS_ALONE.format(rule=name, weight=weight))
+
+
+def _decline(step: StepGraph, index: int, decline: Decline) -> None:
+    site = step.sites.pop(index)
+    step.declines[index] = decline
+    if site.bias is not None:
+        step.declines[site.bias.index] = Decline(reasons.WEIGHT_DECLINED.format(weight=site.parameter.name))

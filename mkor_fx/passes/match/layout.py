@@ -1,0 +1,149 @@
+"""How one weight is stored, used and preconditioned: what its update has to know beside the tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ...ir import INPUTS_FIRST, INPUTS_LAST, Site, View
+from ...kinds import Kind
+from ...rules import Gradient, Rule, Shape
+
+
+@dataclass(frozen=True)
+class Layout:
+    """``kinds`` are the orientations in which the weight is used; ``bias`` whether its bias is matched; ``lookup`` whether it
+    is only ever looked up.
+    """
+
+    rule: Rule
+    view: View
+    kinds: tuple[int, ...]
+    bias: bool
+    lookup: bool = False
+
+    @classmethod
+    def of(cls, site: Site) -> Layout:
+        assert site.rule is not None, f"{site.parameter.name} has no rule"
+        return cls(site.rule, site.view, site.kinds, site.bias is not None, site.lookup)
+
+    @property
+    def members(self) -> int | None:
+        """How many matrices a batched weight consists of, None for one that is a matrix."""
+        return self.view.matrix[0] if len(self.view.matrix) == 3 else None
+
+    @property
+    def stored_inputs_first(self) -> bool:
+        """``[I, O]`` in memory; a weight used both ways counts as ``[O, I]``."""
+        return self.kinds == (INPUTS_FIRST,)
+
+    @property
+    def shape(self) -> Shape:
+        """Of one matrix."""
+        return self.shape_of_use(self.kinds[0])
+
+    def shape_of_use(self, kind: int) -> Shape:
+        """The matrix as a use in this orientation sees it."""
+        outputs, inputs = self.view.matrix[-2:] if kind == INPUTS_LAST else self.view.matrix[:-3:-1]
+        return Shape(outputs, inputs, self.bias and kind == self.kinds[0], self.lookup)
+
+    def orient(self, grad: Tensor, bias: Tensor | None) -> Gradient:
+        """A gradient as stored -> ``[O, I]`` as rules see it, ``[E, O, I]`` for a batched weight."""
+        matrix = self.view.see(grad)
+        if bias is not None:
+            bias = bias.reshape([*matrix.shape[:-2], -1])
+        return Gradient(matrix.transpose(-1, -2) if self.stored_inputs_first else matrix, bias)
+
+    def store(self, direction_OI: Tensor, shape: torch.Size) -> Tensor:
+        """``[O, I]`` -> the parameter's own shape."""
+        return self.view.store(direction_OI.transpose(-1, -2) if self.stored_inputs_first else direction_OI, shape)
+
+    def each(self, function: Callable) -> Callable:
+        """``function`` of one matrix on every member: rules see one at a time."""
+        return function if self.members is None else torch.vmap(function)
+
+    # ---- state --------------------------------------------------------------------------------------------------------
+
+    def fresh_state(self, device: torch.device) -> dict[str, Tensor]:
+        """What the rule starts from, of each member."""
+        state = self.rule.at_first_step.init(self.shape, device)
+        if self.members is None:
+            return state
+        return {name: t.expand(self.members, *t.shape).clone() for name, t in state.items()}
+
+    @cached_property
+    def sides(self) -> tuple[str | None, str | None]:
+        """Which entries of the state stand on the left and on the right of a gradient: '' for what is computed of several,
+        None for the identity."""
+        state = self.rule.at_first_step.init(self.shape, torch.device("meta"))
+        if self.rule.overrides("precondition"):
+            return "", ""
+        found = self.rule.sides(state)
+        names = {id(t): name for name, t in state.items()}
+        assert found is not None
+        return tuple(None if side is None else names.get(id(side), "") for side in found)  # type: ignore[return-value]
+
+    def kind(self, key: str) -> Kind | None:
+        """What the state tensor ``key`` is."""
+        return self.rule.kinds.get(key)
+
+    # ---- statistics ---------------------------------------------------------------------------------------------------
+
+    def summary_shapes(self, kind: int) -> list[torch.Size]:
+        """Shapes of what the rule's ``summarize`` returns for a use of one matrix."""
+        shape, rule = self.shape_of_use(kind), self.rule.at_first_step
+        with torch.device("meta"):
+            rows = torch.empty(1, shape.I), torch.empty(1, shape.O)
+            state = {"state": rule.init(self.shape, torch.device("meta"))} if rule.reads_state else {}
+            return [s.shape for s in rule.summarize(shape, *rows, **state)]
+
+    def vector_size(self, kind: int) -> int:
+        """Numbers in the statistics of one orientation: each member's flat summary and the number of rows behind it."""
+        return (sum(shape.numel() for shape in self.summary_shapes(kind)) + 1) * (self.members or 1)
+
+    @property
+    def statistics_size(self) -> int:
+        """The longer of the two statistics vectors that there can be: another graph may add the other orientation."""
+        return max(map(self.vector_size, self.kinds if self.lookup else (INPUTS_LAST, INPUTS_FIRST)))
+
+    @property
+    def reads_state(self) -> bool:
+        """Whether statistics depend on the state."""
+        return self.rule.reads_state
+
+    @property
+    def layout(self) -> Layout:
+        return self
+
+    #: entries of the state that are not the rule's
+    not_the_rules: ClassVar[tuple[str, ...]] = ()
+
+
+@dataclass(frozen=True)
+class SizedLater:
+    """The state of a weight whose directions get their size from the step before: its rule's, and ``scale``, which brings
+    weight and bias direction to that size, ``[2]`` each matrix."""
+
+    layout: Layout
+    dtype: torch.dtype
+    not_the_rules: ClassVar[tuple[str, ...]] = ("scale",)
+
+    def fresh_state(self, device: torch.device) -> dict[str, Tensor]:
+        size = (2,) if self.layout.members is None else (self.layout.members, 2)
+        return {**self.layout.fresh_state(device), "scale": torch.ones(size, dtype=self.dtype, device=device)}
+
+    def kind(self, key: str) -> Kind | None:
+        return self.layout.kind(key)
+
+
+def merge_layouts(first: Layout, second: Layout) -> Layout | None:
+    """One weight in two graphs: both orientations, and its bias if it is that in both; None where they do not agree."""
+    if (first.rule, first.view, first.lookup) != (second.rule, second.view, second.lookup):
+        return None
+    kinds = tuple(sorted({*first.kinds, *second.kinds}))
+    return Layout(first.rule, first.view, kinds, first.bias and second.bias, first.lookup)

@@ -1,0 +1,1 @@
+"""In which order things happen, and what crosses the network together."""

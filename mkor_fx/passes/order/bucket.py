@@ -1,0 +1,149 @@
+"""Many small collectives into few large ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx
+
+from ...ir import StepGraph
+from .collectives import Message, Sizes, c10d, copy_of_first_rank, is_wait, starts, sum_over_ranks, wait_of
+from ..core import graph_pass
+from ..match.find_sites import downstream
+from .dependencies import readiness, sort_by_dependencies
+from ..torch_api.tracing import insert
+
+aten = torch.ops.aten
+
+
+@dataclass
+class Parcel:
+    """A tensor to be sent, part ``at`` of what the collective ``start`` carried."""
+
+    node: fx.Node
+    start: fx.Node
+    at: int
+    message: Message
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        return self.node.meta["val"].numel() * self.dtype.itemsize
+
+
+@dataclass
+class Bucket:
+    pieces: list[Parcel] = field(default_factory=list)
+
+    @property
+    def bytes(self) -> int:
+        return sum(piece.bytes for piece in self.pieces)
+
+
+@graph_pass(stage="schedule")
+def bucket(step: StepGraph, *, sizes: Sizes) -> None:
+    """Concatenate all-reduces and broadcasts in the order in which their operands get ready.
+
+    Statistics, gradients and buffers travel apart, and what the forward has made does not wait for the backward: a
+    statistics vector that is a ``cat`` is taken apart, so that the part about the layer's inputs leaves early. A tensor
+    that fills a bucket by itself is sent as it is, and so is what another step waits for. The order depends on the graph
+    alone.
+    """
+    graph = step.graph
+    merged = (c10d.all_reduce.default, c10d.broadcast.default)
+    collectives = [s for s in starts(graph) if s.target in merged and all(map(is_wait, s.users))]
+    if not collectives:
+        return
+    ready, position = readiness(graph), {node: i for i, node in enumerate(graph.nodes)}
+    pieces = [piece for start in collectives for piece in _pieces(graph, start, sizes)]
+    backward = downstream(step.seeds)
+    for node in graph.nodes:  # those that _pieces has made
+        ready.setdefault(node, max((ready[arg] for arg in node.all_input_nodes), default=0))
+    pieces.sort(key=lambda p: (ready[p.node], position[p.start], p.at))
+    full: list[Bucket] = []
+    filling: dict[tuple, Bucket] = {}
+    for piece in pieces:
+        kind = piece.message.kind
+        limit = sizes.gradients if kind == "gradient" else sizes.statistics
+        if piece.bytes >= limit or kind in ("rows", "norms"):
+            full.append(Bucket([piece]))
+            continue
+        device = piece.node.meta["val"].device
+        together = "statistics" if kind == "loss" else kind
+        key = (piece.start.target, together, piece.dtype, device, piece.node in backward)
+        current = filling.setdefault(key, Bucket())
+        current.pieces.append(piece)
+        if current.bytes >= limit:
+            full.append(filling.pop(key))
+    _write(graph, [*full, *filling.values()])
+    sort_by_dependencies(graph)
+    graph.eliminate_dead_code()
+
+
+def _pieces(graph: fx.Graph, start: fx.Node, sizes: Sizes) -> list[Parcel]:
+    (message,) = start.meta["mkor_messages"]
+    nodes = _parts(graph, start.args[0]) if message.kind == "statistics" else [start.args[0]]
+    pieces = []
+    for at, node in enumerate(nodes):
+        value = node.meta["val"]
+        narrow = sizes.dtype is not None and len(nodes) > 1 and value.numel() > 1
+        dtype = sizes.dtype if narrow else value.dtype  # counts and noise levels do not fit into half precision
+        pieces.append(Parcel(node, start, at, Message(message.kind, message.name, value.numel()), dtype))
+    return pieces
+
+
+def _parts(graph: fx.Graph, node: fx.Node) -> list[fx.Node]:
+    """What a flat vector is concatenated of: ``cat([x, y])`` -> ``[x, y]``, sums of such vectors part by part."""
+    shape = node.meta["val"].shape
+    while node.target in (aten.clone.default, aten.view.default, aten.reshape.default, aten._unsafe_view.default):
+        if node.args[0].meta["val"].shape != shape:
+            break
+        node = node.args[0]
+    if node.target is aten.cat.default:
+        return list(node.args[0])
+    if node.target is aten.add.Tensor and len(node.all_input_nodes) == 2 and not node.kwargs:
+        one, other = (_parts(graph, arg) for arg in node.args)
+        lengths = [[part.meta["val"].numel() for part in parts] for parts in (one, other)]
+        if lengths[0] == lengths[1] and len(one) > 1:
+            with graph.inserting_after(node):
+                label = node.meta.get("mkor_fx", "")
+                return [insert(graph, torch.add, x, y, label=label) for x, y in zip(one, other)]
+    return [node]
+
+
+def _concatenated(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
+    return torch.cat([part.reshape(-1).to(dtype) for part in parts])
+
+
+def _split(flat: Tensor, sizes: list[int], dtypes: list[torch.dtype]) -> list[Tensor]:
+    return [part.to(dtype) for part, dtype in zip(flat.split(sizes), dtypes)]
+
+
+def _write(graph: fx.Graph, buckets: list[Bucket]) -> None:
+    arrived: dict[fx.Node, dict[int, fx.Node]] = {}
+    with graph.inserting_before(graph.output_node()):
+        for one in buckets:
+            first, nodes = one.pieces[0], [piece.node for piece in one.pieces]
+            label = f"bucket of {len(nodes)}: {first.message.kind} over ranks"
+            collective = sum_over_ranks if first.start.target is c10d.all_reduce.default else copy_of_first_rank
+            flat = insert(graph, _concatenated, nodes, first.dtype, label=label) if len(nodes) > 1 else nodes[0]
+            if flat.meta["val"].dtype != first.dtype:
+                flat = insert(graph, torch.Tensor.to, flat, first.dtype, label=label)
+            start, done = insert(graph, collective, flat, _group_of(first.start), label=label)
+            start.meta["mkor_messages"] = [piece.message for piece in one.pieces]
+            values = [node.meta["val"] for node in nodes]
+            parts = insert(graph, _split, done, [v.numel() for v in values], [v.dtype for v in values], label=label)
+            for piece, part in zip(one.pieces, parts):
+                arrived.setdefault(piece.start, {})[piece.at] = part
+        for start, parts in arrived.items():
+            whole = [parts[at] for at in sorted(parts)]
+            result = whole[0] if len(whole) == 1 else insert(graph, torch.cat, whole, label=start.meta["mkor_fx"])
+            wait_of(start).replace_all_uses_with(result)
+    for start in arrived:
+        graph.erase_node(wait_of(start))
+        graph.erase_node(start)
+
+
+def _group_of(start: fx.Node) -> str:
+    return start.args[-1]

@@ -1,0 +1,150 @@
+"""The pipeline: the literal order of what happens to a captured graph, and which part of it each program has."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from ..ir import StepGraph
+from ..rules import Rules
+from ..show.recorder import Recording
+from .core import GraphPass, run_passes
+from .lower.expand import expand
+from .lower.shortcut_row_sums import shortcut_row_sums
+from .lower.store_scalars import store_scalars
+from .match.assign_rules import assign_rules
+from .match.cancel_double_transpose import cancel_double_transpose
+from .match.drop_detach import drop_detach
+from .match.find_sites import find_sites
+from .match.spell_transposes import spell_transposes
+from .order.bucket import bucket
+from .order.collectives import Group
+from .order.issue_alike import issue_alike
+from .order.recompute_checkpoints import recompute_checkpoints
+from .order.schedule import schedule
+from .order.update_when_ready import update_when_ready
+from .write.arrive import arrive
+from .write.carry import carry
+from .write.draft import Draft
+from .write.optimize import optimize
+from .write.precondition import precondition
+from .write.precondition_in_backward import precondition_in_backward
+from .write.receive import receive
+from .write.reduce import reduce
+from .write.refresh import refresh
+from .write.resize import resize
+from .write.return_state import return_state
+from .write.seed import seed
+from .write.send import send
+from .write.statistics import statistics
+from .write.take_directions import take_directions
+from .write.write_back import write_back
+
+log = logging.getLogger("mkor_fx")
+
+CANONICALIZE = [spell_transposes, drop_detach, cancel_double_transpose]
+#: of a whole step; ``VARIANTS`` says which of them a program has
+REWRITE = [seed, reduce, statistics, send, arrive, refresh, precondition, optimize, write_back]
+#: of the drop-in door: its graphs in both modes, and the programs that run at the optimizer's step and behind the backward
+CARRY = [statistics, carry]
+CARRY_DIRECTIONS = [statistics, precondition_in_backward, carry]
+UPDATE = [receive, refresh, precondition, write_back]
+APPLY = [take_directions, optimize, write_back]
+REFRESH = [receive, refresh, resize, return_state]
+COLLECTIVES = [bucket, issue_alike]
+SCHEDULE = [recompute_checkpoints, update_when_ready]
+LOWER = [shortcut_row_sums, expand, store_scalars]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A program of the whole step: its name, and the passes that write it."""
+
+    name: str
+    passes: tuple[str, ...]
+
+    def has(self, name: str) -> bool:
+        return name in self.passes
+
+
+VARIANTS = {
+    variant.name: variant
+    for variant in (
+        Variant("refresh", ("seed", "reduce", "statistics", "refresh", "precondition", "optimize", "write_back")),
+        Variant("reuse", ("seed", "reduce", "precondition", "optimize", "write_back")),
+        # no rule
+        Variant("plain", ("seed", "reduce", "optimize", "write_back")),
+        # a rule that is not used for now: exactly the base optimizer
+        Variant("fallback", ("seed", "reduce", "optimize", "write_back")),
+        # statistics one step late: they leave and the last ones arrive, they only leave, they only arrive
+        Variant("late refresh", ("seed", "reduce", "statistics", "send", "arrive", "refresh", "precondition", "optimize",
+                                 "write_back")),
+        Variant("collect", ("seed", "reduce", "statistics", "send", "precondition", "optimize", "write_back")),
+        Variant("catch up", ("seed", "reduce", "arrive", "refresh", "precondition", "optimize", "write_back")),
+    )
+}  # fmt: skip
+
+
+def choose(step: int, refresh_every: int, *, rule: bool = True, fallback: bool = False, stale: int = 0) -> Variant:
+    """The program of a step: statistics are taken every ``refresh_every`` steps, and used ``stale`` steps later."""
+    if not rule or fallback:
+        return VARIANTS["fallback" if rule else "plain"]
+    taken, used = step % refresh_every == 0, (step - stale) % refresh_every == 0
+    if not stale:
+        return VARIANTS["refresh" if used else "reuse"]
+    return VARIANTS[{(True, True): "late refresh", (True, False): "collect", (False, True): "catch up"}.get(
+        (taken, used), "reuse")]  # fmt: skip
+
+
+def check_left_out(names: Collection[str]) -> None:
+    """Raises ValueError for the name of no pass that can be left out. What gives a program its results cannot."""
+    known = [p.name for stage in (REWRITE, CARRY_DIRECTIONS, UPDATE, APPLY, REFRESH, COLLECTIVES, SCHEDULE) for p in stage]
+    known.remove(return_state.name)
+    known += [schedule.name, "pin", shortcut_row_sums.name, store_scalars.name]
+    for name in names:
+        if name not in known:
+            raise ValueError(f"without={name!r}: no such pass; there are {', '.join(dict.fromkeys(known))}")
+
+
+def analyse(step: StepGraph, rules: Rules, graphs: Recording | None) -> None:
+    """capture -> canonicalize -> match: every trainable parameter gets its role. ``graphs=None`` keeps and logs nothing."""
+    run_passes(step, [], "capture", graphs)
+    run_passes(step, CANONICALIZE, "canonicalize", graphs)
+    run_passes(step, [find_sites, partial(assign_rules, rules=rules)], "match", graphs)
+    if graphs is None:
+        return
+    graphs.describe(step)
+    for index, parameter in step.parameters.items():
+        log.debug("%s %s: %s", parameter.name, parameter.shape, step.declines.get(index, step.role(index).value))
+
+
+def synthesise(
+    draft: Draft,
+    rewrite: Sequence[GraphPass],
+    graphs: Recording,
+    *,
+    inductor: bool = False,
+    partitioned: bool = False,
+    group: Group | None = None,
+    without: Collection[str] = (),
+) -> None:
+    """rewrite -> schedule -> lower: the passes of ``rewrite`` write the program, aten comes out.
+
+    ``inductor``: expand what Inductor wants decomposed, too. ``partitioned``: torch will split the graph into forward and
+    backward and honour checkpoints itself. ``group``: merge and order the collectives that were written. ``without`` names
+    passes that are left out.
+    """
+
+    def kept(passes: Sequence[GraphPass], **options: Any) -> list[Callable[..., None]]:
+        return [partial(p, **options) if options else p for p in passes if p.name not in without]
+
+    run_passes(draft.step, kept(rewrite), "rewrite", graphs, draft)
+    ordering = kept(SCHEDULE[1:] if partitioned else SCHEDULE)
+    if group is not None:
+        ordering = [*kept([bucket], sizes=group.buckets), *kept([issue_alike]), *ordering, *kept([schedule])]
+    run_passes(draft.step, ordering, "schedule", graphs)
+    lowering = [*kept([shortcut_row_sums]), partial(expand, inductor=inductor)]
+    run_passes(draft.step, lowering if partitioned else [*lowering, *kept([store_scalars])], "lower", graphs)

@@ -1,0 +1,113 @@
+"""Each weight's factors on one rank: its gradient goes to its owner, its direction comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, fx
+
+from ...ir import StepGraph
+from ..order.collectives import Message, Network
+from ..torch_api.tracing import insert
+from .placement import Chunk, Part, lay_out
+
+
+class Delivery:
+    """Writes what carries gradients to owners and directions back: a reduce-scatter and an all-gather for each bucket.
+
+    ``owners`` are ranks by name of weight (None: on every rank); a bias goes with its weight. Gradients of one dtype and
+    device are a stream for each owner, in the order in which the backward makes them.
+    """
+
+    def __init__(self, step: StepGraph, network: Network, owners: Mapping[str, int | None]) -> None:
+        self.step, self.network = step, network
+        self.owner: dict[int, int] = {}
+        for index, site in step.sites.items():
+            owner = owners[site.parameter.name]
+            if owner is not None:
+                biases = [site.bias.index] if site.bias is not None else []
+                self.owner |= dict.fromkeys([index, *biases], owner)
+        position = {node: i for i, node in enumerate(step.graph.nodes)}
+        streams: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+        for index in sorted(self.owner, key=lambda i: (position[self._gradient(i)], i)):
+            value = self._gradient(index).meta["val"]
+            streams.setdefault((value.dtype, value.device), []).append(index)
+        self.chunks: list[tuple[Chunk, torch.dtype, torch.device]] = []
+        for (dtype, device), indices in streams.items():
+            tensors = [(i, self._gradient(i).meta["val"].numel(), self.owner[i]) for i in indices]
+            length = max(1, network.buckets.gradients // (dtype.itemsize * network.size))
+            self.chunks += [(chunk, dtype, device) for chunk in lay_out(tensors, network.size, length)]
+        self._received: list[fx.Node] = []
+
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        return {dtype for _, dtype, _ in self.chunks}
+
+    def _gradient(self, index: int) -> fx.Node:
+        grad = self.step.parameters[index].grad
+        assert grad is not None
+        return grad
+
+    def to_owners(self) -> dict[int, fx.Node]:
+        """This rank's own gradients, of all ranks together, by input position."""
+        pieces: dict[int, list[tuple[fx.Node, int, int]]] = {}
+        with self.step.graph.inserting_before(self.step.output):
+            for chunk, dtype, device in self.chunks:
+                parts = [_sources({p.key: self._gradient(p.key) for p in rank}, rank) for rank in chunk.parts]
+                flat = insert(self.step.graph, _padded, parts, chunk.length, dtype, device, label="gradients to owners")
+                self._received.append(self.network.scatter(flat, self._messages("gradient", chunk)))
+                for part, offset in chunk.place(self.network.rank):
+                    pieces.setdefault(part.key, []).append((self._received[-1], offset, offset + _size(part)))
+            return self._restored(pieces)
+
+    def from_owners(self, directions: Mapping[int, fx.Node]) -> dict[int, fx.Node]:
+        """All directions, from this rank's own ones, by input position."""
+        pieces: dict[int, list[tuple[fx.Node, int, int]]] = {}
+        with self.step.graph.inserting_before(self.step.output):
+            for (chunk, dtype, _), received in zip(self.chunks, self._received):
+                parts = _sources(directions, chunk.parts[self.network.rank])
+                filled = sum(map(_size, chunk.parts[self.network.rank]))
+                parts += [(received, filled, chunk.length)] if filled < chunk.length else []
+                flat = insert(self.step.graph, _joined, parts, dtype, label="directions from owners")
+                gathered = self.network.gather(flat, self._messages("direction", chunk))
+                for rank in range(self.network.size):
+                    for part, offset in chunk.place(rank):
+                        at = rank * chunk.length + offset
+                        pieces.setdefault(part.key, []).append((gathered, at, at + _size(part)))
+            return self._restored(pieces)
+
+    def _restored(self, pieces: dict[int, list[tuple[fx.Node, int, int]]]) -> dict[int, fx.Node]:
+        shapes = {index: list(self._gradient(index).meta["val"].shape) for index in pieces}
+        names = {index: self.step.parameters[index].name for index in pieces}
+        return {i: insert(self.step.graph, _reshaped, pieces[i], shapes[i], label=names[i]) for i in pieces}
+
+    def _messages(self, kind: str, chunk: Chunk) -> list[Message]:
+        return [Message(kind, self.step.parameters[p.key].name, _size(p)) for rank in chunk.parts for p in rank]
+
+
+def _size(part: Part) -> int:
+    return part.stop - part.start
+
+
+def _sources(tensors: Mapping[int, fx.Node], parts: Sequence[Part]) -> list[tuple[fx.Node, int, int]]:
+    return [(tensors[part.key], part.start, part.stop) for part in parts]
+
+
+def _joined(pieces: list[tuple[Tensor, int, int]], dtype: torch.dtype) -> Tensor:
+    return torch.cat([x.reshape(-1)[start:stop].to(dtype) for x, start, stop in pieces])
+
+
+def _reshaped(pieces: list[tuple[Tensor, int, int]], shape: list[int]) -> Tensor:
+    return _joined(pieces, pieces[0][0].dtype).reshape(shape)
+
+
+def _padded(
+    ranks: list[list[tuple[Tensor, int, int]]], length: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    parts = []
+    for pieces in ranks:
+        missing = length - sum(stop - start for _, start, stop in pieces)
+        parts += [_joined(pieces, dtype)] if pieces else []
+        parts += [torch.zeros(missing, dtype=dtype, device=device)] if missing else []
+    return torch.cat(parts)

@@ -1,0 +1,149 @@
+"""A program while it is being written: what the passes of the rewrite stage read and fill in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+from ...ir import StepGraph
+from ...rules import Rule
+from ...rules.hyper import changing
+from ..order.collectives import Network
+from ..torch_api.tracing import insert
+from ..match.layout import Layout
+from .vectors import Scales
+
+
+@dataclass
+class Item:
+    """One preconditioned weight on its way through a program.
+
+    ``grad`` and ``bias`` are gradients, of all ranks together once they are reduced; ``vectors`` statistics by orientation.
+    ``state`` is as it stands at this point of the program, ``stored`` the inputs that it is kept in. ``key`` and
+    ``bias_key`` are under which directions are found. ``scale``: what sizes directions that are made in the backward.
+    """
+
+    name: str
+    layout: Layout
+    label: str
+    key: Any
+    bias_key: Any = None
+    grad: fx.Node | None = None
+    bias: fx.Node | None = None
+    state: dict[str, fx.Node] = field(default_factory=dict)
+    stored: dict[str, fx.Node] = field(default_factory=dict)
+    vectors: dict[int, fx.Node] = field(default_factory=dict)
+    scale: fx.Node | None = None
+
+
+class Rate(NamedTuple):
+    """Where the learning rate and the weight decay of a parameter lie in the optimizer's packed ``numbers``."""
+
+    numbers: fx.Node
+    rate_at: int
+    decay_at: int | None
+    sign: float
+
+
+class Draft:
+    """``rules`` are those that may occur; ``items`` the weights to precondition, ``statistics`` the vectors of every site by
+    input position and orientation, ``directions`` what has become of gradients, ``final`` those directions
+    that are the step itself; ``writes`` are new values by the input that takes them at the end of the program.
+
+    ``settled`` are writes that do not depend on the guard. ``scales`` say what a loss scaler has left in gradients and
+    statistics.
+    """
+
+    #: whether the statistics that are written here are used one step late
+    sends_late = False
+
+    def __init__(self, step: StepGraph, rules: Sequence[Rule], network: Network | None = None) -> None:
+        self.step, self.rules, self.network = step, rules, network
+        self.items: dict[Any, Item] = {}
+        self.statistics: dict[int, dict[int, fx.Node]] = {}
+        self.directions: dict[Any, fx.Node] = {}
+        self.final: set[Any] = set()
+        self.writes: dict[fx.Node, fx.Node] = {}
+        self.settled: dict[fx.Node, fx.Node] = {}
+        self.scales: Scales | None = None
+        self._numbers: dict[Rule, dict[str, fx.Node]] = {}
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.step.graph
+
+    def insert(self, function: Callable, *args: Any, label: str) -> Any:
+        """Write ``function(*args)`` at the end of the graph."""
+        with self.graph.inserting_before(self.step.output):
+            return insert(self.graph, function, *args, label=label)
+
+    def hand_out(self) -> None:
+        """Give every item what there is for it now."""
+
+    # ---- what a door provides -----------------------------------------------------------------------------------------
+
+    def clock(self, label: str) -> fx.Node:
+        """The step count that statistics belong to, 0-dim int64."""
+        raise NotImplementedError
+
+    def packed_numbers(self) -> fx.Node:
+        """The present values of everything that changes over time in the rules, in the order of :func:`changing_of`."""
+        raise NotImplementedError
+
+    def refreshed(self, item: Item, new: Mapping[str, fx.Node]) -> None:
+        """Take over the state that statistics have made."""
+        self.advanced(item, new)
+
+    def advanced(self, item: Item, new: Mapping[str, fx.Node]) -> None:
+        """Take over new state of an item, and write it back at the end."""
+        self.writes |= {item.stored[name]: node for name, node in new.items() if node is not item.state[name]}
+        item.state = dict(new)
+
+    def weight(self, key: Any) -> fx.Node:
+        """The parameter whose direction is under ``key``."""
+        raise NotImplementedError
+
+    def rate(self, key: Any) -> Rate:
+        """How far a direction goes that is the step itself."""
+        raise NotImplementedError
+
+    def apply_optimizer(self) -> None:
+        """The base optimizer's step on every other parameter, where it is part of the program."""
+
+    def spread_directions(self) -> None:
+        """Make the directions that this rank has known to all."""
+
+    def guard(self) -> fx.Node | None:
+        """Whether the program's writes count, 0-dim; None: always."""
+        return None
+
+    def finish(self) -> None:
+        """Give the graph its outputs; what nothing reads goes."""
+        raise NotImplementedError
+
+    # ---- what changes over time ---------------------------------------------------------------------------------------
+
+    def numbers(self, rule: Rule) -> dict[str, fx.Node]:
+        """The fields of ``rule`` that change over time, 0-dim each."""
+        if not changing(rule):
+            return {}
+        if not self._numbers:
+            packed = self.packed_numbers()
+            order = changing_of(self.rules)
+            split = self.insert(_each, packed, len(order), label="numbers of the rule")
+            for (owner, name), node in zip(order, split):
+                self._numbers.setdefault(owner, {})[name] = node
+        return self._numbers[rule]
+
+
+def changing_of(rules: Sequence[Rule]) -> list[tuple[Rule, str]]:
+    """Every field that changes over time, in order."""
+    return [(rule, name) for rule in rules for name in changing(rule)]
+
+
+def _each(packed: Tensor, size: int) -> list[Tensor]:
+    return [packed[i] for i in range(size)]

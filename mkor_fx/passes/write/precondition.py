@@ -1,0 +1,78 @@
+"""Directions from gradients."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...rules import Gradient
+from ...rules.direction import direction_of
+from ...rules.hyper import bind
+from ..core import graph_pass
+from .draft import Draft
+from ..match.layout import Layout
+from .refresh import all_finite, choose
+from .vectors import Numbers, Scales
+
+
+@graph_pass(stage="rewrite")
+def precondition(draft: Draft) -> None:
+    """Each weight's state ``advance``d by its gradient, and the direction that it makes of it, in the size of its graft."""
+    for item in draft.items.values():
+        direction, bias, new = draft.insert(
+            direct_one,
+            item.layout,
+            draft.numbers(item.layout.rule),
+            item.grad,
+            item.bias,
+            item.state,
+            draft.clock(item.label),
+            draft.scales,
+            label=item.label,
+        )
+        draft.advanced(item, new)
+        found = {item.key: direction} if bias is None else {item.key: direction, item.bias_key: bias}
+        draft.directions |= found
+        if item.layout.rule.applies == "update":
+            draft.final |= found.keys()
+    draft.spread_directions()
+
+
+# ---- what is traced into the graphs -----------------------------------------------------------------------------------
+
+
+def direct_one(
+    layout: Layout,
+    numbers: Numbers,
+    grad: Tensor,
+    bias_grad: Tensor | None,
+    state: dict[str, Tensor],
+    step: Tensor,
+    scales: Scales | None = None,
+) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+    """``(direction, bias direction, new state)`` of one weight. A gradient that is not finite advances no state.
+
+    A rule that only multiplies may be given a gradient that is still scaled; whatever keeps moments, or sizes its
+    directions by itself, sees it unscaled, and the base optimizer gets it back in the scale that it expects.
+    """
+    rule = bind(layout.rule, numbers)
+    advances, is_step = rule.overrides("advance"), rule.applies == "update"
+    gradient = layout.orient(grad, bias_grad)
+    unscaled = scales is not None and (advances or is_step or rule.graft == "rms")
+    if scales is not None and unscaled:
+        gradient = Gradient(*(None if g is None else g / scales.gradient.to(g.dtype) for g in gradient))
+    finite = all_finite(list(gradient.tensors().values())) if advances else None
+
+    def member(
+        state: dict[str, Tensor], tensors: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        one = Gradient(**tensors)
+        if finite is not None:
+            state = choose(finite, rule.advance(state, one, step), state)
+        return direction_of(rule, state, one).tensors(), state
+
+    directions, new = layout.each(member)(state, gradient.tensors())
+    if scales is not None and unscaled and not is_step:
+        directions = {name: d * scales.gradient.to(d.dtype) for name, d in directions.items()}
+    bias = None if bias_grad is None else directions["bias"].reshape(bias_grad.shape)
+    return layout.store(directions["weight"], grad.shape), bias, new if advances else state

@@ -1,0 +1,37 @@
+"""What ranks have in common: gradients, loss and buffers."""
+
+from __future__ import annotations
+
+from torch import Tensor, fx
+
+from ..core import graph_pass
+from ..torch_api.tracing import insert
+from .step_draft import StepDraft
+
+
+@graph_pass(stage="rewrite")
+def reduce(draft: StepDraft) -> None:
+    """Gradients of all ranks together, to their owners where they have one; the mean loss, and rank 0's buffers."""
+    graph, network, delivery, step = draft.graph, draft.network, draft.delivery, draft.step
+    if network is None:
+        return
+    with graph.inserting_before(step.output):
+        owned = {} if delivery is None else delivery.owner
+        gradients: dict[int, fx.Node] = {}
+        for i in draft.plan.trained:
+            if i not in owned:
+                gradients[i] = network.sum(draft.gradients[i], "gradient", step.parameters[i].name)
+        if delivery is not None:
+            gradients |= delivery.to_owners()
+        own = insert(graph, weighted, draft.outputs[0], draft.share, label="loss")
+        draft.outputs[0] = network.sum(own, "loss", "loss")
+        for index, name in draft.plan.buffers.items():
+            target = step.inputs[index]
+            if target in draft.writes:
+                draft.writes[target] = network.of_first_rank(draft.writes[target], "buffer", name)
+    draft.gradients = gradients
+    draft.hand_out()
+
+
+def weighted(loss: Tensor, share: Tensor | float) -> Tensor:
+    return loss.detach() * share

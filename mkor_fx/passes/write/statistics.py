@@ -1,0 +1,26 @@
+"""What each weight's uses in this program come to."""
+
+from __future__ import annotations
+
+from ...prims import accumulation_dtype
+from ..core import graph_pass
+from .draft import Draft
+from .vectors import write_vectors
+
+
+@graph_pass(stage="rewrite")
+def statistics(draft: Draft) -> None:
+    """A statistics vector for each orientation in which a site's weight is used; of all ranks together, but for those that
+    travel late."""
+    graph = draft.graph
+    for index, site in draft.step.sites.items():
+        assert site.rule is not None
+        dtype, name = accumulation_dtype(site.parameter.node.meta["val"].dtype), site.parameter.name
+        numbers = draft.numbers(site.rule)
+        state = draft.items[index].state if index in draft.items else {}
+        with graph.inserting_before(draft.step.output):
+            vectors = write_vectors(graph, site, numbers, state, dtype)
+            if draft.network is not None and not draft.sends_late:
+                vectors = {k: draft.network.sum(vector, "statistics", name) for k, vector in vectors.items()}
+        draft.statistics[index] = vectors
+    draft.hand_out()

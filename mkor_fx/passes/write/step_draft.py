@@ -1,0 +1,215 @@
+"""The whole training step as a draft: a joint graph, its optimizer, and what they are passed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ...rules import Rule
+from ...runtime import inputs
+from ...runtime.optimizer_state import numbers_of, place_of_rate
+from ..order.collectives import Network
+from ..torch_api.backend import FakeTensorMode
+from ..torch_api.capture import WholeStep
+from ..torch_api.tracing import add_input, splice
+from .delivery import Delivery
+from .draft import Draft, Item, Rate, changing_of
+from .finite import absolute, all_finite, count_skip, is_taken, norm, total
+from .late_statistics import Buffer
+from ..match.layout import Layout
+from .traced_optimizer import Update, trace_update
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a whole step is written for, beside its graph.
+
+    ``rules`` are those that may occur, ``params`` by input position, ``trained`` the positions of those that the optimizer steps; ``states`` examples of the
+    factors that are kept on this rank, by position. ``buffers`` are the names of the inputs that rank 0 decides; ``owners``
+    the ranks that keep a weight's factors, by name (None: every rank); ``late`` the buffers of statistics that are used one
+    step late. ``refreshes`` only labels.
+    """
+
+    optimizer: torch.optim.Optimizer
+    rules: Sequence[Rule]
+    params: Mapping[int, nn.Parameter]
+    trained: Sequence[int]
+    states: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
+    buffers: Mapping[int, str] = field(default_factory=dict)
+    owners: Mapping[str, int | None] = field(default_factory=dict)
+    late: tuple[Buffer, ...] = ()
+    rows: bool = False
+    skip_nonfinite: bool = True
+    refreshes: bool = True
+
+
+class StepDraft(Draft):
+    """``inputs`` lists what the program is passed behind Dynamo's inputs, in order.
+
+    With a ``network`` each rank differentiates its share of the mean loss over ranks, so that gradients and statistics of
+    the whole batch are plain sums over ranks. ``gradients`` are by input position; ``sent`` is what leaves for the next step, behind ``outputs``.
+    """
+
+    step: WholeStep
+
+    def __init__(self, step: WholeStep, plan: Plan, network: Network | None = None) -> None:
+        super().__init__(step, plan.rules, network)
+        self.sends_late = bool(plan.late)
+        self.plan, self.inputs = plan, [inputs.Seed(step.seeds[0].meta["val"].dtype)]
+        self._last = step.graph.find_nodes(op="placeholder")[-1]
+        self._nodes: dict[inputs.Input, fx.Node] = {self.inputs[0]: step.seeds[0]}
+        self.delivery = Delivery(step, network, plan.owners) if network is not None and plan.owners else None
+        self.share: float | fx.Node = 1.0
+        self.gradients = {i: step.parameters[i].grad for i in plan.trained}
+        self.outputs: list[fx.Node] = [step.returned(position) for position in step.results]
+        self.results = len(self.outputs)
+        self.sent: list[fx.Node] = []
+        self.taken: fx.Node | None = None  # with late statistics: whether the step that has sent them was taken
+        self.update: Update | None = None
+        self.writes |= {target: step.returned(at) for target, at in step.mutations}
+        self._keep: fx.Node | None = None
+        for index, state in plan.states.items():
+            self._add_item(index, state)
+
+    def _add_item(self, index: int, state: Mapping[str, Tensor]) -> None:
+        site = self.step.sites[index]
+        name, bias = site.parameter.name, None if site.bias is None else site.bias.index
+        label = f"{name}: {'refresh and ' if self.plan.refreshes else ''}precondition"
+        item = Item(name, Layout.of(site), label, index, bias)
+        item.state = {key: self.input(inputs.Factor(index, key), example) for key, example in state.items()}
+        item.stored = dict(item.state)
+        self.items[index] = item
+        self.hand_out()
+
+    def hand_out(self) -> None:
+        """Give every item what there is for it now: gradients and statistics."""
+        for index, item in self.items.items():
+            item.grad = self.gradients.get(index)
+            item.bias = None if item.bias_key is None else self.gradients.get(item.bias_key)
+            item.vectors = self.statistics.get(index, {})
+
+    # ---- inputs -------------------------------------------------------------------------------------------------------
+
+    def input(self, source: inputs.Input, example: Tensor) -> fx.Node:
+        """The placeholder that is passed what ``source`` fetches, shaped as ``example``."""
+        if source not in self._nodes:
+            with self.graph.inserting_after(self._last):
+                self._last = self._nodes[source] = add_input(self.graph, source.name, example, self._fake_mode)
+            self.inputs.append(source)
+        return self._nodes[source]
+
+    def replace_seed(self, value: fx.Node) -> None:
+        """Write the loss's gradient into the program: it is no input any more."""
+        (seed,) = self.step.seeds
+        seed.replace_all_uses_with(value)
+        source = next(source for source, node in self._nodes.items() if node is seed)
+        self.inputs.remove(source)
+        del self._nodes[source]
+        if seed is self._last:
+            self._last = seed.prev
+        self.graph.erase_node(seed)
+        self.step.seeds = [value]
+
+    @property
+    def _fake_mode(self) -> FakeTensorMode:
+        return next(iter(self.step.parameters.values())).node.meta["val"].fake_mode
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.step.parameters.values())).node.meta["val"].device
+
+    def scalar(self, source: inputs.Input, dtype: torch.dtype, *shape: int) -> fx.Node:
+        """An input of a few numbers."""
+        return self.input(source, torch.empty(shape, dtype=dtype, device=self.device))
+
+    def clock(self, label: str) -> fx.Node:
+        steps = self.scalar(inputs.Steps(), torch.int64)
+        return steps if self.taken is None else self.insert(torch.sub, steps, 1, label=label)
+
+    def packed_numbers(self) -> fx.Node:
+        return self.scalar(inputs.RuleNumbers(), torch.float64, len(changing_of(self.rules)))
+
+    # ---- state --------------------------------------------------------------------------------------------------------
+
+    def refreshed(self, item: Item, new: Mapping[str, fx.Node]) -> None:
+        if self.taken is None:
+            return self.advanced(item, new)
+        new = {  # of a step that was skipped nothing is taken over; of one that counts everything, whatever this one does
+            key: old if new[key] is old else self.insert(torch.where, self.taken, new[key], old, label=item.label)
+            for key, old in item.state.items()
+        }
+        self.settled |= {item.stored[key]: node for key, node in new.items() if node is not item.state[key]}
+        item.state = new
+        return None
+
+    def spread_directions(self) -> None:
+        if self.delivery is None:
+            return
+        self.directions |= self.delivery.from_owners(self.directions)
+        for index, site in self.step.sites.items():
+            if site.rule is not None and site.rule.applies == "update":
+                self.final |= {index, *([] if site.bias is None else [site.bias.index])}
+
+    # ---- the optimizer ------------------------------------------------------------------------------------------------
+
+    def weight(self, key: Any) -> fx.Node:
+        return self.step.parameters[key].node
+
+    def _optimizer_numbers(self) -> fx.Node:
+        return self.scalar(inputs.Numbers(), torch.float64, len(numbers_of(self.plan.optimizer)))
+
+    def rate(self, key: Any) -> Rate:
+        return Rate(self._optimizer_numbers(), *place_of_rate(self.plan.optimizer, self.plan.params[key]))
+
+    def apply_optimizer(self) -> None:
+        order = [i for i in self.plan.trained if i not in self.final]
+        if not order:
+            return
+        self.update = update = trace_update(self.plan.optimizer, [self.plan.params[i] for i in order])
+        states = [(i, key, example) for i, state in zip(order, update.states) for key, example in state.items()]
+        state = [self.input(inputs.Optimizer(i, key), example) for i, key, example in states]
+        params = [self.weight(i) for i in order]
+        directions = [self.directions[i] if i in self.directions else self.gradients[i] for i in order]
+        packed = self._optimizer_numbers()
+        with self.graph.inserting_before(self.step.output):
+            new = splice(self.graph, update.module, [*params, *directions, *state, packed], "optimizer")
+        self.writes |= dict(zip([*params, *state], new))
+
+    # ---- the end ------------------------------------------------------------------------------------------------------
+
+    def guard(self) -> fx.Node | None:
+        """Whether loss and gradients are finite."""
+        if not self.plan.skip_nonfinite:
+            return None
+        if self._keep is None:
+            label = "skip_nonfinite"
+            counter = self.scalar(inputs.Skipped(), torch.int64)
+            checked = [self.insert(absolute, self.outputs[0], label=label), *self._norms(label)]
+            self._keep = self.insert(all_finite, checked, label=label)
+            self.settled[counter] = self.insert(count_skip, counter, self._keep, label=label)
+        return self._keep
+
+    def _norms(self, label: str) -> list[fx.Node]:
+        """Of all gradients; those of owners' ones are summed over ranks, or ranks would decide apart."""
+        norms = {i: self.insert(norm, grad, label=label) for i, grad in self.gradients.items()}
+        if self.delivery is None:
+            return [*norms.values()]
+        kind = torch.float64 if torch.float64 in self.delivery.dtypes else torch.float32
+        own = self.insert(total, [norms.pop(i) for i in self.delivery.owner if i in norms], self.outputs[0], kind,
+                          label=label)  # fmt: skip
+        with self.graph.inserting_before(self.step.output):
+            return [*norms.values(), self.network.sum(own, "norms", "gradients")]
+
+    def finish(self) -> None:
+        """The plain outputs; behind them whether this step counts, and what it has sent."""
+        sent = []
+        if self.sent:
+            keep = self.guard()
+            sent = [self.insert(is_taken, self.outputs[0], label="late") if keep is None else keep, *self.sent]
+        self.step.output.args = ([*self.outputs, *sent],)
+        self.step.output.meta.pop("desc", None)
+        self.graph.eliminate_dead_code()

@@ -1,0 +1,116 @@
+"""Statistics vectors: what the uses of a weight come to, flat, and back to what a rule reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+from ...ir import Operand, Site, Tap, fake_value
+from ...ops.rows import as_columns, as_rows
+from ...rules import Use
+from ...rules.hyper import bind
+from ..torch_api.tracing import insert
+from ..match.layout import Layout
+
+#: how an operand is read in traced code: a view, the operand's value and further arguments
+Reading = tuple[Any, ...]
+#: present values of a rule's fields that change over time
+Numbers = Mapping[str, Any]
+
+
+class Scales(NamedTuple):
+    """What a loss scaler has left in the statistics and in the gradient, 0-dim each; not finite: touch nothing."""
+
+    statistics: Tensor
+    gradient: Tensor
+
+
+def write_vectors(
+    graph: fx.Graph, site: Site, numbers: Numbers, state: Mapping[str, fx.Node], dtype: torch.dtype
+) -> dict[int, fx.Node]:
+    """Insert the statistics vector of each orientation in which the site's weight is used."""
+    vectors: dict[int, fx.Node] = {}
+    layout, label = Layout.of(site), f"{site.parameter.name}: statistics"
+    read = dict(state) if layout.rule.reads_state else None
+    for taps in _together(site.taps):
+        a, g = ([_reading(operand) for operand in operands] for operands in zip(*((tap.a, tap.g) for tap in taps)))
+        count = None if taps[0].count is None else _reading(taps[0].count)
+        kind = taps[0].inputs
+        assert kind is not None
+        vector = insert(graph, summarize_uses, layout, dict(numbers), kind, a, g, count, read, dtype, label=label)
+        known = vectors.get(kind)
+        vectors[kind] = vector if known is None else insert(graph, torch.add, known, vector, label=label)
+    return vectors
+
+
+def _together(taps: list[Tap]) -> list[list[Tap]]:
+    """Uses to be summed in one go: an unrolled recurrence has one each time step, and a few kernels each would be many."""
+    groups: dict[Any, list[Tap]] = {}
+    for i, tap in enumerate(taps):
+        plain = tap.count is None and {tap.a.view, tap.g.view} <= {as_rows, as_columns}
+        groups.setdefault((tap.inputs, fake_value(tap.g.node).dtype) if plain else i, []).append(tap)
+    return list(groups.values())
+
+
+def _reading(operand: Operand) -> Reading:
+    return (operand.view, operand.node, *operand.arguments)
+
+
+# ---- what is traced into the graphs -----------------------------------------------------------------------------------
+
+
+def summarize_uses(
+    layout: Layout,
+    numbers: Numbers,
+    kind: int,
+    a: list[Reading],
+    g: list[Reading],
+    count: Reading | None,
+    state: dict[str, Tensor] | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The statistics vector of uses whose rows are put one behind the other, ``[S]``: of each member the flat summary,
+    then the number of rows."""
+    a_NI, g_NO = (_behind_each_other([view(*arguments) for view, *arguments in readings]) for readings in (a, g))
+    if count is None:
+        rows = torch.ones_like(g_NO[..., 0], dtype=dtype).sum(-1)
+    else:
+        rows = count[0](*count[1:]).to(dtype).expand(g_NO.shape[:-2])
+    rule: Any = bind(layout.rule, numbers)
+    summarize = partial(rule.summarize, layout.shape_of_use(kind))
+    if state is None:
+        summary = layout.each(summarize)(a_NI, g_NO)
+    else:
+        summary = layout.each(lambda a, g, own: summarize(a, g, state=own))(a_NI, g_NO, state)
+    flat = [s.reshape([*rows.shape, -1]).to(dtype) for s in summary]
+    return torch.cat([*flat, rows.unsqueeze(-1)], -1).flatten()
+
+
+def _behind_each_other(rows: list[Tensor]) -> Tensor:
+    return rows[0] if len(rows) == 1 else torch.cat(rows, -2)
+
+
+def split_vectors(layout: Layout, vectors: Mapping[int, Tensor]) -> dict[int, list[Tensor]]:
+    """Statistics vectors as each orientation's summary with the number of rows behind it, ``[E, ...]`` if batched."""
+    split = {}
+    for kind, vector in vectors.items():
+        shapes = layout.summary_shapes(kind)
+        sizes = [s.numel() for s in shapes]
+        lead = () if layout.members is None else (layout.members,)
+        used = vector[: (layout.members or 1) * (sum(sizes) + 1)].reshape([*lead, -1])
+        *parts, rows = used.split([*sizes, 1], -1)
+        split[kind] = [*(p.reshape([*lead, *shape]) for p, shape in zip(parts, shapes)), rows.squeeze(-1)]
+    return split
+
+
+def uses_of(layout: Layout, summaries: Mapping[int, list[Tensor]], scales: Scales | None = None) -> list[Use]:
+    """What ``update`` reads of one matrix."""
+    uses = []
+    for kind, (*parts, rows) in summaries.items():
+        summary = tuple(parts) if scales is None else layout.rule.unscale(tuple(parts), scales.statistics)
+        uses.append(Use(summary, rows, opposite=kind != layout.kinds[0]))
+    return uses

@@ -1,0 +1,108 @@
+"""Which rule a weight gets: one for all, or by pattern of its name; and what is accepted as a rule."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+
+from .base import Rule
+from .hyper import describe_rule
+
+#: what the doors take as ``rule``
+RuleChoice = Rule | Mapping[str, Rule | None] | None
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Rules by glob pattern of a weight's name, in order; the first pattern that matches decides. Empty: no rule at all."""
+
+    entries: tuple[tuple[str, Rule | None], ...] = ()
+
+    @classmethod
+    def of(cls, choice: RuleChoice) -> Rules:
+        """What a door was given: a rule for every weight, a dict of patterns, or None.
+
+        Raises:
+            ValueError: something in it is no rule, or a rule that cannot be compiled; names it and says what is missing.
+        """
+        if choice is None:
+            return cls()
+        if not isinstance(choice, Mapping):
+            check_rule(choice)
+            return cls((("*", choice),))
+        for pattern, rule in choice.items():
+            if not isinstance(pattern, str):
+                raise ValueError(f"rule={{{pattern!r}: ...}}: keys are patterns of parameter names, such as 'head.*'")
+            if rule is not None:
+                check_rule(rule, f" for {pattern!r}")
+        if not choice:
+            raise ValueError("rule={}: names no weight; use rule=None for the plain step, or {'*': mkor_fx.MKOR()}")
+        return cls(tuple(choice.items()))
+
+    def __bool__(self) -> bool:
+        return bool(self.entries)
+
+    def __iter__(self) -> Iterator[Rule]:
+        """The distinct rules in order."""
+        return iter(dict.fromkeys(rule for _, rule in self.entries if rule is not None))
+
+    def match(self, name: str) -> tuple[str, Rule | None] | None:
+        """The first pattern that a name matches, with its rule (None: to be left alone); None if no pattern matches."""
+        return next((entry for entry in self.entries if fnmatchcase(name, entry[0])), None)
+
+    def check_names(self, names: Collection[str]) -> None:
+        """Raises ValueError for a pattern that decides for no parameter."""
+        if len(self.entries) == 1 and self.entries[0][0] == "*":
+            return
+        used = {entry[0] for name in names if (entry := self.match(name)) is not None}
+        for pattern, _ in self.entries:
+            if pattern not in used:
+                earlier = any(fnmatchcase(name, pattern) for name in names)
+                why = "matches only what earlier patterns take: move it up" if earlier else "matches no parameter"
+                raise ValueError(f"rule pattern {pattern!r} {why}. Parameters: {first_of(names)}")
+
+    def __str__(self) -> str:
+        return ", ".join(f"{pattern}: {describe_rule(rule)}" for pattern, rule in self.entries) or "None"
+
+
+def first_of(names: Collection[str], most: int = 8) -> str:
+    return ", ".join(list(names)[:most]) + (", ..." if len(names) > most else "")
+
+
+def check_rule(rule: object, where: str = "") -> None:
+    """Hold a rule to what compiling it takes: frozen, hashable, complete.
+
+    Raises:
+        ValueError: it is not; says what to do.
+    """
+    if not isinstance(rule, Rule):
+        raise ValueError(f"rule={rule!r}{where}: must be an update rule such as mkor_fx.MKOR()")
+    name = type(rule).__name__
+    if not dataclasses.is_dataclass(rule) or not rule.__dataclass_params__.frozen:  # type: ignore[attr-defined]
+        raise ValueError(
+            f"rule={name}{where}: programs are made for a rule as it is, so it must not change: declare the class as "
+            "@dataclass(frozen=True), with its options as fields"
+        )
+    try:
+        hash(rule)
+    except TypeError as error:
+        raise ValueError(
+            f"rule={rule!r}{where} cannot be hashed ({error}): programs are kept by rule. Use tuples and numbers as "
+            "options in the place of lists, dicts and sets"
+        ) from None
+    rule.at_first_step  # noqa: B018  which reads tensors: not while anything is traced
+    choices = {"applies": ("gradient", "update"), "graft": (None, "gradient", "rms")}
+    for option, allowed in choices.items():
+        if getattr(rule, option) not in allowed:
+            raise ValueError(f"{name}.{option}={getattr(rule, option)!r}: must be one of {', '.join(map(repr, allowed))}")
+    every, dtype = rule.derive_every, rule.product_dtype
+    if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+        raise ValueError(f"{name}.derive_every={every!r}: must be an integer of at least 1, steps between two")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"{name}.product_dtype={dtype!r}: must be a floating-point dtype, or None for the gradient's")
+    if not rule.overrides("sides") and not rule.overrides("precondition"):
+        raise ValueError(f"{name} gives no direction: define sides(state) or precondition(state, grad)")

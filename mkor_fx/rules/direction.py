@@ -1,0 +1,77 @@
+"""From the two sides of a rule to a direction of the right size: the library's part of every rule.
+
+Shape suffixes: ``I`` inputs, ``O`` outputs of one weight.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..prims import graft_rms, precondition, rescale
+
+Graft = Literal["gradient", "rms"]
+
+
+class Gradient(NamedTuple):
+    """``weight`` is ``[O, I]`` whatever way the parameter is stored; ``bias`` is ``[O]`` or None."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that there are, by name."""
+        return {name: t for name, t in self._asdict().items() if t is not None}
+
+
+class Sides(NamedTuple):
+    """The direction is ``left @ G @ right``: symmetric ``[O, O]`` and ``[I, I]``; None is the identity. That of a bias is
+    ``left @ b``, or the last column of a rule with a ``joint_bias``."""
+
+    left: Tensor | None
+    right: Tensor | None
+
+
+def direction_of(rule: Any, state: dict[str, Tensor], grad: Gradient, graft: bool = True) -> Gradient:
+    """What a rule makes of a gradient; without ``graft`` before it is sized."""
+    by = rule.graft if graft else None
+    if not rule.overrides("precondition"):
+        return _from_sides(rule, rule.sides(state), rule.momentum(state, grad), grad, by)
+    weight, bias = rule.precondition(state, grad)
+    if bias is not None and grad.bias is not None:
+        bias = _sized(bias[:, None], grad.bias[:, None], by)[:, 0]
+    return Gradient(_sized(weight, grad.weight, by), bias)
+
+
+def _from_sides(rule: Any, sides: Sides, grad: Gradient, raw: Gradient, graft: Graft | None) -> Gradient:
+    """``left @ grad @ right``, sized by ``graft`` and the ``raw`` gradient. Without a left side a bias stays as it is."""
+    left, right = sides
+    dtype, bias = rule.product_dtype, grad.bias
+    if bias is not None and rule.joint_bias:
+        together = _sized(_product(left, joined(grad), right, dtype), joined(raw), graft)
+        return Gradient(together[:, :-1], together[:, -1])
+    if bias is not None and raw.bias is not None and left is not None:
+        column = bias[:, None]
+        sized_by = column if raw.bias is bias else raw.bias[:, None]
+        bias = _sized(_product(left, column, None, dtype), sized_by, graft)[:, 0]
+    return Gradient(_sized(_product(left, grad.weight, right, dtype), raw.weight, graft), bias)
+
+
+def _product(left: Tensor | None, grad: Tensor, right: Tensor | None, dtype: torch.dtype | None) -> Tensor:
+    if dtype is None or dtype == grad.dtype:
+        return precondition(left, grad, right)
+    return precondition(left, grad.to(dtype), right).to(grad.dtype)
+
+
+def _sized(direction: Tensor, grad: Tensor, graft: Graft | None) -> Tensor:
+    if graft == "gradient":
+        return rescale(direction, grad)
+    return direction if graft is None else graft_rms(direction)
+
+
+def joined(grad: Gradient) -> Tensor:
+    """``[W | b]``, ``[O, I + 1]``"""
+    assert grad.bias is not None
+    return torch.cat([grad.weight, grad.bias[:, None]], 1)

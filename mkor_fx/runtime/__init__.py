@@ -1,0 +1,1 @@
+"""What runs at every step: state, hooks, the compiled step."""

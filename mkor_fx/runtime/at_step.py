@@ -1,0 +1,202 @@
+"""The drop-in door at run time: statistics from the backward, and the update at the optimizer's step."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .factors import FactorState, state_of
+from .followed import Followed, Maker
+from .given import Given, WeightTensors
+from .loss_scale import loss_scales
+from .optimizer_state import OptimizerNumbers, place_of_rate
+from .ranks import Ranks, Replicas
+from .steps import Step
+
+
+class Known:
+    """What the graphs so far say about one parameter: its layout and bias, or that it is declined."""
+
+    def __init__(self, param: nn.Parameter) -> None:
+        self.ref = weakref.ref(param)
+        self.layout: Any = None
+        self.bias: weakref.ref[nn.Parameter] | None = None
+        self.declined = False
+
+    @property
+    def param(self) -> nn.Parameter:
+        param = self.ref()
+        assert param is not None
+        return param
+
+    def bias_with_gradient(self, step: Step) -> nn.Parameter | None:
+        """Its bias, if that has a gradient that nobody has seen to."""
+        bias = self.bias() if self.bias is not None and self.layout.bias else None
+        return None if bias is None or bias.grad is None or id(bias) in step.handled else bias
+
+
+class AtStep(Followed):
+    """Statistics and updates of one compiled model, resolved from the parameters of each call."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        mkor: FactorState,
+        refresh_every: int,
+        maker: Maker,
+        ranks: Ranks | None = None,
+        check_replicas_every: int = 0,
+    ) -> None:
+        replicas = Replicas(ranks, mkor, check_replicas_every, lambda: state_of(model, mkor))
+        super().__init__(mkor, refresh_every, maker, ranks, replicas)
+        self.known: dict[int, Known] = {}
+        self._rates: weakref.WeakKeyDictionary[Optimizer, OptimizerNumbers] = weakref.WeakKeyDictionary()
+        self._iteration = 0
+        self._stepped: set[str] = set()
+        self._windows: dict[str, int] = {}
+        self._generation = 0
+
+    # ---- the forward's side -------------------------------------------------------------------------------------------
+
+    def register(self, param: nn.Parameter, layout: Any, bias: nn.Parameter | None) -> bool:
+        """Declined in one graph is declined, and so is what two graphs do not agree on."""
+        known = self._known(param)
+        if known is None:
+            self.known = {key: other for key, other in self.known.items() if other.ref() is not None}
+            known = self.known[id(param)] = Known(param)
+            if layout is not None:
+                known.layout, known.bias = layout, None if bias is None else weakref.ref(bias)
+        elif layout is not None and known.layout is not None:
+            known.layout = self.maker.merge(known.layout, layout)
+            same = known.bias is not None and known.bias() is bias
+            known.bias = known.bias if same else None
+        agrees = layout is None or known.layout is not None
+        known.declined |= layout is None or not agrees
+        return agrees
+
+    def _known(self, param: nn.Parameter) -> Known | None:
+        known = self.known.get(id(param))
+        return known if known is not None and known.ref() is param else None
+
+    def forget_plan(self) -> None:
+        """The model has changed: graphs will say anew what its parameters are."""
+        self.known.clear()
+
+    def inputs(self, param: nn.Parameter, recipe: Any, shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+        """What a graph is passed for one site: its carrier, and its state if its statistics depend on it."""
+        carrier = self.carriers.of(param, shape, dtype)
+        return [carrier, *(self.mkor.create(param, recipe).values() if recipe.reads_state else ())]
+
+    def begin(self, params: Sequence[nn.Parameter]) -> None:
+        """Start the statistics afresh where what was accumulated before is gone."""
+        for param in params:
+            self.carriers.restart(param)
+
+    # ---- the optimizer's side -----------------------------------------------------------------------------------------
+
+    def has_statistics(self, name: str, param: nn.Parameter) -> bool | None:
+        known = self._known(param)
+        if known is None:  # no graph has shown it: a matrix would have been looked at
+            return False if param.dim() > 1 else None
+        return None if known.declined or known.layout is None else self.carriers.gradient(param) is not None
+
+    def act(self, step: Step, others: list[Any]) -> None:
+        """Let the optimizer see directions in place of gradients, until its step ends.
+
+        Only sites with fresh statistics: a gradient that did not come out of the compiled backward stays raw. On several
+        ranks every site with a gradient takes part once one has fresh statistics: another rank may have seen it.
+        """
+        held = {
+            self.mkor.name(param): known
+            for param in step.parameters()
+            if (known := self._known(param)) is not None and known.layout is not None and not known.declined
+        }
+        fresh = {name: known for name, known in held.items() if self.carriers.gradient(known.param) is not None}
+        if not fresh:
+            return
+        sites = fresh if self.ranks is None else held
+        if self._generation != self.mkor.generation:
+            self._generation, self._stepped, self._windows = self.mkor.generation, set(), {}
+        begins = not self._stepped or bool(sites.keys() & self._stepped)
+        if begins:
+            self._replicas.check()
+        iteration = self.mkor.step if begins else self._iteration
+        window = iteration // self.refresh_every
+        refreshed = {name for name in sites if window > self._windows.get(name, self._loaded_window)}
+        self._run(step, iteration, sites, refreshed, [other for other in others if other is not self])
+        if begins:  # one step for all optimizers of an iteration: it ends when statistics come for a site it has used
+            self._iteration, self._stepped = iteration, set()
+            self.mkor.advance()
+        self._stepped |= sites.keys()
+        self._windows.update(dict.fromkeys(refreshed, window))
+
+    @property
+    def _loaded_window(self) -> int:
+        """The last window of ``refresh_every`` steps in which factors of unknown history were refreshed."""
+        return (self.mkor.loaded_step - 1) // self.refresh_every
+
+    def _run(
+        self, step: Step, iteration: int, sites: dict[str, Known], refreshed: set[str], others: list[Any]
+    ) -> None:
+        device = next(iter(sites.values())).param.device
+        scales = loss_scales(step.optimizer, device) or None
+        jobs, weights, biases = [], [], []
+        for name, known in sites.items():
+            jobs.append(self.maker.job(name, known.layout, name in refreshed))
+            biases.append(known.bias_with_gradient(step))
+            carrier = self._statistics(known, others) if name in refreshed else None
+            state = self.mkor.create(known.param, known.layout)
+            grad = None if biases[-1] is None else biases[-1].grad
+            weights.append(WeightTensors(state, known.param.grad, grad, carrier))
+        clock = torch.full((), iteration, dtype=torch.int64, device=device)
+        given = Given(clock, weights, scales, self.maker.numbers(iteration, device))
+        directions = iter(self.program("update", jobs, given)(given))
+        own: list[tuple[Any, Known, nn.Parameter | None, Tensor, Tensor | None]] = []
+        for job, known, bias in zip(jobs, sites.values(), biases):
+            direction, of_bias = next(directions), None if bias is None else next(directions)
+            step.replace(known.param, None if job.final else direction)
+            if bias is not None:
+                step.replace(bias, None if job.final else of_bias)
+            if job.final:
+                own.append((job, known, bias, direction, of_bias))
+            step.handled |= {id(known.param)} | ({id(bias)} if bias is not None else set())
+            for one in (self, *others):
+                one.carriers.clear(known.param)
+        if own:
+            step.at_the_end(lambda: self._take_steps(step.optimizer, own, scales))
+        taken = None if scales is None else torch.isfinite(scales[1])
+        self.mkor.derive(sites, lambda name, *rest: self.maker.derive(iteration, name, *rest, taken))
+
+    def _statistics(self, known: Known, others: list[Any]) -> Tensor:
+        """Of everything that was accumulated for a weight, by other compiled models that share it as well."""
+        total = self.carriers.total(known.param)
+        for other in others:
+            arrived = other.carriers.gradient(known.param)
+            if arrived is not None and arrived.shape == total.shape and other.layout_of(known.param) == known.layout:
+                total = total + arrived
+        return total
+
+    def layout_of(self, param: nn.Parameter) -> Any:
+        known = self._known(param)
+        return None if known is None else known.layout
+
+    def _take_steps(self, optimizer: Optimizer, own: list[Any], scales: Any) -> None:
+        """``W <- W (1 - lr wd) - lr D`` for the weights whose direction is the step itself."""
+        jobs, weights = [], []
+        for job, known, bias, direction, of_bias in own:
+            places = place_of_rate(optimizer, known.param), None if bias is None else place_of_rate(optimizer, bias)
+            jobs.append(self.maker.job(job.name, job.layout, False, places))
+            parameters = known.param.detach(), None if bias is None else bias.detach()
+            weights.append(WeightTensors({}, direction, of_bias, None, *parameters))
+        device = weights[0].grad.device
+        if optimizer not in self._rates or self._rates[optimizer].stale(optimizer, device):
+            self._rates[optimizer] = OptimizerNumbers(optimizer, device)
+        rates = self._rates[optimizer].update()
+        clock = torch.zeros((), dtype=torch.int64, device=device)
+        given = Given(clock, weights, scales, rates=rates)
+        self.program("apply", jobs, given)(given)

@@ -1,0 +1,132 @@
+"""What a compiled step is passed beside the inputs of Dynamo's graph: each input says how it is fetched."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a ``CompiledStep``: the arguments of Dynamo's graph, where it computes, and what the last step has sent."""
+
+    step: Any
+    args: Sequence[Any]
+    device: torch.device
+    waiting: Sequence[Tensor] = ()
+
+
+class Input(ABC):
+    """An input that the pipeline has added to a program."""
+
+    @property
+    def name(self) -> str:
+        """Of its placeholder."""
+        return f"mkor_{type(self).__name__.lower()}"
+
+    @abstractmethod
+    def fetch(self, call: Call) -> Tensor:
+        """The tensor to pass."""
+
+
+@dataclass(frozen=True)
+class Factor(Input):
+    """Entry ``key`` of the state of the parameter at ``index``."""
+
+    index: int
+    key: str
+
+    @property
+    def name(self) -> str:
+        return f"mkor_factor_{self.index}_{self.key}"
+
+    def fetch(self, call: Call) -> Tensor:
+        return call.step.mkor.of(call.args[self.index])[self.key]
+
+
+@dataclass(frozen=True)
+class Optimizer(Input):
+    """Entry ``key`` of the optimizer's state of the parameter at ``index``."""
+
+    index: int
+    key: str
+
+    @property
+    def name(self) -> str:
+        return f"mkor_optimizer_{self.index}_{self.key}"
+
+    def fetch(self, call: Call) -> Tensor:
+        param, optimizer = call.args[self.index], call.step.optimizer
+        held = optimizer.state[param].get(self.key)
+        if held is None or held.device != param.device:  # emptied or put on the host by load_state_dict, say
+            call.step.prepare_optimizer([param])
+        return optimizer.state[param][self.key]
+
+
+@dataclass(frozen=True)
+class Numbers(Input):
+    """The numbers of the optimizer's groups, packed."""
+
+    def fetch(self, call: Call) -> Tensor:
+        return call.step.numbers(call.device)
+
+
+@dataclass(frozen=True)
+class RuleNumbers(Input):
+    """What changes over time in the rules, packed."""
+
+    def fetch(self, call: Call) -> Tensor:
+        return call.step.rule_numbers(call.device)
+
+
+@dataclass(frozen=True)
+class Steps(Input):
+    """The number of steps so far, 0-dim int64."""
+
+    def fetch(self, call: Call) -> Tensor:
+        return call.step.mkor.step_tensor(call.device)
+
+
+@dataclass(frozen=True)
+class Skipped(Input):
+    """The number of steps that were skipped, 0-dim int64, counted in place."""
+
+    def fetch(self, call: Call) -> Tensor:
+        return call.step.skip_counter(call.device)
+
+
+@dataclass(frozen=True)
+class Rows(Input):
+    """The size of this rank's batch, 0-dim float."""
+
+    def fetch(self, call: Call) -> Tensor:
+        return call.step.rows(call.device)
+
+
+@dataclass(frozen=True)
+class Arriving(Input):
+    """What the last step has sent, by position."""
+
+    at: int
+
+    @property
+    def name(self) -> str:
+        return f"mkor_late_{self.at}"
+
+    def fetch(self, call: Call) -> Tensor:
+        return call.waiting[self.at]
+
+
+@dataclass(frozen=True)
+class Seed(Input):
+    """The gradient of the loss with respect to itself, where it is not written into the program: one."""
+
+    dtype: torch.dtype
+
+    def fetch(self, call: Call) -> Tensor:
+        return torch.ones((), dtype=self.dtype, device=call.device)

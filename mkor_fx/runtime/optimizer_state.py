@@ -1,0 +1,158 @@
+"""The user's torch optimizer as the compiled step sees it: its numbers in one tensor, its state tensors by name."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .packed_numbers import PackedNumbers
+
+#: numbers that torch takes as Python floats only (Muon's polynomial); a change of one compiles again
+CONSTANTS = ("ns_coefficients",)
+
+
+class Number(NamedTuple):
+    """A number of ``param_groups[group][key]``; ``position`` inside a tuple such as ``betas``, else None."""
+
+    group: int
+    key: str
+    position: int | None = None
+
+
+def numbers_of(optimizer: Optimizer) -> list[Number]:
+    """Every number of the optimizer that may change between steps: floats, tensors and the learning rate."""
+    found = []
+    for i, group in enumerate(optimizer.param_groups):
+        for key, value in group.items():
+            if key in ("params", *CONSTANTS) or _scheduled(key):
+                continue
+            if _is_number(value) or (key in ("lr", "weight_decay") and isinstance(value, int)):
+                found.append(Number(i, key))
+            elif isinstance(value, tuple) and value and all(map(_is_number, value)):
+                found += [Number(i, key, j) for j in range(len(value))]
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float) or (isinstance(value, Tensor) and value.numel() == 1)
+
+
+def read_number(optimizer: Optimizer, number: Number) -> float | Tensor:
+    value = optimizer.param_groups[number.group][number.key]
+    return value if number.position is None else value[number.position]
+
+
+def structure_of(optimizer: Optimizer) -> tuple:
+    """What a compiled update depends on beside its numbers: the groups, their flags and constants."""
+    numbers = {(n.group, n.key) for n in numbers_of(optimizer)}
+    return tuple(
+        (
+            tuple(id(p) for p in group["params"]),
+            tuple(
+                (k, str(v)) for k, v in group.items() if k != "params" and (i, k) not in numbers and not _scheduled(k)
+            ),
+        )
+        for i, group in enumerate(optimizer.param_groups)
+    )
+
+
+def _scheduled(key: str) -> bool:
+    """Left in the groups by learning-rate schedulers for themselves; the optimizer does not read them."""
+    return key.startswith(("initial_", "max_", "min_", "base_"))
+
+
+def tensor_state(optimizer: Optimizer, param: nn.Parameter) -> dict[str, Tensor]:
+    """The tensors of ``optimizer.state[param]`` by name, in a fixed order."""
+    state = optimizer.state.get(param, {})
+    return {key: state[key] for key in sorted(state) if isinstance(state[key], Tensor)}
+
+
+def initialise_state(optimizer: Optimizer, params: list[nn.Parameter]) -> None:
+    """Create the state of ``params`` as the optimizer's first step would, without stepping.
+
+    Every torch.optim optimizer does so in ``_init_group`` for parameters that have a gradient. SGD makes its momentum
+    buffer in the first update; a zero buffer is that update's starting point (see ``OptimizerNumbers.update``). Step counts,
+    which optimizers keep on the host, go to their parameter's device: writing them from there would wait for it. An
+    optimizer without ``_init_group`` keeps what it has.
+
+    Raises:
+        ValueError: the state holds Python numbers.
+    """
+    missing = [p for p in params if not optimizer.state.get(p)] if hasattr(optimizer, "_init_group") else []
+    chosen = {id(p) for p in missing}
+    for group in optimizer.param_groups:
+        members = [p for p in group["params"] if id(p) in chosen]
+        if not members:
+            continue
+        _init_group(optimizer, {**group, "params": members})
+        if group.get("momentum") and type(optimizer) is torch.optim.SGD:
+            for p in members:
+                optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    for p in params:
+        for key, value in optimizer.state.get(p, {}).items():
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                raise ValueError(
+                    f"{type(optimizer).__name__} keeps {key!r} as a Python number: the compiled step would "
+                    "never see it change. Use mkor_fx.compile(model) with your own loop."
+                )
+            if isinstance(value, Tensor) and value.device != p.device:
+                optimizer.state[p][key] = value.to(p.device)
+
+
+def _init_group(optimizer: Optimizer, group: dict) -> None:
+    collectors = list(inspect.signature(optimizer._init_group).parameters)[1:]  # type: ignore[attr-defined]
+    raw = [p.grad for p in group["params"]]
+    try:
+        for p in group["params"]:
+            p.grad = torch.zeros_like(p)
+        optimizer._init_group(group, *[[] for _ in collectors])  # type: ignore[attr-defined]
+    finally:
+        for p, grad in zip(group["params"], raw):
+            p.grad = grad
+
+
+class OptimizerNumbers:
+    """All numbers of an optimizer in one tensor on a device."""
+
+    def __init__(self, optimizer: Optimizer, device: torch.device) -> None:
+        self._optimizer = weakref.ref(optimizer)
+        self._numbers = numbers_of(optimizer)
+        self._packed = PackedNumbers(len(self._numbers), device)
+
+    def stale(self, optimizer: Optimizer, device: torch.device) -> bool:
+        """Whether the groups have changed since."""
+        return numbers_of(optimizer) != self._numbers or self._packed.tensor.device != device
+
+    def update(self, fresh_groups: Collection[int] = ()) -> Tensor:
+        """Take over the optimizer's present numbers.
+
+        SGD's first momentum buffer is the gradient itself: dampening starts one step after a group's buffers are made.
+        """
+        optimizer = self._optimizer()
+        assert optimizer is not None
+        return self._packed.write(
+            0.0 if n.key == "dampening" and n.group in fresh_groups else read_number(optimizer, n)
+            for n in self._numbers
+        )
+
+
+def place_of_rate(optimizer: Optimizer, param: nn.Parameter) -> tuple[int, int | None, float]:
+    """Where a parameter's learning rate and weight decay lie among the optimizer's numbers, and the sign of its steps."""
+    numbers = numbers_of(optimizer)
+    for at, group in enumerate(optimizer.param_groups):
+        if any(p is param for p in group["params"]):
+            rate, decay = Number(at, "lr"), Number(at, "weight_decay")
+            if rate not in numbers:
+                raise ValueError(
+                    f"a rule whose direction is the step itself needs a learning rate, and group {at} of "
+                    f"{type(optimizer).__name__} has no 'lr'"
+                )
+            sign = -1.0 if group.get("maximize") else 1.0
+            return numbers.index(rate), numbers.index(decay) if decay in numbers else None, sign
+    raise AssertionError("the optimizer does not hold this parameter")

@@ -1,0 +1,1 @@
+"""What was done, to look at: recordings below the passes, viewers above them."""

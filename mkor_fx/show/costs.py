@@ -1,0 +1,203 @@
+"""What the update of one weight costs: counted from the rule's own code, not measured."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import tabulate
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx
+from torch.utils.flop_counter import flop_registry
+
+from ..ir import Operand, Site, fake_value
+from ..passes.lower.expand import lowering_table
+from ..passes.match.layout import Layout
+from ..passes.torch_api.backend import new_fake_mode
+from ..passes.torch_api.tracing import trace
+from ..rules import Gradient, Rule, Shape, Use
+from ..rules.direction import direction_of
+
+#: the order in which every rule of the library multiplies today: the gradient is formed, then ``L @ G @ R``
+PRODUCT_FIRST = "product first"
+
+
+class Work(NamedTuple):
+    """What costs depend on. ``rows``: of one member, over all uses (None: symbolic, or dealt out by the data).
+
+    ``operand_bytes``: what the statistics read.
+    """
+
+    layout: Layout
+    dtype: torch.dtype
+    rows: int | None
+    operand_bytes: int | None
+
+    @classmethod
+    def of(cls, site: Site) -> Work:
+        operands = [operand for tap in site.taps for operand in (tap.a, tap.g)]
+        counts = [_row_count(tap.g) for tap in site.taps]
+        rows = None if None in counts else _static(sum(counts))
+        size = _static(sum(fake_value(o.node).numel() * fake_value(o.node).element_size() for o in operands))
+        return cls(Layout.of(site), fake_value(site.parameter.node).dtype, rows, size)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Counts of one weight and its bias, all members of a batched one. A multiply-add is two flops.
+
+    Bytes are what has to be read and written, once. ``layer_flops``: forward and backward of the weight itself, ``6 N O I``
+    (0 for a lookup), to compare with. ``refresh``: the factors' update, with the operands that its statistics read.
+    ``cheapest``: the order of the products with the fewest multiply-adds, see :func:`orders`. None or '' where it depends
+    on the data.
+    """
+
+    rows: int | None
+    layer_flops: int | None
+    refresh_flops: int
+    refresh_bytes: int
+    precondition_flops: int
+    precondition_bytes: int
+    order: str
+    cheapest: str
+
+
+@functools.lru_cache(maxsize=4096)
+def count_costs(work: Work) -> Costs:
+    """Costs of a weight under its rule, from traces of ``update`` and of what makes its direction, with every operator
+    expanded. What ``derive`` does is not in them."""
+    layout, rows = work.layout, work.rows
+    rule, shape, members = layout.rule.at_first_step, layout.shape, layout.members or 1
+    with torch.no_grad(), new_fake_mode():
+        state = rule.init(shape, torch.device("cpu"))
+        gradient = torch.empty(shape.O, shape.I, dtype=work.dtype)
+        bias = torch.empty(shape.O, dtype=work.dtype) if shape.bias else None
+        uses = [layout.shape_of_use(kind) for kind in layout.kinds]
+        read = {"state": state} if rule.reads_state else {}
+        summaries = [rule.summarize(use, torch.empty(1, use.I), torch.empty(1, use.O), **read) for use in uses]
+        counts, step = [torch.empty(()) for _ in uses], torch.empty((), dtype=torch.int64)
+    refresh = _count(_refresh, rule, state, summaries, counts, gradient, bias, step)
+    precondition = _count(_precondition, rule, state, gradient, bias, step)
+    left, right = (side is not None for side in layout.sides)
+    known = rows is not None and not shape.lookup and not rule.overrides("precondition")
+    macs = orders(shape, rows, left, right) if known else {}  # type: ignore[arg-type]
+    return Costs(
+        rows,
+        0 if shape.lookup else None if rows is None else 6 * members * rows * shape.O * shape.I,
+        members * refresh[0],
+        members * refresh[1] + (work.operand_bytes or 0),
+        members * precondition[0],
+        members * precondition[1],
+        PRODUCT_FIRST if (left or right) and not rule.overrides("precondition") else "",
+        min(macs, key=macs.__getitem__) if macs else "",
+    )
+
+
+def orders(shape: Shape, rows: int, left: bool, right: bool) -> dict[str, int]:
+    """Multiply-adds of gradient and preconditioning in each order, for one matrix with the factors it has.
+
+    ``L @ (g.T @ a) @ R = (g @ L).T @ (a @ R)``: a factor can multiply the product, or its operand of ``N`` rows. Without
+    what the rescale needs: where no product is formed, the norm of the gradient costs up to ``N^2 (O + I)`` more.
+    """
+    o, i, n = shape.O, shape.I, rows
+    left_on = {"product": o * o * i, "operand": n * o * o} if left else {"": 0}
+    right_on = {"product": o * i * i, "operand": n * i * i} if right else {"": 0}
+    named = {}
+    for l_at, l_macs in left_on.items():
+        for r_at, r_macs in right_on.items():
+            early = [name for name, at in (("L on g", l_at), ("R on a", r_at)) if at == "operand"]
+            name = "operands first" if len(early) == left + right > 1 else ", ".join(early) or PRODUCT_FIRST
+            named[name] = n * o * i + l_macs + r_macs
+    return named if left or right else {}
+
+
+def cost_table(known: dict[str, Costs]) -> str:
+    """One line a weight, and what they cost together."""
+    rows = [
+        [
+            name,
+            c.rows if c.rows is not None else "dynamic",
+            *(short(n) for n in (c.refresh_flops, c.refresh_bytes, c.precondition_flops, c.precondition_bytes)),
+            c.order,
+            c.cheapest,
+        ]
+        for name, c in known.items()
+    ]
+    headers = ["weight", "rows", "refresh flops", "bytes", "precond. flops", "bytes", "order", "fewest flops"]
+    layers = [c.layer_flops for c in known.values()]
+    own = "not known before the batch is" if None in layers else short(sum(n for n in layers if n is not None))
+    return (
+        aligned(rows, headers, "lrrrrrll")
+        + f"\na refresh {short(sum(c.refresh_flops for c in known.values()))} flops, preconditioning "
+        f"{short(sum(c.precondition_flops for c in known.values()))} flops a step; "
+        f"forward and backward of these weights {own}"
+    )
+
+
+def aligned(rows: list, headers: list[str], sides: str) -> str:
+    """A table as the library prints them; ``sides`` is a letter for each column, l or r."""
+    alignment = ["left" if letter == "l" else "right" for letter in sides] if rows else None
+    return tabulate.tabulate(rows, headers, tablefmt="simple", disable_numparse=True, colalign=alignment)
+
+
+def short(number: float | None, unit: str = "") -> str:
+    """``1_234_567 -> "1.23 M"``, with a unit behind it; '' for None."""
+    if number is None:
+        return ""
+    for prefix in ("", "k", "M", "G", "T"):
+        if abs(number) < 999.5 or prefix == "T":
+            break
+        number /= 1000
+    digits = (
+        f"{number:.0f}" if not prefix or number >= 99.95 else f"{number:.2f}" if number < 9.995 else f"{number:.1f}"
+    )
+    return f"{digits} {prefix}{unit}".rstrip()
+
+
+def _refresh(rule: Rule, state: dict, summaries: list, rows: list, grad: Tensor, bias: Any, step: Tensor) -> Any:
+    uses = [Use(summary, count, opposite=i > 0) for i, (summary, count) in enumerate(zip(summaries, rows))]
+    return rule.update(state, uses, Gradient(grad, bias), step)
+
+
+def _precondition(rule: Rule, state: dict, grad: Tensor, bias: Any, step: Tensor) -> Any:
+    gradient = Gradient(grad, bias)
+    new = rule.advance(state, gradient, step) if rule.overrides("advance") else state
+    changed = [t for name, t in new.items() if t is not state[name]]
+    return direction_of(rule, new, gradient).tensors(), changed
+
+
+def _count(function: Callable, *args: Any) -> tuple[int, int]:
+    """``(flops, bytes)`` of a function of tensors: bytes of each operand that it reads and each result, once."""
+    graph = trace(function, args, lowering_table(inductor=False)).module.graph
+    read = {n for n in graph.find_nodes(op="placeholder") if n.users}
+    made = {n for n in pytree.tree_leaves(graph.output_node().args) if isinstance(n, fx.Node)}
+    size = sum(fake_value(n).numel() * fake_value(n).element_size() for n in read | made)
+    return sum(_flops(node) for node in graph.nodes if node.op == "call_function"), size
+
+
+def _flops(node: fx.Node) -> int:
+    operands = [fake_value(n).numel() for n in node.all_input_nodes]
+    if not operands or not isinstance(node.target, torch._ops.OpOverload) or node.target.is_view:
+        return 0
+    if (formula := flop_registry.get(node.target.overloadpacket)) is not None:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), fake_value)
+        return formula(*args, **kwargs, out_val=fake_value(node))
+    return max([*operands, fake_value(node).numel()])
+
+
+def _row_count(operand: Operand) -> Any:
+    """``N`` of an operand's rows, of each member; symbolic where its sizes are, None where the data deal rows to members."""
+    arguments = [fake_value(a) if isinstance(a, fx.Node) else a for a in operand.arguments]
+    value = fake_value(operand.node)
+    with torch.no_grad(), value.fake_mode:  # a view may make tensors of its own
+        rows = operand.view(value, *arguments)
+    sizes = _static(rows.numel()), _static(value.numel())
+    dealt_out = rows.dim() == 3 and None not in sizes and sizes[0] > sizes[1]
+    return None if dealt_out else rows.shape[-2]
+
+
+def _static(size: Any) -> int | None:
+    return size if isinstance(size, int) else None

@@ -1,0 +1,261 @@
+"""What is preconditioned, and why not: one entry for every trainable parameter."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from .. import reasons
+from ..ir import Decline, Site, StepGraph, product, source_line
+from ..passes.match.layout import Layout
+from .costs import Costs, Work, aligned, cost_table, count_costs
+from .graphs import ModelGraphs
+from .recorder import module_path
+
+#: of a parameter that no captured graph has shown yet
+UNSEEN = Decline(reasons.UNSEEN)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One trainable parameter. ``factors`` are the shapes of its state; ``declined`` is None for what is covered. ``shares``
+    says of a bias what of its weight's state it uses.
+
+    ``sources`` are the user's lines that use it (``"model.py:12"``), ``modules`` the paths of the modules that they run in.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    op: str = ""
+    uses: int = 0
+    factors: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    state_bytes: int = 0
+    sent: int = 0
+    bias_of: str = ""
+    shares: str = ""
+    declined: Decline | None = None
+    sources: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()
+    work: Work | None = None
+
+    @property
+    def elements(self) -> int:
+        return product(self.shape)
+
+    @property
+    def matrix(self) -> bool:
+        """Whether at least two of its dimensions are larger than one: what a Kronecker-factored rule is for."""
+        return sum(size > 1 for size in self.shape) >= 2
+
+    @property
+    def note(self) -> str:
+        """Its factors, whose factor it shares, or why it has none."""
+        if self.declined is not None:
+            return str(self.declined)
+        if self.bias_of:
+            return f"{self.shares} of {self.bias_of}"
+        return ", ".join(f"{k} {times(s)}".strip() for k, s in self.factors.items())
+
+
+class Fractions(NamedTuple):
+    """Covered fractions: of the trainable parameters, of their elements, and both of the matrix parameters alone."""
+
+    parameters: float
+    elements: float
+    matrix_parameters: float
+    matrix_elements: float
+
+
+class Coverage:
+    """The trainable parameters of a model in order, each preconditioned or declined with its reason.
+
+    ``print(coverage)`` is a table, ``table(costs=True)`` what each weight costs, ``to_json()`` everything; ``covered`` and
+    ``declined`` are lists of entries; ``graphs`` the programs seen so far and ``to_html(path)`` a page of it all.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.graphs = ModelGraphs(self, type(model).__name__)
+        self._entries = _unseen(model)
+
+    def forget(self, model: nn.Module) -> None:
+        """The model has changed: what its parameters are is to be seen anew."""
+        self._entries = _unseen(model)
+
+    def add(self, step: StepGraph, names: dict[int, str] | None = None) -> None:
+        """Take over the roles found in one captured graph. A parameter declined in any graph is declined.
+
+        ``names`` by input position where the graph serves another instance than the one it was captured from.
+        """
+        names = names or {index: parameter.name for index, parameter in step.parameters.items()}
+        for site in step.sites.values():
+            entry = self._site_entry(site, names[site.parameter.index])
+            self._merge(entry)
+            if site.bias is not None:
+                self._merge(
+                    Entry(
+                        names[site.bias.index],
+                        site.bias.shape,
+                        "bias",
+                        entry.uses,
+                        bias_of=entry.name,
+                        shares=shared_by_bias(Layout.of(site)),
+                        sources=entry.sources,
+                        modules=entry.modules,
+                    )
+                )
+        for index, decline in step.declines.items():
+            sources = (decline.source,) if decline.source else ()
+            self._merge(Entry(names[index], step.parameters[index].shape, declined=decline, sources=sources))
+
+    def _site_entry(self, site: Site, name: str) -> Entry:
+        layout = Layout.of(site)
+        state = layout.fresh_state(torch.device("meta"))
+        nodes = [tap.node for tap in site.taps]
+        return Entry(
+            name,
+            site.parameter.shape,
+            "+".join(dict.fromkeys(tap.op for tap in site.taps)) + (" of f(W)" if site.parametrized else ""),
+            len(site.taps),
+            {key: tuple(t.shape) for key, t in state.items()},
+            sum(t.numel() * t.element_size() for t in state.values()),
+            layout.statistics_size * len(site.kinds),
+            sources=tuple(filter(None, dict.fromkeys(map(source_line, nodes)))),
+            modules=tuple(filter(None, dict.fromkeys(map(module_path, nodes)))),
+            work=Work.of(site),
+        )
+
+    def decline(self, name: str, decline: Decline) -> None:
+        known = self._entries[name]
+        self._merge(Entry(name, known.shape, declined=decline, sources=known.sources))
+
+    def _merge(self, entry: Entry) -> None:
+        known = self._entries.get(entry.name)
+        if known is None or known.declined is UNSEEN or (entry.declined is not None and known.declined is None):
+            self._entries[entry.name] = entry
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self._entries.values())
+
+    def __getitem__(self, name: str) -> Entry:
+        return self._entries[name]
+
+    @property
+    def covered(self) -> list[Entry]:
+        return [entry for entry in self if entry.declined is None]
+
+    @property
+    def declined(self) -> list[Entry]:
+        return [entry for entry in self if entry.declined is not None]
+
+    def share(self) -> tuple[float, float]:
+        """Covered share of the trainable parameters and of their elements."""
+        return _share(list(self))
+
+    @property
+    def coverage(self) -> Fractions:
+        """Covered fractions, of all trainable parameters and of those that are matrices."""
+        return Fractions(*self.share(), *_share([entry for entry in self if entry.matrix]))
+
+    def costs(self, name: str) -> Costs | None:
+        """What refreshing and preconditioning the weight ``name`` costs; None for a bias and for what is declined."""
+        entry = self[name]
+        return None if entry.work is None else count_costs(entry.work)
+
+    def assert_full(self, allow: Sequence[str] = ()) -> None:
+        """Hold a model to full coverage, in its own tests: every matrix parameter is preconditioned.
+
+        Args:
+            allow: glob patterns of parameter names that may be left out. Each has to be needed.
+
+        Raises:
+            AssertionError: names every uncovered matrix parameter with its reason and source line, or every pattern that
+                no uncovered matrix parameter needs.
+        """
+        patterns = (allow,) if isinstance(allow, str) else tuple(allow)
+        gaps = [entry for entry in self.declined if entry.matrix]
+        idle = [p for p in patterns if not any(fnmatchcase(entry.name, p) for entry in gaps)]
+        gaps = [entry for entry in gaps if not any(fnmatchcase(entry.name, p) for p in patterns)]
+        total = sum(entry.matrix for entry in self)
+        lines = [f"{len(gaps)} of {total} matrix parameters are not preconditioned:"] if gaps else []
+        lines += [f"  {entry.name} {times(entry.shape)}: {entry.declined}" for entry in gaps]
+        lines += [f"allow pattern {p!r} matches no uncovered matrix parameter: remove it" for p in idle]
+        if lines:
+            raise AssertionError("\n".join(lines))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain lists, dicts, strings and numbers."""
+        return {
+            "coverage": self.coverage._asdict(),
+            "state_bytes": sum(e.state_bytes for e in self),
+            "sent": sum(e.sent for e in self),
+            "parameters": [self._entry_dict(entry) for entry in self],
+        }
+
+    def _entry_dict(self, entry: Entry) -> dict[str, Any]:
+        costs = self.costs(entry.name)
+        plain = {key: value for key, value in vars(entry).items() if key not in ("work", "shares")}
+        plain["declined"] = entry.declined and asdict(entry.declined)
+        own = {"elements": entry.elements, "matrix": entry.matrix, "note": entry.note}
+        return {**plain, **own, "costs": costs and asdict(costs)}
+
+    def to_json(self) -> str:
+        """:meth:`to_dict` as text."""
+        return json.dumps(self.to_dict(), indent=1)
+
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """One page, for any browser and without a network: this table, the stages of every program and their diffs."""
+        self.graphs.to_html(path)
+
+    def table(self, costs: bool = False) -> str:
+        """The table that is printed; with ``costs`` what each weight costs instead."""
+        if not costs:
+            return str(self)
+        return cost_table({e.name: counted for e in self if (counted := self.costs(e.name)) is not None})
+
+    def __str__(self) -> str:
+        rows = []
+        for e in self:
+            numbers = [e.uses or "", f"{e.state_bytes:,}" if e.state_bytes else "", f"{e.sent:,}" if e.sent else ""]
+            op = "declined" if e.declined is not None else e.op
+            rows.append([e.name, times(e.shape) or "scalar", op, *numbers, e.note])
+        headers = ["parameter", "shape", "op", "uses", "state bytes", "sent", "factors, or why not"]
+        matrices = [e for e in self if e.matrix]
+        return (
+            aligned(rows, headers, "lllrrrl")
+            + f"\n{len(self.covered)} of {len(self._entries)} trainable parameters preconditioned, "
+            f"{sum(e.declined is None for e in matrices)} of {len(matrices)} matrices, "
+            f"{self.share()[1]:.1%} of all elements;\n"
+            f"state {sum(e.state_bytes for e in self):,} bytes, "
+            f"{sum(e.sent for e in self):,} numbers of statistics a refresh"
+        )
+
+
+def _unseen(model: nn.Module) -> dict[str, Entry]:
+    named = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    return {name: Entry(name, tuple(p.shape), declined=UNSEEN) for name, p in named}
+
+
+def shared_by_bias(layout: Layout) -> str:
+    """What of its weight's state a bias is preconditioned with, by name: the left side, both where they are one matrix."""
+    left, right = layout.sides
+    names = [left, right] if layout.rule.joint_bias else [left]
+    return ", ".join(dict.fromkeys(name or "the state" for name in names if name is not None)) or "the state"
+
+
+def times(shape: Sequence[int]) -> str:
+    """``(3, 4) -> "3x4"``"""
+    return "x".join(map(str, shape))
+
+
+def _share(entries: list[Entry]) -> tuple[float, float]:
+    """Covered fraction of entries and of their elements; of nothing, all is covered."""
+    covered = [entry for entry in entries if entry.declined is None]
+    elements, total = (sum(entry.elements for entry in some) for some in (covered, entries))
+    return len(covered) / len(entries) if entries else 1.0, elements / total if total else 1.0

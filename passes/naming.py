@@ -1,0 +1,1 @@
+../mkor_fx/passes/naming.py

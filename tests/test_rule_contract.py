@@ -1,0 +1,382 @@
+"""Every kind of rule does in both doors what the contract says, on every kind of weight, and in every way of training.
+
+Beside ``contract.Contract``, which calls the same rule on rows taken by hooks.
+"""
+
+import copy
+import dataclasses
+from dataclasses import dataclass
+
+import processes
+import pytest
+import torch
+from contract import Contract, Experts
+from eva import Eva
+from soap import Soap
+from torch import nn
+from torch.nn import functional
+
+import mkor_fx
+from mkor_fx import KFAC, MKOR, Communication, Rule
+from mkor_fx.kinds import Kind
+from mkor_fx.rules import Gradient, Sides
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leading(Rule):
+    """Everything that the contract adds, at once: statistics that read the state, a momentum that the sides multiply, an
+    own size, an own dtype of products, and directions that are the step itself, of biases as well."""
+
+    mu: float = 0.8
+
+    reads_state = True
+    graft = "rms"
+    applies = "update"
+    product_dtype = torch.float32
+    kinds = {"L": Kind.POSITIVE, "B": Kind.MOMENT, "b": Kind.MOMENT}  # noqa: RUF012
+
+    def init(self, shape, device):
+        state = {"L": torch.eye(shape.O, device=device), "B": torch.zeros(shape.O, shape.I, device=device)}
+        return state | ({"b": torch.zeros(shape.O, device=device)} if shape.bias else {})
+
+    def summarize(self, shape, a_NI, g_NO, state):
+        share = 1 / state["L"].diagonal().sum()
+        return share * (a_NI.T @ a_NI), share * (g_NO.T @ g_NO)
+
+    def unscale(self, summary, scale):
+        return summary[0], summary[1] / scale**2
+
+    def update(self, state, uses, grad, step):
+        moment = sum(use.summary[0 if use.opposite else 1] for use in uses)
+        return {**state, "L": 0.9 * state["L"] + 0.1 * moment.to(state["L"].dtype)}
+
+    def advance(self, state, grad, step):
+        mix = lambda old, new: self.mu * old + (1 - self.mu) * new.to(old.dtype)
+        return {**state, "B": mix(state["B"], grad.weight)} | (
+            {"b": mix(state["b"], grad.bias)} if grad.bias is not None else {})  # fmt: skip
+
+    def momentum(self, state, grad):
+        return Gradient(state["B"].to(grad.weight.dtype), None if grad.bias is None else state["b"].to(grad.bias.dtype))
+
+    def sides(self, state):
+        return Sides(state["L"], None)
+
+
+RULES = {
+    "mkor": MKOR(factor_dtype=torch.float64),
+    "mkor, gradient": MKOR(factor_dtype=torch.float64, statistic="mean+gradient", form="forgetful"),
+    "eva": Eva(),
+    "kfac": KFAC(derive_every=2, damping=1e-2),
+    "soap": Soap(),
+    "leading": Leading(),
+}
+
+
+class Table(nn.Module):
+    """A table that is also the output layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(9, 6), nn.Linear(6, 9, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids):
+        return self.head(torch.tanh(self.embed(ids)))
+
+
+def build(kind):
+    """``(model, batches)`` in float64, a batch ``(input, target)``."""
+    torch.manual_seed(0)
+    randn = lambda *shape: torch.randn(*shape, dtype=torch.float64)
+    if kind == "tied":
+        model, batches = Table(), [(torch.randint(0, 9, (5, 4)), torch.randint(0, 9, (5, 4))) for _ in range(5)]
+    elif kind == "batched":
+        model, batches = Experts(3, 5, 4), [(randn(3, 7, 5), randn(3, 7, 4)) for _ in range(5)]
+    elif kind == "convolution":
+        convolution, head = nn.Conv2d(2, 4, 3, padding=1, bias=False), nn.Linear(64, 5, bias=False)
+        model = nn.Sequential(convolution, nn.Tanh(), nn.Flatten(), head)
+        batches = [(randn(6, 2, 4, 4), randn(6, 5)) for _ in range(5)]
+    else:
+        bias = kind == "bias"
+        model = nn.Sequential(nn.Linear(6, 7, bias=bias), nn.Tanh(), nn.Linear(7, 4, bias=bias))
+        batches = [(randn(8, 6), randn(8, 4)) for _ in range(5)]
+    return model.double(), batches
+
+
+def loss_fn(outputs, target):
+    if target.is_floating_point():
+        return functional.mse_loss(outputs, target)
+    return functional.cross_entropy(outputs.flatten(0, 1), target.flatten())
+
+
+def sgd(model):
+    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=0.01)
+
+
+def train(door, model, batches, rule, optimizer=None, scaler=None, **options):
+    """Factor state by key, behind steps over ``batches``."""
+    optimizer = optimizer or sgd(model)
+    if door == "compile_step":
+        step = mkor_fx.compile_step(model, loss_fn, optimizer, rule, backend="eager", **options)
+        for x, y in batches:
+            step(x, y)
+        return step.mkor
+    handle = mkor_fx.compile(model, rule, backend="eager", **options)
+    for x, y in batches:
+        optimizer.zero_grad()
+        loss = loss_fn(handle(x), y)
+        if scaler is None:
+            loss.backward()
+            optimizer.step()
+        else:
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+    return handle.mkor
+
+
+def close(one, other, tolerance=1e-4):
+    assert one.keys() == other.keys()
+    for key in one:
+        assert one[key].dtype == other[key].dtype
+        apart = (one[key].double() - other[key].double()).norm()
+        assert apart <= tolerance * other[key].double().norm().clamp_min(1e-6), key
+
+
+def weights(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+EACH_RULE = pytest.mark.parametrize("name", RULES)
+EACH_DOOR = pytest.mark.parametrize("door", ["compile_step", "compile"])
+
+
+@EACH_DOOR
+@pytest.mark.parametrize("kind", ["plain", "bias", "batched", "tied", "convolution"])
+@EACH_RULE
+def test_both_doors_do_what_the_contract_says(name, kind, door):
+    rule = RULES[name]
+    model, batches = build(kind)
+    twin, start = copy.deepcopy(model), weights(model)
+    mkor = train(door, model, batches, rule, refresh_every=2)
+    reference = Contract(twin, sgd(twin), rule, refresh_every=2)
+    for x, y in batches:
+        loss_fn(twin(x), y).backward()
+        reference.step()
+    close(weights(model), weights(twin))
+    state, members = mkor.state_dict(), 3 if kind == "batched" else 1
+    assert int(state.pop("step")) == len(batches)
+    for key, tensor in state.items():
+        weight, _, entry = key.rpartition(".")
+        expected = [reference.state[f"{weight}:{i}"][entry] for i in range(members)]
+        close({key: tensor}, {key: torch.stack(expected) if members > 1 else expected[0]})
+    assert all(not torch.equal(start[key], value) for key, value in weights(model).items())
+
+
+REFUSED = {"mkor, gradient": "reads the gradient", "soap": "keeps moments", "leading": "keeps moments"}
+
+
+@EACH_RULE
+def test_backward_mode_or_its_refusal(name):
+    rule = RULES[name]
+    model, batches = build("bias")
+    if name in REFUSED:
+        with pytest.raises(ValueError, match=f"{type(rule).__name__} {REFUSED[name]}.*precondition='step'"):
+            mkor_fx.compile(model, rule, precondition="backward", backend="eager")
+        return
+    handle, found = mkor_fx.compile(model, rule, precondition="backward", backend="eager"), []
+    for x, y in batches:
+        raw = dict(zip(weights(model), torch.autograd.grad(loss_fn(model(x), y), list(model.parameters())), strict=True))
+        before = handle.mkor.state_dict()
+        handle.zero_grad()
+        loss_fn(handle(x), y).backward()
+        found.append((before, raw, {key: p.grad.clone() for key, p in model.named_parameters()}))
+    for before, raw, made in found[1:]:
+        for layer in ("0", "2"):
+            state = {key.rpartition(".")[2]: t for key, t in before.items() if key.startswith(f"{layer}.weight.")}
+            scale = state.pop("scale")
+            pair = Gradient(raw[f"{layer}.weight"], raw[f"{layer}.bias"])
+            direction = dataclasses.replace(rule, **ungrafted(rule)).precondition(state, pair)
+            for i, (part, key) in enumerate(zip(direction, (f"{layer}.weight", f"{layer}.bias"), strict=True)):
+                torch.testing.assert_close(made[key], part * scale[i], rtol=1e-5, atol=1e-9)
+    assert handle.mkor.step == len(batches) - 1
+
+
+def ungrafted(rule):
+    return {"rescale": False} if isinstance(rule, MKOR) else {"graft": None}
+
+
+class LateContract(Contract):
+    """Refreshes from the rows of the step before."""
+
+    def step(self):
+        self.rows, self.before = vars(self).get("before", {}), self.rows
+        super().step()
+
+    def member(self, key, name, member, grad):
+        if not self.rows:
+            shape = self.shape(self.sites[name][0], self.sites[name][2], grad.bias is not None)
+            state = self.rule.init(shape, torch.device("cpu"))
+            self.state[key] = state = self.rule.advance(state, grad, torch.tensor(self.count))
+            return self.direction(state, grad)
+        return super().member(key, name, member, grad)
+
+
+@EACH_RULE
+def test_statistics_one_step_late(name):
+    rule = RULES[name]
+    model, batches = build("bias")
+    if rule.reads_gradient:
+        with pytest.raises(ValueError, match="stale=1 delays"):
+            train("compile_step", model, batches, rule, stale=1)
+        return
+    if rule.reads_state:
+        batches = batches[:2]  # from the third step on its statistics are of a state that the reference does not keep
+    twin = copy.deepcopy(model)
+    train("compile_step", model, batches, rule, stale=1)
+    reference = LateContract(twin, sgd(twin), rule)
+    for x, y in batches:
+        loss_fn(twin(x), y).backward()
+        reference.step()
+    close(weights(model), weights(twin))
+
+
+def on_a_rank(rank, size, name):
+    model, batches = build("bias")
+    options = {"placement": "owner", "communication": Communication(padding=9.0)}
+    mine = [(x.chunk(size)[rank], y.chunk(size)[rank]) for x, y in batches]
+    mkor = train("compile_step", model, mine, RULES[name], **options)
+    return weights(model), mkor.state_dict(full=True), mkor.owners
+
+
+@pytest.mark.parametrize("name", [name for name in RULES if name != "mkor, gradient"])
+def test_owners_on_two_ranks(name):
+    model, batches = build("bias")
+    if RULES[name].reads_state:
+        with pytest.raises(ValueError, match=r"reads_state.*placement='replicated'"):
+            train("compile_step", model, batches, RULES[name], placement="owner")
+        return
+    mkor = train("compile_step", model, batches, RULES[name])
+    ranks = processes.values(on_a_rank, 2, name)
+    for found, state, owners in ranks:
+        close(found, weights(model))
+        close(state, mkor.state_dict())
+        assert set(owners.values()) == {0, 1}
+    assert all(torch.equal(ranks[0][0][key], ranks[1][0][key]) for key in ranks[0][0])
+
+
+@EACH_DOOR
+@EACH_RULE
+def test_resume_is_exact(name, door):
+    rule = RULES[name]
+    model, batches = build("bias")
+    optimizer = sgd(model)
+    mkor = train(door, model, batches[:3], rule, optimizer, refresh_every=2)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), mkor.state_dict()))
+    for entry in saved[2].values():
+        assert type(entry) is torch.Tensor
+    twin = build("bias")[0]
+    other = sgd(twin)
+    twin.load_state_dict(saved[0])
+    other.load_state_dict(saved[1])
+    results = []
+    for one, stepper, state in ((model, optimizer, saved[2]), (twin, other, saved[2])):
+        if door == "compile_step":
+            again = mkor_fx.compile_step(one, loss_fn, stepper, rule, backend="eager", refresh_every=2)
+        else:
+            again = mkor_fx.compile(one, rule, backend="eager", refresh_every=2)
+        again.mkor.load_state_dict(state)
+        for x, y in batches[3:]:
+            if door == "compile_step":
+                again(x, y)
+            else:
+                stepper.zero_grad()
+                loss_fn(again(x), y).backward()
+                stepper.step()
+        results.append((weights(one), again.mkor.state_dict()))
+    straight, batches = build("bias")
+    whole = train(door, straight, batches, rule, refresh_every=2).state_dict()
+    for found, state in results:
+        assert all(torch.equal(found[key], value) for key, value in weights(straight).items())
+        assert state.keys() == whole.keys() and all(torch.equal(state[key], whole[key]) for key in whole)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@EACH_RULE
+def test_a_loss_scaler_changes_nothing(name, fused):
+    results = []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=1024.0)):
+        model, batches = build("bias")
+        model, batches = model.float(), [(x.float(), y.float()) for x, y in batches]
+        rule = RULES[name]
+        rule = dataclasses.replace(rule, factor_dtype=torch.float32) if isinstance(rule, MKOR) else rule
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=fused)
+        mkor = train("compile", model, batches, rule, optimizer, scaler)
+        results.append((weights(model), mkor.state_dict()))
+    close(results[1][0], results[0][0], 1e-3)
+    close(results[1][1], results[0][1], 1e-3)
+
+
+@EACH_RULE
+def test_a_scaler_that_finds_an_inf_touches_nothing(name):
+    model, batches = build("bias")
+    model, rule = model.float(), RULES[name]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+    scaler, handle = torch.amp.GradScaler("cpu", init_scale=2.0), mkor_fx.compile(model, rule, backend="eager")
+    for number, (x, y) in enumerate(batches):
+        before = weights(model), handle.mkor.state_dict()
+        optimizer.zero_grad()
+        x = x.float() * (float("inf") if number == 2 else 1.0)
+        scaler.scale(loss_fn(handle(x), y.float())).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        moved = [not torch.equal(before[0][key], value) for key, value in weights(model).items()]
+        assert all(moved) == any(moved) == (number != 2)
+        if number == 2:
+            after = handle.mkor.state_dict()
+            assert all(torch.equal(value, after[key]) for key, value in before[1].items() if key != "step")
+
+
+@EACH_DOOR
+@EACH_RULE
+def test_what_is_not_finite_enters_no_state(name, door):
+    model, batches = build("bias")
+    batches[2] = (batches[2][0] * float("nan"), batches[2][1])
+    options = {} if door == "compile" else {"skip_nonfinite": True}
+    mkor = train(door, model, batches, RULES[name], **options)
+    assert all(torch.isfinite(value).all() for value in mkor.state_dict().values())
+    if door == "compile_step":
+        assert all(torch.isfinite(value).all() for value in weights(model).values())
+
+
+@EACH_RULE
+def test_metrics_say_of_a_tensor_what_its_rule_says(name):
+    rule = RULES[name]
+    model, batches = build("bias")
+    mkor = train("compile_step", model, batches, rule)
+    metrics, state = mkor.metrics(per_factor=True), mkor.state_dict()
+    expected = {"steps", "refreshes"}
+    for key, tensor in state.items():
+        kind = rule.kinds.get(key.rpartition(".")[2])
+        if kind is Kind.POSITIVE:
+            expected |= {"factor_min", "factor_max", f"{key}.min", f"{key}.max"}
+            assert metrics[f"{key}.max"] == pytest.approx(float(tensor.diagonal().max()))
+        elif kind is Kind.ORTHOGONAL:
+            expected |= {"orthogonality", f"{key}.deviation"}
+            assert metrics[f"{key}.deviation"] < 1e-4
+        elif kind is Kind.MOMENT:
+            expected |= {"moment", f"{key}.rms"}
+            assert metrics[f"{key}.rms"] == pytest.approx(float(tensor.double().square().mean().sqrt()))
+    assert set(metrics) == expected
+
+
+@EACH_RULE
+def test_state_follows_its_weight_and_keeps_its_dtypes(name):
+    model, batches = build("bias")
+    step = mkor_fx.compile_step(model, loss_fn, sgd(model), RULES[name], backend="eager")
+    step(*batches[0])
+    before = {key: (t.shape, t.dtype) for key, t in step.mkor.state_dict().items()}
+    model.to(torch.bfloat16)
+    assert {key: (t.shape, t.dtype) for key, t in step.mkor.state_dict().items()} == before
+    model.to("meta")
+    assert {t.device.type for t in step.mkor.of(model[0].weight).values()} == {"meta"}
