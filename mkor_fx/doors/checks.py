@@ -75,8 +75,9 @@ def check_memory(named: Iterable[tuple[str, Tensor]]) -> None:
             for first, other in held[:at]:
                 if _overlap(first=other, second=param):
                     raise ValueError(
-                        f"{first} and {name} share memory but are two parameters, which one step cannot update together: tie "
-                        "them as one (module.weight = other.weight), or give each its own (param.data = param.data.clone())"
+                        f"{first} and {name} share memory but are two parameters, which one step cannot update together: "
+                        "tie them as one (module.weight = other.weight), or give each its own "
+                        "(param.data = param.data.clone())"
                     )
 
 

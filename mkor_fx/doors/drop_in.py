@@ -18,7 +18,14 @@ from ..passes.match.layout import merge_layouts
 from ..passes.naming import Naming
 from ..passes.torch_api.backend import compile_joint
 from ..passes.torch_api.capture import trace_artifact
-from ..passes.torch_api.dynamo import data_inputs, dynamo_compile, dynamo_parameters, under_transform, with_inputs
+from ..passes.torch_api.dynamo import (
+    data_inputs,
+    dynamo_compile,
+    dynamo_parameters,
+    held_weakly,
+    under_transform,
+    with_inputs,
+)
 from ..passes.update_program import build_program
 from ..passes.write.draft import changing_of
 from ..passes.write.joint_draft import Added
@@ -52,6 +59,7 @@ class DropIn:
         self.runtime = self._make_runtime()
         self._census = Census(model)
         self._graphs_seen = 0
+        self._owned: list[Callable[..., Any]] = []
         self._compiled = self._make_compiled()
         mkor = self.runtime.mkor
         self.handle = compiled_handle(model, self.run, mkor=mkor, graphs=self.coverage.graphs, coverage=self.coverage)
@@ -99,6 +107,7 @@ class DropIn:
                 "compiled again",
                 stacklevel=3,
             )
+            self._owned.clear()
             self._compiled = self._make_compiled()
         self.naming, self._census = naming, Census(self.model)
         self.coverage.forget(self.model)
@@ -108,7 +117,12 @@ class DropIn:
     # ---- graphs -------------------------------------------------------------------------------------------------------
 
     def _backend(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        """Dynamo's backend: carriers in, statistics pass on the joint graph, roles resolved at each call."""
+        """Dynamo's backend."""
+        self._owned.append(self._compile(gm, inputs))
+        return held_weakly(self._owned[-1])
+
+    def _compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        """Carriers in, statistics pass on the joint graph, roles resolved at each call."""
         self._graphs_seen += 1
         if self.naming.names.keys() != {id(p) for p in self.model.parameters()}:  # swapped by a sharding wrapper
             check_sharding(self.model, self.options.precondition)
@@ -182,7 +196,7 @@ class CompiledGraph:
         self._indices, self._mode = list(params), door.mode
         self._layouts = find_layouts(gm, inputs, matching)
         self._dtypes = {index: params[index].dtype for index in self._layouts}
-        changing = bool(changing_of(list(door.rules)))
+        options, changing = door.options, bool(changing_of(list(door.rules)))
         added, position = {}, len(inputs) + changing
         for index, layout in self._layouts.items():
             state = door.mode.state_in_graph(layout, self._dtypes[index])
@@ -191,11 +205,11 @@ class CompiledGraph:
         self._added = added
         numbers_at = len(inputs) if changing else None
         self.statistics = StatisticsPass(
-            matching, self._layouts, added, numbers_at, door.mode.in_graphs, graphs, door.options.backend == "inductor",
-            door.options.without,
+            matching, self._layouts, added, numbers_at, door.mode.in_graphs, graphs, options.backend == "inductor",
+            options.without,
         )  # fmt: skip
         extended = with_inputs(gm, inputs, self._further_inputs(door, params))
-        self._compiled = compile_joint(*extended, self.statistics, door.options.compiler, graphs.code)
+        self._compiled = compile_joint(*extended, self.statistics, options.compiler, graphs.code)
         self._seen: set[tuple[int, ...]] = set()
 
     def _further_inputs(self, door: DropIn, own: Mapping[int, nn.Parameter]) -> list[Tensor]:

@@ -57,6 +57,11 @@ def bind(rule: R, values: Mapping[str, Any]) -> R:
     return bound
 
 
+def timeless(rule: R) -> R:
+    """The rule without what differs from step to step and from process to process: a changing field says that it changes."""
+    return bind(rule, dict.fromkeys(changing(rule), "changes"))
+
+
 def describe_rule(rule: Any) -> str:
-    """``repr`` without what differs from process to process: a changing field says that it changes."""
-    return repr(rule if rule is None else bind(rule, dict.fromkeys(changing(rule), "changes")))
+    """``repr`` of what is alike in every process."""
+    return repr(rule if rule is None else timeless(rule))

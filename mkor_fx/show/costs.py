@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import tabulate
@@ -28,7 +28,7 @@ PRODUCT_FIRST = "product first"
 class Work(NamedTuple):
     """What costs depend on. ``rows``: of one member, over all uses (None: symbolic, or dealt out by the data).
 
-    ``operand_bytes``: what the statistics read.
+    The rule of ``layout`` is as at step 0. ``operand_bytes``: what the statistics read.
     """
 
     layout: Layout
@@ -42,7 +42,9 @@ class Work(NamedTuple):
         counts = [_row_count(tap.g) for tap in site.taps]
         rows = None if None in counts else _static(sum(counts))
         size = _static(sum(fake_value(o.node).numel() * fake_value(o.node).element_size() for o in operands))
-        return cls(Layout.of(site), fake_value(site.parameter.node).dtype, rows, size)
+        layout = Layout.of(site)
+        plain = replace(layout, rule=layout.rule.at_first_step)
+        return cls(plain, fake_value(site.parameter.node).dtype, rows, size)
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def count_costs(work: Work) -> Costs:
     """Costs of a weight under its rule, from traces of ``update`` and of what makes its direction, with every operator
     expanded. What ``derive`` does is not in them."""
     layout, rows = work.layout, work.rows
-    rule, shape, members = layout.rule.at_first_step, layout.shape, layout.members or 1
+    rule, shape, members = layout.rule, layout.shape, layout.members or 1
     with torch.no_grad(), new_fake_mode():
         state = rule.init(shape, torch.device("cpu"))
         gradient = torch.empty(shape.O, shape.I, dtype=work.dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from ...ir import INPUTS_FIRST, INPUTS_LAST, Site, View
 from ...kinds import Kind
 from ...rules import Gradient, Rule, Shape
+from ...rules.hyper import timeless
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,11 @@ class Layout:
     def each(self, function: Callable) -> Callable:
         """``function`` of one matrix on every member: rules see one at a time."""
         return function if self.members is None else torch.vmap(function)
+
+    @cached_property
+    def trace_key(self) -> Layout:
+        """What a trace of code that is passed this layout depends on: not the numbers that change, nor what makes them."""
+        return replace(self, rule=timeless(self.rule))
 
     # ---- state --------------------------------------------------------------------------------------------------------
 

@@ -147,6 +147,19 @@ class _Backend:
         return backend(gm, inputs)
 
 
+def held_weakly(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """What a backend returns to Dynamo, which keeps it beside the code that it was made of and so for ever, if ``compiled``
+    refers to that code: a graph with a backward does. Whoever owns the code has to own ``compiled`` as well."""
+    ref = weakref.ref(compiled)
+
+    def call(*args: Any) -> Any:
+        own = ref()
+        assert own is not None, "a graph has been dropped while it is called"
+        return own(*args)
+
+    return call
+
+
 def under_transform() -> bool:
     """Whether a function transform (``torch.func``) is at work, under which Dynamo may run what it is given as it is."""
     return torch._C._functorch.peek_interpreter_stack() is not None

@@ -43,7 +43,8 @@ KEPT = 512
 
 
 def _key(leaves: list[Any]) -> tuple | None:
-    """What a trace depends on, or None where a size is symbolic (such traces are not kept)."""
+    """What a trace depends on, or None where a size is symbolic (such traces are not kept). An argument may say so itself,
+    by its ``trace_key``."""
     key: list[Any] = []
     for leaf in leaves:
         if isinstance(leaf, torch.Tensor):
@@ -53,7 +54,7 @@ def _key(leaves: list[Any]) -> tuple | None:
         elif isinstance(leaf, torch.SymInt):
             return None
         else:
-            key.append((type(leaf), leaf))
+            key.append((type(leaf), getattr(leaf, "trace_key", leaf)))
     return tuple(key)
 
 
