@@ -234,3 +234,131 @@ def test_nothing_to_look_at_yet():
         str(compile_step(network()).graphs)
     with pytest.raises(RuntimeError, match="nothing is compiled yet"):
         compile(network()).graphs["match"]
+
+
+def test_a_handle_can_be_explained_by_a_batch_before_it_has_run():
+    handle = compile(network())
+    with pytest.raises(ValueError, match=r"nothing to explain yet: pass an example batch"):
+        mkor_fx.explain(handle)
+    assert len(mkor_fx.explain(handle, X).covered) == 4
+    assert not handle.graphs.captured and not handle.mkor.tensors() and handle.mkor.step == 0
+
+
+def test_a_name_that_was_written_nowhere():
+    step = compile_step(network())
+    step(X, Y)
+    assert "# 0.weight: refresh and precondition" in step.graphs["rewrite"].inserted("0.weight")
+    with pytest.raises(KeyError, match=r"nothing was written for 'wieght'; there is .*0\.weight, 2\.weight"):
+        step.graphs["rewrite"].inserted("wieght")
+    assert step.graphs["capture"].inserted("wieght") == ""  # where nothing was written at all
+
+
+# ---- options that would do nothing ---------------------------------------------------------------------------------------
+
+
+IDLE = {
+    "mode beside eager": ({"mode": "reduce-overhead"}, r"backend='eager' compiles nothing, so mode and options would do"),
+    "options beside eager": ({"options": {"max_autotune": True}}, r"backend='eager' compiles nothing"),
+}
+IDLE_IN_COMPILE = {
+    "gradient_bytes": r"Communication\(gradient_bytes\) would do nothing here, where gradients are the wrapper's or yours",
+    "padding": r"Communication\(padding\) would do nothing here",
+    "statistics_dtype": r"Communication\(statistics_dtype\) would do nothing here.*statistics travel as they are",
+}
+VALUES = {"gradient_bytes": 1 << 20, "padding": 0.5, "statistics_dtype": torch.bfloat16}
+
+
+@DOORS
+@pytest.mark.parametrize("case", IDLE)
+def test_options_that_would_do_nothing_are_refused(door, case):
+    options, message = IDLE[case]
+    with pytest.raises(ValueError, match=message):
+        door(network(), **options)
+
+
+@pytest.mark.parametrize("name", IDLE_IN_COMPILE)
+def test_so_are_those_of_the_other_door(name):
+    communication = mkor_fx.Communication(**{name: VALUES[name]})
+    with pytest.raises(ValueError, match=IDLE_IN_COMPILE[name]):
+        compile(network(), communication=communication)
+    compile_step(network(), communication=communication)  # where it does something, if there are ranks
+    with pytest.raises(ValueError, match=r"average='rows'\) needs compile_step"):
+        compile(network(), communication=mkor_fx.Communication(average="rows"))
+
+
+# ---- nothing is made before all that can fail has passed -----------------------------------------------------------------
+
+
+class Sum(torch.optim.Optimizer):
+    """Reads its own rate on the host: cannot be traced."""
+
+    def __init__(self, params):
+        super().__init__(params, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["total"] = p.grad.sum().item()
+
+
+def broken_rule(function):
+    """A rule that fails where it is written into the graph, or is compiled."""
+
+    class Broken(MKOR):
+        pass
+
+    def fail(*_, **__):
+        raise RuntimeError(f"{function} is broken")
+
+    setattr(Broken, function, fail)
+    return Broken()
+
+
+FAILS = {
+    "the optimizer": lambda model: {"optimizer": Sum(model.parameters())},
+    "update": lambda model: {"rule": broken_rule("update")},
+    "summarize": lambda model: {"rule": broken_rule("summarize")},
+    "sides": lambda model: {"rule": broken_rule("sides")},
+    "the loss": lambda model: {"loss_fn": lambda out, y: (out - y).square()},
+}
+
+
+@pytest.mark.parametrize("case", FAILS)
+def test_a_step_that_cannot_be_written_changes_nothing(case):
+    model = network()
+    options = {"optimizer": adam(model)} | FAILS[case](model)
+    step, optimizer = compile_step(model, **options), options["optimizer"]
+    before = snapshot(model, optimizer)
+    for _ in range(2):
+        with pytest.raises(Exception, match=r"broken|cannot be traced|scalar|item"):
+            step(X, Y)
+        assert_unchanged(before, snapshot(model, optimizer))
+        assert not step.mkor.tensors() and step.mkor.step == 0 and not optimizer.state and step.skipped == 0
+
+
+def test_nor_does_one_that_cannot_be_compiled(monkeypatch):
+    model = network()
+    optimizer = adam(model)
+    step = compile_step(model, optimizer=optimizer)
+    before = snapshot(model, optimizer)
+    with monkeypatch.context() as patch:
+        patch.setattr("mkor_fx.doors.whole_step.compile_graph", lambda *_: 1 / 0)
+        with pytest.raises(Exception, match="division by zero"):
+            step(X, Y)
+    assert_unchanged(before, snapshot(model, optimizer))
+    assert not step.mkor.tensors() and not optimizer.state
+    step(X, Y)
+    assert step.mkor.step == 1 and optimizer.state
+
+
+def test_a_loaded_state_that_does_not_fit_is_found_before_anything_is_made():
+    """Before the first step only the shapes that a weight could have are known; what it has comes out when it is written."""
+    model = nn.Sequential(nn.Embedding(4, 4), nn.Flatten(0, 1))
+    optimizer = adam(model)
+    step = compile_step(model, lambda out, y: out.square().mean(), optimizer)
+    step.mkor.load_state_dict({"0.weight.L": torch.eye(4), "0.weight.R": torch.eye(4), "step": torch.tensor(3)})
+    before = snapshot(model, optimizer)
+    with pytest.raises(ValueError, match=r"the state is another model's: unexpected 0\.weight\.R"):
+        step(torch.zeros(5, 1, dtype=torch.long), Y)
+    assert_unchanged(before, snapshot(model, optimizer))
+    assert not step.mkor.tensors() and not optimizer.state

@@ -124,3 +124,102 @@ def test_step_counts_live_where_the_parameters_are():
     for p in model.parameters():
         assert {key: t.device.type for key, t in tensor_state(optimizer, p).items()} == {
             "exp_avg": "meta", "exp_avg_sq": "meta", "step": "meta"}  # fmt: skip
+
+
+class OfOneself(torch.optim.Optimizer):
+    """Written by a user: a step of sign and size ``rate``; ``count`` says where it counts its steps."""
+
+    def __init__(self, params, lr=0.1, count="nowhere"):
+        self.count, self.steps = count, 0
+        super().__init__(params, {"lr": lr, "calls": 0, "scale": torch.ones(1)})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        if self.count == "self":
+            self.steps += 1
+        for group in self.param_groups:
+            if self.count == "group":
+                group["calls"] += 1
+            if self.count == "a tensor of the group":
+                group["scale"].mul_(0.5)
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if self.count == "state":
+                    self.state[p]["calls"] = self.state[p].get("calls", 0) + 1
+                if self.count == "state made late":
+                    self.state[p].setdefault("momentum", torch.zeros_like(p)).add_(p.grad)
+                p.add_(p.grad.sign(), alpha=-group["lr"])
+
+
+HIDDEN = {
+    "self": r"OfOneself\.step\(\) changes self\.steps, which a compiled step would never see change",
+    "group": r"changes param_groups\[0\]\['calls'\].*keep it as a tensor in optimizer\.state",
+    "a tensor of the group": r"changes param_groups\[0\]\['scale'\]",
+    "state": r"changes state 0\['calls'\]",
+}
+
+
+@pytest.mark.parametrize("count", HIDDEN)
+def test_a_counter_that_a_compiled_step_would_never_see_change_is_refused(count):
+    model = network()
+    optimizer = OfOneself(model.parameters(), count=count)
+    before = [p.detach().clone() for p in model.parameters()], copy.deepcopy(optimizer.state_dict())
+    step = mkor_fx.compile_step(model, functional.cross_entropy, optimizer, None, backend="eager")
+    with pytest.raises(ValueError, match=HIDDEN[count]):
+        step(torch.randn(5, 6).double(), torch.randint(0, 4, (5,)))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before[0], strict=True))
+    assert str(optimizer.state_dict()) == str(before[1]) and optimizer.steps == 0
+
+
+def test_one_without_any_state_can_be_compiled():
+    model = network()
+    twin = copy.deepcopy(model)
+    optimizer, other = OfOneself(model.parameters()), OfOneself(twin.parameters())
+    step = mkor_fx.compile_step(model, functional.cross_entropy, optimizer, None, backend="eager")
+    for _ in range(3):
+        x, y = torch.randn(5, 6).double(), torch.randint(0, 4, (5,))
+        step(x, y)
+        other.zero_grad()
+        functional.cross_entropy(twin(x), y).backward()
+        other.step()
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(p, q)
+
+
+def test_one_that_makes_its_state_late_trains_once_it_has_stepped_as_it_is_told():
+    model = network()
+    twin = copy.deepcopy(model)
+    optimizer, other = (OfOneself(m.parameters(), count="state made late") for m in (model, twin))
+    step = mkor_fx.compile_step(model, functional.cross_entropy, optimizer, None, backend="eager")
+    batches = [(torch.randn(5, 6).double(), torch.randint(0, 4, (5,))) for _ in range(3)]
+    with pytest.raises(ValueError, match=r"creates its state \(momentum\) inside step\(\).*Call optimizer\.step\(\) once"):
+        step(*batches[0])
+    for m, one in ((model, optimizer), (twin, other)):
+        functional.cross_entropy(m(batches[0][0]), batches[0][1]).backward()
+        one.step()
+        one.zero_grad()
+    for x, y in batches[1:]:
+        step(x, y)
+        functional.cross_entropy(twin(x), y).backward()
+        other.step()
+        other.zero_grad()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+        torch.testing.assert_close(optimizer.state[p]["momentum"], other.state[q]["momentum"])
+
+
+def test_a_sparse_embedding_trains_as_a_dense_one():
+    """Its gradient is a whole one inside of a compiled step: the optimizer's step is the dense one."""
+    found = []
+    for sparse in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(30, 8, sparse=sparse), nn.Linear(8, 4)).double()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        step = mkor_fx.compile_step(model, functional.cross_entropy, optimizer, backend="eager")
+        for number in range(3):
+            generator = torch.Generator().manual_seed(number)
+            step(torch.randint(0, 30, (16,), generator=generator), torch.randint(0, 4, (16,), generator=generator))
+        found.append([p.detach() for p in model.parameters()])
+    for p, q in zip(*found, strict=True):
+        torch.testing.assert_close(p, q)

@@ -367,3 +367,33 @@ def test_kfac_says_what_is_wrong_with_its_options():
     }.values():
         with pytest.raises(ValueError, match=re.escape(message)):
             KFAC(**options)
+
+
+# ---- code of a rule that cannot be compiled ------------------------------------------------------------------------------
+
+
+class Written(MKOR):
+    """MKOR whose refresh is what a test says."""
+
+    def update(self, state, uses, grad, step):
+        return {key: t * type(self).number(uses[0].rows) for key, t in super().update(state, uses, grad, step).items()}
+
+
+HOST = {
+    "item": (lambda rows: rows.item() * 1.0, "reads a value on the host"),
+    "float": (lambda rows: 1.0 / float(rows), "reads a value on the host"),
+    "if": (lambda rows: 1.0 if rows > 3 else 2.0, r"reads a value on the host \(item\(\), float\(\), bool\(\), or an if"),
+    "constant": (lambda rows: torch.tensor([1.0, 2.0]).mean(), r"holds a tensor of its own.*x\.new_full\(size, value\)"),
+}
+
+
+@DOORS
+@pytest.mark.parametrize("case", HOST)
+def test_a_rule_that_waits_for_the_device_is_refused_where_it_does(case, door):
+    number, message = HOST[case]
+    rule = type("Waits", (Written,), {"number": staticmethod(number)})()
+    model = block()
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match=rf"attn\.query\.weight: .*{message}"):
+        run(door, model, rule, batches(1))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))

@@ -36,12 +36,7 @@ def check_optimizer(model: nn.Module, optimizer: object, *, changed: bool = Fals
         raise ValueError(
             f"{type(optimizer).__name__} cannot be compiled into a step; use mkor_fx.compile with your loop"
         )
-    hooks = len(optimizer._optimizer_step_pre_hooks) + len(optimizer._optimizer_step_post_hooks)
-    if hooks:
-        raise ValueError(
-            f"the optimizer has step hooks ({hooks}), which a compiled step cannot run: remove them, or use "
-            "mkor_fx.compile(model) with your own loop"
-        )
+    check_step_hooks(optimizer)
     own = {id(p) for p in model.parameters() if p.requires_grad} if changed else {id(p) for p in model.parameters()}
     held = [p for group in optimizer.param_groups for p in group["params"]]
     foreign = [tuple(p.shape) for p in held if id(p) not in own]
@@ -51,6 +46,16 @@ def check_optimizer(model: nn.Module, optimizer: object, *, changed: bool = Fals
             f"{len(foreign)} of the optimizer's {len(held)} parameters are not this model's (shapes "
             f"{foreign[:3]}{', ...' if len(foreign) > 3 else ''}): was it built over another model, or before "
             "the parameters were replaced? Build it from model.parameters()"
+        )
+
+
+def check_step_hooks(optimizer: Optimizer) -> None:
+    """Raises ValueError for hooks on an optimizer's step, which a compiled step does not call."""
+    hooks = len(optimizer._optimizer_step_pre_hooks) + len(optimizer._optimizer_step_post_hooks)
+    if hooks:
+        raise ValueError(
+            f"the optimizer has step hooks ({hooks}), which a compiled step cannot run: remove them, or use "
+            "mkor_fx.compile(model) with your own loop"
         )
 
 

@@ -23,6 +23,7 @@ from ..passes.torch_api.dynamo import (
     dynamo_compile,
     dynamo_parameters,
     held_weakly,
+    told_to_stay_out,
     under_transform,
     with_inputs,
 )
@@ -60,7 +61,7 @@ class DropIn:
         self._census = Census(model)
         self._graphs_seen = 0
         self._owned: list[Callable[..., Any]] = []
-        self._compiled = self._make_compiled()
+        self._plain, self._compiled = _call_of(model), self._make_compiled()
         mkor = self.runtime.mkor
         self.handle = compiled_handle(model, self.run, mkor=mkor, graphs=self.coverage.graphs, coverage=self.coverage)
 
@@ -85,12 +86,14 @@ class DropIn:
         return dynamo_compile(_call_of(self.model), self._backend, fullgraph=fullgraph, dynamic=dynamic)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        """The handle's call."""
+        """The handle's call. Under a transform of ``torch.func`` it is the model's own: Dynamo would give up for ever."""
+        if under_transform():
+            return self._plain(*args, **kwargs)
         if self._census.changed():
             self._plan_anew()
         self.runtime.seen.called |= torch.is_grad_enabled()
         result = self._compiled(*args, **kwargs)
-        if not self._graphs_seen and not under_transform():
+        if not self._graphs_seen and not told_to_stay_out():
             raise RuntimeError(
                 f"no graph was captured from {type(self.model).__name__}: its forward runs outside of "
                 "what torch.compile can see (torch._dynamo.explain tells why)"

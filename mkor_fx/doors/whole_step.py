@@ -31,7 +31,14 @@ from ..runtime.ranks import Ranks
 from ..show.coverage import Coverage
 from ..show.graphs import Graphs
 from .agreement import buffer_names, group_of, owners_of, plan_of, present_numbers
-from .checks import check_gradient_hooks, check_memory, check_model, check_optimizer, check_still_alone
+from .checks import (
+    check_gradient_hooks,
+    check_memory,
+    check_model,
+    check_optimizer,
+    check_step_hooks,
+    check_still_alone,
+)
 from .rule_clock import RuleClock
 from .states import possible_states
 
@@ -214,7 +221,7 @@ class Run:
     def __call__(self, *args: Any) -> list[Any]:
         step = self._step()
         assert step is not None
-        self._check_parameters(args)
+        self._check_anew(step, args)
         step.begin(self._variant.name, self._plan, present_numbers)
         if not self._ready:
             self._commit(step, args)
@@ -232,8 +239,9 @@ class Run:
             step.late.put(sent, self._late, lambda tensors: self._settle(step, names, tensors))
         return outputs
 
-    def _check_parameters(self, args: Sequence[Any]) -> None:
-        """What can have happened to parameters since the last step, without their being replaced."""
+    def _check_anew(self, step: CompiledStep, args: Sequence[Any]) -> None:
+        """What can have happened since the last step without a parameter's being replaced."""
+        check_step_hooks(step.optimizer)
         check_gradient_hooks((name, args[index]) for index, name in self._names.items())
         memory = [args[index].data_ptr() for index in self._names]
         if memory != self._memory:

@@ -176,5 +176,6 @@ def _aot_eager(
 
 
 def new_fake_mode() -> FakeTensorMode:
-    """For graphs written from nothing. It has a shape environment, without which Inductor's cache does not look."""
-    return FakeTensorMode(shape_env=ShapeEnv())
+    """For graphs written from nothing, in which nothing is read on the host. It has a shape environment, without which
+    Inductor's cache does not look."""
+    return FakeTensorMode(shape_env=ShapeEnv(allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False))

@@ -165,6 +165,12 @@ def under_transform() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def told_to_stay_out() -> bool:
+    """Whether the user has switched compilation off, or chosen by a stance when it happens."""
+    stance = torch._dynamo.eval_frame._stance
+    return torch._dynamo.config.disable or stance.stance != "default" or stance.backend is not None
+
+
 def outside_dynamo() -> contextlib.AbstractContextManager:
     """What is traced inside has static shapes of its own, whatever Dynamo is capturing around it."""
     return torch._guards.tracing(None)
@@ -188,7 +194,8 @@ SAID_ONCE = ("debug_once", "info_once", "warning_once", "warning_advice", "error
 def facing_user(compiled: Callable[..., Any]) -> Callable[..., Any]:
     """What ``torch.compile`` returned, for the user to call.
 
-    Errors that the library raises for the user while Dynamo compiles arrive as themselves, without Dynamo's wrapping.
+    Errors that the library raises for the user while Dynamo compiles arrive as themselves, without Dynamo's wrapping, and
+    its limit as one that says what to do.
     During the call Dynamo captures ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN`` as their time steps, leaves out what loggers
     say once, and does not split graphs at the buckets of a DistributedDataParallel around the model.
     """
@@ -205,5 +212,11 @@ def facing_user(compiled: Callable[..., Any]) -> Callable[..., Any]:
             if isinstance(failure.inner_exception, ValueError):
                 raise failure.inner_exception from None
             raise
+        except torch._dynamo.exc.FailOnRecompileLimitHit as failure:
+            raise RuntimeError(
+                f"torch.compile has reached its recompile limit ({config.recompile_limit} programs) and compiles no further: "
+                "something differs at each call, and each value of it asks for another program. TORCH_LOGS=recompiles tells "
+                "what; pad inputs to few sizes, keep counters in buffers, or raise torch._dynamo.config.recompile_limit"
+            ) from failure
 
     return run

@@ -12,8 +12,9 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from ...ir import fake_value
 
@@ -141,11 +142,36 @@ def insert(
 
     Returns what the function returns, with nodes in the place of tensors. ``label`` marks each new node
     (``meta["mkor_fx"]``), so that a printed graph says whose work it is.
+
+    Raises:
+        ValueError: the function reads a value on the host, or holds a tensor of its own, as code of a rule must not.
     """
     values = pytree.tree_map_only(fx.Node, fake_value, args)
-    traced = _traced_once(function, values, decompositions)
+    try:
+        traced = _traced_once(function, values, decompositions)
+    except (GuardOnDataDependentSymNode, DataDependentOutputException) as error:
+        raise ValueError(READS.format(label=label or function.__name__)) from error
+    _check_traced(traced.module, label or function.__name__)
     inputs = [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, fx.Node)]
     return pytree.tree_unflatten(splice(graph, traced.module, inputs, label), traced.structure)
+
+
+READS = (
+    "{label}: its code reads a value on the host (item(), float(), bool(), or an if on a tensor), which a compiled program "
+    "cannot wait for: choose with torch.where, and keep numbers as 0-dim tensors"
+)
+HOLDS = (
+    "{label}: its code holds a tensor of its own ({target}), which a compiled program cannot know: use plain numbers, or make "
+    "it of an operand, as by x.new_full(size, value)"
+)
+
+
+def _check_traced(module: fx.GraphModule, label: str) -> None:
+    for node in module.graph.nodes:
+        if node.op == "get_attr":
+            raise ValueError(HOLDS.format(label=label, target=node.target))
+        if node.target is torch.ops.aten._local_scalar_dense.default:
+            raise ValueError(READS.format(label=label))
 
 
 def splice(graph: fx.Graph, traced: fx.GraphModule, inputs: list[fx.Node], label: str = "") -> list[Any]:
@@ -164,8 +190,6 @@ def splice(graph: fx.Graph, traced: fx.GraphModule, inputs: list[fx.Node], label
                 environment[node] = copy
             elif node.op == "output":
                 return list(fx.map_arg(node.args[0], environment.__getitem__))
-            else:
-                raise AssertionError(f"traced code holds a {node.op} node ({node.target}): it captured a tensor")
     raise AssertionError("traced graph without an output")
 
 

@@ -56,11 +56,13 @@ class _TensorNumbers(TorchFunctionMode):
     """Lets code written for Python floats run on 0-dim tensors: no ``.item()``, no data-dependent branch."""
 
     COMPARISONS = ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__")
+    WRITES = ("__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__", "__ipow__", "__setitem__")
 
     def __init__(self, numbers: dict[int, tuple[Number, float]]) -> None:
         super().__init__()
         self.numbers = numbers
         self.branches: list[Branch] = []
+        self.written: list[Number] = []
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -71,6 +73,9 @@ class _TensorNumbers(TorchFunctionMode):
                 return self._decide(args[0], operator, float(args[1]))
             if operator == "__bool__":
                 return self._decide(args[0], "__ne__", 0.0)
+        if (name.endswith("_") and not name.endswith("__")) or name in self.WRITES:
+            targets = args[0] if args and isinstance(args[0], (list, tuple)) else args[:1]
+            self.written += [self.numbers[id(t)][0] for t in targets if id(t) in self.numbers]
         for scale in ("alpha", "value"):
             if isinstance(kwargs.get(scale), Tensor):
                 return _scaled(name, args, kwargs.pop(scale))
@@ -158,7 +163,7 @@ def trace_update(optimizer: Optimizer, params: Sequence[nn.Parameter]) -> Update
         branches.extend(mode.branches)
         after = _numbers_on_the_host(clone)
         hidden.extend(key for key in after if before.get(key) != after[key])
-        hidden.extend(f"param_groups[{n.group}][{n.key!r}]" for n, t in entries.items() if t._version)
+        hidden.extend(f"param_groups[{n.group}][{n.key!r}]" for n in mode.written)
         made.update(key for p, s in zip(ps, ss) for key in clone.state[p].keys() - s if _is_tensor(clone.state[p][key]))
         return ps, [clone.state[p][k] for p, s in zip(ps, ss) for k in s]
 
