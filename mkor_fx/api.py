@@ -52,11 +52,17 @@ def compile(
     ``torch.optim`` optimizer steps parameters of the model, one more compiled program refreshes the factors and hands it
     preconditioned gradients. ``.grad`` is the raw gradient again afterwards. Under ``no_grad`` nothing is added.
 
-    The handle has ``mkor`` (the factors: ``state_dict()``, ``load_state_dict()``), ``graphs`` and ``coverage``.
+    Everything else is the model's own: attributes set on one of the two, modes and counters are seen on the other. The
+    handle has ``mkor`` (the factors: ``state_dict()``, ``load_state_dict()``), ``graphs`` and ``coverage``.
+
+    The outermost step of an optimizer that holds a weight preconditions it, once. A weight that comes to a step without
+    statistics is warned of, once, by name. A model that has changed is compiled again with one message.
 
     Args:
         model: any module, graph breaks included.
-        rule: the update rule.
+        rule: the update rule of every weight; or a dict of rules by glob pattern of parameter names, the first that matches
+            decides, None leaves a weight alone, and one that no pattern names is left alone as well. A bias goes with its
+            weight.
         refresh_every: steps per factor refresh; the first step refreshes.
         skip: glob patterns of parameter names that keep their raw gradient.
         precondition: ``"step"``: at the optimizer's step, on gradients that are accumulated, averaged and clipped.
@@ -65,7 +71,8 @@ def compile(
         process_group: ranks that train together; None is the world where torch.distributed is initialised, or that of the
             DistributedDataParallel. Gradients are the wrapper's business (inside or outside of ``compile``) or yours;
             statistics are summed once an optimizer step, whatever number of micro-batches it has.
-        communication: buckets and checks; ``average`` must be as the gradients', the mean over ranks.
+        communication: buckets and checks; ``average`` must be as the gradients', the mean over ranks. What concerns
+            gradients is refused.
         backend: ``"inductor"``, or ``"eager"`` to run the rewritten graphs uncompiled.
         dynamic, fullgraph, mode, options: as in torch.compile.
 
@@ -135,7 +142,7 @@ def compile_step(
             goes to the model. ``None`` passes everything to a model that returns its own loss (a scalar, an object with
             ``.loss``, or a tuple that begins with it).
         optimizer: a torch.optim optimizer over parameters of ``model``.
-        rule: the update rule; ``None`` is the plain compiled step.
+        rule: as in :func:`compile`; ``None`` is the plain compiled step.
         refresh_every: steps per factor refresh; the first step refreshes.
         skip: glob patterns of parameter names that keep their raw gradient.
         skip_nonfinite: a step whose loss or gradients are not finite changes nothing at all (``step.skipped`` counts).

@@ -73,3 +73,18 @@ def test_files_exist():
 
 def test_ci_calls_the_readmes_test_command():
     assert "make test" in (ROOT / ".ci/run").read_text() and "make test" in README
+
+
+def test_the_lines_about_rules_run():
+    (block,) = [block for block in BLOCKS if block.startswith("rule = {")]
+    namespace: dict = {"mkor_fx": mkor_fx}
+    exec(block, namespace)
+    attention = torch.nn.ModuleDict({"attn": torch.nn.Linear(4, 4)})
+    model = torch.nn.ModuleDict({"layer": attention, "mlp": torch.nn.Linear(4, 4), "head": torch.nn.Linear(4, 2)})
+    model.forward = lambda x: model["head"](model["mlp"](model["layer"]["attn"](x)))
+    optimizer = torch.optim.AdamW(model.parameters())
+    step = mkor_fx.compile_step(model, torch.nn.functional.mse_loss, optimizer, namespace["rule"], backend="eager")
+    for _ in range(2):
+        step(torch.randn(8, 4), torch.randn(8, 2))
+    held = {key.rpartition(".")[0] for key in step.mkor.state_dict()}
+    assert held == {"layer.attn.weight", "mlp.weight", ""} and "layer.attn.weight.L_inverse" in step.mkor.state_dict()

@@ -39,20 +39,28 @@ def batches(count=3):
     return [(torch.randn(8, 6), torch.randn(8, 4)) for _ in range(count)]
 
 
-def run(door, model, rule, data, **options):
-    """The compiled step or handle, behind steps over ``data``; ``compilations`` grows with each program."""
+def opened(door, model, rule, **options):
+    """The compiled step or handle, and what trains it on a batch."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     if door == "compile_step":
         step = mkor_fx.compile_step(model, functional.mse_loss, optimizer, rule, backend="eager", **options)
-        for x, y in data:
-            step(x, y)
-        return step
+        return step, step
     handle = mkor_fx.compile(model, rule, backend="eager", **options)
-    for x, y in data:
+
+    def train(x, y):
         optimizer.zero_grad()
         functional.mse_loss(handle(x), y).backward()
         optimizer.step()
-    return handle
+
+    return handle, train
+
+
+def run(door, model, rule, data, **options):
+    """The compiled step or handle, behind steps over ``data``."""
+    done, train = opened(door, model, rule, **options)
+    for x, y in data:
+        train(x, y)
+    return done
 
 
 DOORS = pytest.mark.parametrize("door", ["compile_step", "compile"])
@@ -278,18 +286,7 @@ def test_hyper_parameters_change_over_time_and_compile_nothing_again(kind, door)
     rule = Leaning(scale={"function": lambda step: values[step], "tensor": box, "number": 2.0}[kind])
     model = nn.Linear(6, 4)
     twin, data = copy.deepcopy(model), batches(4)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    if door == "compile_step":
-        done = mkor_fx.compile_step(model, functional.mse_loss, optimizer, rule, backend="eager")
-        train = done
-    else:
-        done = mkor_fx.compile(model, rule, backend="eager")
-
-        def train(x, y):
-            optimizer.zero_grad()
-            functional.mse_loss(done(x), y).backward()
-            optimizer.step()
-
+    done, train = opened(door, model, rule)
     made = []
     for number, (x, y) in enumerate(data):
         box.fill_(values[number])
@@ -314,17 +311,7 @@ def test_hyper_parameters_change_over_time_and_compile_nothing_again(kind, door)
 def test_a_function_that_gives_no_number_is_an_error_of_that_step_and_changes_nothing(gives, message, door):
     rule = Leaning(scale=lambda step: gives(step) if step else 1.0)
     model, data = nn.Linear(6, 4), batches(2)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    if door == "compile_step":
-        done = train = mkor_fx.compile_step(model, functional.mse_loss, optimizer, rule, backend="eager")
-    else:
-        done = mkor_fx.compile(model, rule, backend="eager")
-
-        def train(x, y):
-            optimizer.zero_grad()
-            functional.mse_loss(done(x), y).backward()
-            optimizer.step()
-
+    done, train = opened(door, model, rule)
     train(*data[0])
     before = [p.detach().clone() for p in model.parameters()], done.mkor.state_dict()
     with pytest.raises(ValueError, match=message):

@@ -35,6 +35,9 @@ def explain(
     training: it captures the model on the example batch, computes nothing and changes nothing. With ``loss_fn`` the last
     element of the batch is the target, as in ``compile_step``.
 
+    Args:
+        rule, skip: as in :func:`mkor_fx.compile`.
+
     Returns:
         Coverage: prints as a table. ``table(costs=True)``, ``to_json()``, ``to_html(path)``; ``coverage``, ``covered`` and
         ``declined`` for programs; ``assert_full(allow=[...])`` for a model's own tests.
