@@ -16,13 +16,14 @@ from .doors.checks import (
     check_gradient_hooks,
     check_late,
     check_model,
+    check_not_compiled,
     check_optimizer,
     check_placement,
     check_sharding,
     without_ddp,
 )
 from .doors.drop_in import DropIn
-from .doors.handle import inside_ddp
+from .doors.handle import inside_ddp, plain_model
 from .doors.whole_step import new_step
 from .options import Communication, Options
 from .passes.naming import Naming
@@ -98,6 +99,8 @@ def compile(
 def compiled_model(model: nn.Module, options: Options) -> nn.Module:
     """As :func:`compile`, by the doors' options."""
     check_model(model)
+    check_not_compiled(model)
+    model = plain_model(model)
     if not options.rules:
         raise ValueError("rule=None: without a rule there is nothing to add; use torch.compile(model)")
     check_drop_in(options)
@@ -191,7 +194,7 @@ def compiled_step(
     check_model(model)
     check_late(options)
     check_placement(options)
-    model, process_group = without_ddp(model, options.process_group)
+    model, process_group = without_ddp(plain_model(model), options.process_group)
     check_sharding(model, "step", whole_step=True)
     check_optimizer(model, optimizer)
     check_gradient_hooks(model.named_parameters())

@@ -1,6 +1,6 @@
 """Semantic ``mkor_fx::`` operators: what a rewritten graph says before it is lowered.
 
-Each operator has a native body in plain torch. Eager execution runs the body; ``passes/lower.py`` traces it and
+Each operator has a native body in plain torch. Eager execution runs the body; ``passes/lower/expand.py`` traces it and
 splices the result, so a graph that reads ``mkor_fx.inverse_update(L, [g], ...)`` ends as ordinary aten operators.
 
 Shape suffixes: ``N`` rows (batch x positions), ``M`` any width, ``O`` outputs, ``I`` inputs, ``D`` one side of a factor.

@@ -44,6 +44,10 @@ WEIGHT_DECLINED = reason("its weight {weight} is declined", "")
 BIAS_ALONE = reason(
     "{rule} leaves the bias of {weight} alone", "`MKOR(bias='off')`, or an output side without a factor"
 )
+STEPPED_APART = reason(
+    "it is not stepped together with its weight {weight}",
+    "biases in another optimizer than their weights, in `mkor_fx.compile`",
+)
 SKIPPED = reason("skipped by pattern {pattern}", '`skip=["head.*"]`, `rule={"head.*": None, "*": MKOR()}`')
 NOT_HELD = reason("the optimizer does not hold it", "`compile_step` with an optimizer over some of the parameters")
 NO_RULE = reason("no rule: the plain step", "`compile_step(..., rule=None)`")

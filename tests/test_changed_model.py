@@ -347,3 +347,59 @@ def test_a_state_with_more_than_the_model_has(door):
         left = training.compiled.mkor.load_state_dict(saved, strict=False)
     assert set(left) == saved.keys() - {"step"}
     training.step(*batch())
+
+
+@ALL
+def test_factors_of_weights_that_are_gone_go_too(door):
+    """What is saved afterwards loads into a new handle of the model as it is."""
+    training = Training(door, build())
+    training.step(*batch())
+    training.optimizer.zero_grad()
+    training.model.second = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).double()
+    training.hold(training.model.parameters())
+    for _ in range(2):
+        training.step(*batch())
+    saved = training.compiled.mkor.state_dict()
+    assert "second.weight.L" not in saved and "second.1.weight.L" in saved
+    other = Training(door, training.model)
+    assert other.compiled.mkor.load_state_dict(saved) == []
+    training.compiled.mkor.metrics()
+
+
+@pytest.mark.parametrize("door", ["compile", "backward"])
+def test_statistics_follow_the_dtype_of_the_model(door):
+    rule = mkor_fx.MKOR(factor_dtype=torch.float64)
+    model = build().float()
+    training = Training(door, model, rule=rule)
+    x, y = batch()
+    training.step(x.float(), y)
+    training.optimizer.zero_grad()
+    model.double()
+    twin = copy.deepcopy(model)
+    fresh = Training(door, twin, rule=rule)
+    fresh.compiled.mkor.load_state_dict(training.compiled.mkor.state_dict())
+    for one in (training, fresh):
+        for number in range(2):
+            one.step(x + number, y)
+    close(model, twin, 1e-14)
+
+
+def test_parameters_that_are_lent_for_a_call_are_no_change():
+    """The average of weights, evaluated by torch.func.functional_call; and an inner loop of a meta-learner."""
+    training = Training("compile", build())
+    handle, compilations = training.compiled, []
+    average = {name: p.detach().clone() for name, p in training.model.named_parameters()}
+    for _ in range(3):
+        training.step(*batch())
+        x, y = batch()
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("error")
+            found = torch.func.functional_call(handle, average, (x,))
+        torch.testing.assert_close(found, torch.func.functional_call(training.model, average, (x,)))
+        leaves = {name: t.clone().requires_grad_() for name, t in average.items()}
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            loss = functional.cross_entropy(torch.func.functional_call(handle, leaves, (x,)), y)
+        assert all(g is not None for g in torch.autograd.grad(loss, list(leaves.values())))
+        compilations.append(len(handle.graphs.captured))
+    assert compilations == [1, 1, 1] and training.said == [] and handle.mkor.step == 3

@@ -1,6 +1,7 @@
 """Bad input: an error that names the thing and the remedy, before anything is changed."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -362,3 +363,39 @@ def test_a_loaded_state_that_does_not_fit_is_found_before_anything_is_made():
         step(torch.zeros(5, 1, dtype=torch.long), Y)
     assert_unchanged(before, snapshot(model, optimizer))
     assert not step.mkor.tensors() and not optimizer.state
+
+
+# ---- calls of a compiled step --------------------------------------------------------------------------------------------
+
+
+CALLS = {
+    "no target": (lambda step: step(X), r"called with 1 positional arguments: the last positional argument is the target"),
+    "keywords alone": (lambda step: step(input=X, target=Y), r"the target as its last positional argument: step\(x, y\)"),
+    "too many": (lambda step: step(X, X, Y), r"called with 3 positional arguments: .*Sequential\.forward cannot take"),
+    "nothing": (lambda step: step(), r"with the target as its last positional argument"),
+}
+
+
+@pytest.mark.parametrize("case", CALLS)
+def test_calls_that_the_model_cannot_take(case):
+    call, message = CALLS[case]
+    model = network()
+    step = compile_step(model)
+    before = snapshot(model, step.optimizer)
+    with pytest.raises(TypeError, match=message):
+        call(step)
+    assert_unchanged(before, snapshot(model, step.optimizer))
+    step(X, Y)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])
+def test_a_step_is_not_copied(copied):
+    with pytest.raises(TypeError, match=r"cannot be copied or pickled: make another one with compile_step, and take over"):
+        copied(compile_step(network()))
+
+
+@pytest.mark.parametrize("name", ["model", "optimizer"])
+def test_its_model_and_optimizer_stay(name):
+    step = compile_step(network())
+    with pytest.raises(AttributeError, match=f"property '{name}'"):
+        setattr(step, name, None)

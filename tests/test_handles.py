@@ -1,6 +1,7 @@
 """A handle and its model are one truth: attributes, modes, counters, methods; and two handles of one encoder."""
 
 import copy
+import inspect
 import pickle
 
 import pytest
@@ -284,3 +285,72 @@ def test_handles_of_a_model_and_of_its_part():
         optimizer.step()
         torch.testing.assert_close(((before - model[0].weight.detach()) / 0.1).norm(), raw.norm())
     assert (whole.mkor.step, part.mkor.step) == (2, 1)
+
+
+# ---- its class ------------------------------------------------------------------------------------------------------------
+
+
+def test_another_of_its_kind_is_a_plain_model_of_its_own():
+    """As a target network, ``type(q)()``."""
+    model, handle = compiled()
+    target = type(handle)()
+    assert type(target) is Net and not hasattr(target, "mkor")
+    torch.testing.assert_close(target.eval()(X), target.inner(X))
+    assert not torch.equal(target.inner.weight, model.inner.weight)
+
+
+def test_a_registry_of_classes_knows_the_users_own():
+    registry = {}
+
+    class Registered(nn.Module):
+        def __init_subclass__(cls, *, key):
+            registry[key] = cls
+
+    class One(Registered, key="one"):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.inner(x)
+
+    handle = mkor_fx.compile(One(), backend="eager")
+    assert registry == {"one": One} and isinstance(handle, One) and handle(X).shape == (16, 4)
+
+
+def test_its_forward_has_the_signature_of_the_models():
+    model, handle = compiled()
+    assert inspect.signature(handle.forward) == inspect.signature(model.forward)
+
+
+def test_a_class_that_has_such_a_name_keeps_it():
+    class Covered(nn.Linear):
+        @property
+        def coverage(self):
+            return "mine"
+
+    handle = mkor_fx.compile(Covered(8, 4), backend="eager")
+    assert handle.coverage == "mine" and handle.mkor.step == 0
+
+
+def test_a_handle_compiled_again_is_another_handle_of_the_model():
+    """A cell of a notebook that runs twice."""
+    model, handle = compiled()
+    again = mkor_fx.compile(handle, RULE, backend="eager")
+    assert again.__class__ is Net and vars(again) is vars(model)
+    assert trained(lambda x: again(x, dropped=0.0).square().mean(), again) == 3 and handle.mkor.step == 0
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = mkor_fx.compile_step(again, lambda out, y: (out - y).square().mean(), optimizer, RULE, backend="eager")
+    step(X, torch.randn(16, 4))
+    assert step.mkor.step == 1
+
+
+def test_what_torch_has_compiled_is_refused():
+    with pytest.raises(ValueError, match=r"compiled by torch\.compile already.*model\._orig_mod"):
+        mkor_fx.compile(torch.compile(Net()), backend="eager")
+
+
+def test_its_class_cannot_be_changed():
+    handle = mkor_fx.compile(nn.Linear(8, 4), backend="eager")
+    with pytest.raises(RuntimeError, match=r"this Linear is compiled.*parametrize it before mkor_fx\.compile"):
+        nn.utils.parametrizations.weight_norm(handle)

@@ -56,7 +56,7 @@ PRIVATE = {
     "torch.utils._python_dispatch": {"runtime/in_flight.py"},
 }  # fmt: skip
 #: names with an underscore that are as good as public: an operator's type, operators themselves, pytrees
-COMMON = ("torch._ops", "torch._grouped_mm", "torch.ops._c10d_functional", "torch.utils._pytree")
+COMMON = ("torch._ops", "torch._grouped_mm", "torch.ops._c10d_functional", "torch.ops.aten", "torch.utils._pytree")
 
 
 def inside(path):

@@ -223,3 +223,41 @@ def test_a_sparse_embedding_trains_as_a_dense_one():
         found.append([p.detach() for p in model.parameters()])
     for p, q in zip(*found, strict=True):
         torch.testing.assert_close(p, q)
+
+
+def test_every_number_of_a_users_optimizer_is_followed():
+    """Torch's schedulers keep numbers of their own in the groups; names that only look like theirs are the optimizer's."""
+
+    class Clipped(torch.optim.SGD):
+        @torch.no_grad()
+        def step(self, closure=None):
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.sub_(group["lr"] * p.grad * group["max_grad_norm"])
+
+    model = network()
+    optimizer = Clipped(model.parameters(), lr=0.1)
+    optimizer.param_groups[0]["max_grad_norm"] = 1.0
+    step = mkor_fx.compile_step(model, functional.cross_entropy, optimizer, None, backend="eager")
+    x, y = torch.randn(5, 6).double(), torch.randint(0, 4, (5,))
+    step(x, y)
+    optimizer.param_groups[0]["max_grad_norm"] = 0.0
+    before = [p.detach().clone() for p in model.parameters()]
+    step(x, y)
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True)) and step.compilations == 1
+
+
+@pytest.mark.parametrize("schedule", [
+    lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=9, cycle_momentum=False),
+    lambda o: torch.optim.lr_scheduler.CyclicLR(o, 0.01, 0.1, cycle_momentum=False),
+    lambda o: torch.optim.swa_utils.SWALR(o, 0.05),
+])  # fmt: skip
+def test_numbers_that_schedulers_keep_compile_nothing_again(schedule):
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    step = mkor_fx.compile_step(model, functional.cross_entropy, optimizer, None, backend="eager")
+    rates = schedule(optimizer)
+    for _ in range(4):
+        step(torch.randn(5, 6).double(), torch.randint(0, 4, (5,)))
+        rates.step()
+    assert step.compilations == 1

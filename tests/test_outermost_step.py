@@ -451,9 +451,162 @@ def test_in_the_backward_mode_a_step_ends_where_gradients_are_cleared(how):
         for _ in range(2):  # micro-batches are one step
             x, y = batch()
             functional.cross_entropy(compiled(x), y).backward()
-        assert compiled.mkor.step == number
+        assert compiled.mkor.step == number + 1
         with torch.no_grad():
             for p in model.parameters():
                 p -= 0.1 * p.grad
         CLEARED[how](model)
     assert compiled.mkor.state_dict()["step"] == 4
+
+
+# ---- where things go wrong, or are cleared, inside of a step --------------------------------------------------------------
+
+
+class Breaking(mkor_fx.KFAC):
+    """Derives until it is told to fail."""
+
+    def derive(self, state):
+        if self.fails:
+            raise RuntimeError("out of memory")
+        return super().derive(state)
+
+
+def test_an_error_behind_the_update_leaves_raw_gradients():
+    rule = Breaking(derive_every=1)
+    model, compiled, _ = pair(rule, torch.float32)
+    optimizer = sgd(model)
+    for number, Breaking.fails in enumerate((False, True, False)):
+        x, y = batch(torch.float32)
+        optimizer.zero_grad()
+        functional.cross_entropy(compiled(x), y).backward()
+        raw = [p.grad.clone() for p in model.parameters()]
+        if Breaking.fails:
+            with pytest.raises(RuntimeError, match="out of memory"):
+                optimizer.step()
+        else:
+            optimizer.step()
+        assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), raw, strict=True))
+        assert compiled.mkor.step == number + 1
+
+
+def test_so_does_a_warning_that_is_an_error():
+    model, compiled, _ = pair()
+    head = nn.Linear(4, 2).double()
+    optimizer = torch.optim.SGD([*model.parameters(), *head.parameters()], lr=0.1)
+    whole = mkor_fx.compile(nn.Sequential(model, head), RULE, backend="eager")  # of which only a part is called
+    del compiled
+    functional.cross_entropy(whole(batch()[0]), torch.arange(12) % 2).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    head(torch.randn(5, 4).double()).sum().backward()
+    raw = head.weight.grad.clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match=r"does not precondition 1\.weight"):
+            optimizer.step()
+    assert torch.equal(head.weight.grad, raw)
+
+
+@pytest.mark.parametrize("rule", [RULE, Leading()], ids=["direction", "own step"])
+def test_an_optimizer_that_clears_its_gradients_in_its_step_finds_them_cleared(rule):
+    class Clearing(torch.optim.SGD):
+        @torch.no_grad()
+        def step(self, closure=None):
+            super().step(closure)
+            self.zero_grad()
+
+    model, compiled, _ = pair(rule)
+    optimizer = Clearing(model.parameters(), lr=0.1)
+    for _ in range(2):
+        functional.cross_entropy(compiled(batch()[0]), batch()[1]).backward()
+        optimizer.step()
+        assert all(p.grad is None for p in model.parameters()) and "zero_grad" not in vars(optimizer)
+
+
+# ---- weights and biases in several optimizers -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", [RULE, Leading()], ids=["direction", "own step"])
+@pytest.mark.parametrize("biases_first", [False, True])
+def test_a_bias_that_is_stepped_apart_keeps_its_raw_gradient_and_is_named(rule, biases_first):
+    model, compiled, _ = pair(rule)
+    parts = [torch.optim.SGD([p for p in model.parameters() if p.dim() == dim], lr=0.1) for dim in (2, 1)]
+    said = []
+    for _ in range(3):
+        model.zero_grad()
+        x, y = batch()
+        functional.cross_entropy(compiled(x), y).backward()
+        before, raw = model[0].bias.detach().clone(), model[0].bias.grad.clone()
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            for part in reversed(parts) if biases_first else parts:
+                part.step()
+        said += [str(warning.message) for warning in heard]
+        torch.testing.assert_close(model[0].bias.detach(), before - 0.1 * raw)
+    assert len(said) == 2 and "0.bias" in said[0] and "Put it into the optimizer of its weight" in said[0]
+    assert compiled.coverage["0.bias"].declined.reason == "it is not stepped together with its weight 0.weight"
+
+
+@pytest.mark.parametrize("door", ["compile", "compile_step"])
+def test_a_bias_that_was_frozen_for_a_while_is_preconditioned_again(door):
+    def run(frozen):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 4)).double()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        if door == "compile_step":
+            train = mkor_fx.compile_step(model, functional.cross_entropy, optimizer, RULE, backend="eager")
+        else:
+            handle = mkor_fx.compile(model, RULE, backend="eager")
+
+            def train(x, y):
+                optimizer.zero_grad()
+                functional.cross_entropy(handle(x), y).backward()
+                optimizer.step()
+
+        found = []
+        for number in range(6):
+            model[0].bias.requires_grad_(number not in frozen)
+            x, y = torch.randn(12, 6, generator=torch.Generator().manual_seed(number)).double(), torch.arange(12) % 4
+            raw = torch.autograd.grad(functional.cross_entropy(model(x), y), [p for p in model.parameters()
+                                                                              if p.requires_grad])[1]  # fmt: skip
+            before = model[0].bias.detach().clone()
+            train(x, y)
+            found.append(torch.allclose((before - model[0].bias.detach()) / 0.1, raw)
+                         if number not in frozen else not torch.equal(before, model[0].bias))  # fmt: skip
+        return found
+
+    for frozen in ({0, 1}, {2, 3}, {0, 3}):
+        # never raw where it is trained, never moved where it is frozen; at the very first step L b is along b
+        assert run(frozen)[1:] == [False] * 5
+
+
+# ---- scalers --------------------------------------------------------------------------------------------------------------
+
+
+SCALED = {"mkor": MKOR(form="forgetful"), "kfac": mkor_fx.KFAC(derive_every=1), "own step": Leading()}
+
+
+@pytest.mark.parametrize("rule", SCALED.values(), ids=SCALED)
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("unscaled", [False, True])
+def test_gradients_that_are_unscaled_to_be_clipped(rule, fused, unscaled):
+    """With a fused optimizer torch leaves no scale on it then, and the statistics still have theirs."""
+
+    def run(scale):
+        torch.manual_seed(0)
+        model, compiled, _ = pair(rule, torch.float32)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=fused)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        for number in range(3):
+            x = torch.randn(12, 6, generator=torch.Generator().manual_seed(number))
+            optimizer.zero_grad()
+            scaler.scale(functional.cross_entropy(compiled(x), torch.arange(12) % 4)).backward()
+            if unscaled:
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(model.parameters(), 1e9)
+            scaler.step(optimizer)
+            scaler.update()
+        return {key: t for key, t in compiled.mkor.state_dict().items() if key != "step"}
+
+    for key, plain in run(1.0).items():
+        torch.testing.assert_close(run(1024.0)[key], plain, rtol=1e-3, atol=1e-6)

@@ -125,6 +125,45 @@ def test_a_part_that_comes_without_statistics_is_named_alone():
     assert listen(head) == [] and listen(whole) == []
 
 
+class Partly(nn.Module):
+    """One layer runs where torch.compile is told to stay out."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    @torch.compiler.disable
+    def apart(self, x):
+        return self.inner(x)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.apart(x)))
+
+
+def test_a_layer_that_runs_outside_of_every_graph():
+    model, handle = compiled(Partly())
+    (said,) = listen(loop(lambda: handle(X).square().mean().backward(), model))
+    assert "inner.weight in this step" in said and "ran outside of every graph" in said and handle.mkor.step == 9
+
+
+def test_a_backward_that_has_raised_says_nothing_of_later_steps():
+    model, handle = compiled()
+    hook = model[2].weight.register_hook(lambda g: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        handle(X).square().mean().backward()
+    hook.remove()
+    handle(X)
+    (said,) = listen(loop(lambda: by_hand(model, handle), model))
+    assert "no backward went through" in said
+
+
+def test_an_older_handle_leaves_the_word_to_the_one_that_is_called():
+    model, first = compiled()
+    assert listen(loop(lambda: first(X).square().mean().backward(), model), 2) == []
+    _, second = model, mkor_fx.compile(model, skip=["2.*"], backend="eager")
+    assert listen(loop(lambda: second(X).square().mean().backward(), model)) == []
+
+
 def fine():
     """Loops that must not be warned of: (name, what trains)."""
     model, handle = compiled()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from typing import Any
 
@@ -24,6 +25,15 @@ def check_model(model: object) -> None:
         raise ValueError(
             f"{type(model).__name__} has no trainable parameter: nothing to precondition. Set requires_grad, "
             "or use torch.compile for inference"
+        )
+
+
+def check_not_compiled(model: nn.Module) -> None:
+    """Raises ValueError for what torch.compile has returned."""
+    if isinstance(getattr(model, "_orig_mod", None), nn.Module):
+        raise ValueError(
+            "the model is compiled by torch.compile already, in whose place mkor_fx.compile stands: pass the model itself "
+            "(model._orig_mod)"
         )
 
 
@@ -98,6 +108,21 @@ def _overlap(first: Tensor, second: Tensor) -> bool:
     return bool(taken.as_strided(second.shape, second.stride(), second.storage_offset()).any())
 
 
+def check_call(model: nn.Module, has_target: bool, args: tuple, kwargs: dict) -> None:
+    """Raises TypeError for arguments of a compiled step that the model's forward cannot take."""
+    if has_target and not args:
+        raise TypeError("a compiled step is called with the target as its last positional argument: step(x, y)")
+    try:
+        inspect.signature(model.forward).bind(*(args[:-1] if has_target else args), **kwargs)
+    except TypeError as error:
+        target = "the last positional argument is the target, and " if has_target else ""
+        named = f" and {', '.join(kwargs)}" if kwargs else ""
+        raise TypeError(
+            f"the step was called with {len(args)} positional arguments{named}: {target}{type(model).__name__}.forward "
+            f"cannot take the rest ({error})"
+        ) from None
+
+
 def check_late(options: Options) -> None:
     """Raises ValueError for what cannot be one step late."""
     if not options.stale:
@@ -126,7 +151,7 @@ def check_in_backward(options: Options) -> None:
     """Raises ValueError for rules that cannot make their direction before the gradient is whole."""
     for rule in options.rules:
         reasons = {
-            "reads the gradient at its refresh (reads_gradient, as with statistic='gradient')": rule.reads_gradient,
+            "reads the gradient at its refresh (reads_gradient)": rule.reads_gradient,
             "keeps moments of the whole gradient (advance)": rule.overrides("advance"),
             "makes steps of its own (applies='update')": rule.applies == "update",
             "sizes each direction by itself (graft='rms')": rule.graft == "rms",

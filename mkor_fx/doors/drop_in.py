@@ -67,16 +67,27 @@ class DropIn:
 
     def _make_runtime(self) -> Followed:
         every = self.options.refresh_every
-        mkor = FactorState(self.model, every, self._before_save, possible_states(self.rules, self.mode.sizes_later))
-        maker = Maker(self._build, Job, merge_layouts, self.clock.derive, self.clock.numbers, self._left_alone)
+        mkor = FactorState(self.model, every, possible_states(self.rules, self.mode.sizes_later))
+        clock = self.clock
+        maker = Maker(
+            self._build, Job, merge_layouts, clock.derive, clock.derive_every, clock.numbers, self._left_alone, self._part
+        )  # fmt: skip
         checked = self.options.communication.check_replicas_every
         return self.mode.runtime(self.model, mkor, every, maker, self.ranks, checked)
 
-    def _before_save(self) -> None:
-        self.runtime.before_save()
-
     def _left_alone(self, name: str) -> bool:
         return self.naming.excluded(name) is not None or self.rules.match(name) is None
+
+    def _part(self, bias: str, weight: str) -> None:
+        """A bias that is not stepped together with its weight keeps its raw gradient: said once."""
+        if self.coverage[bias].declined is None:
+            decline = Decline(reasons.STEPPED_APART.format(weight=weight))
+            self.coverage.decline(bias, decline)
+            warnings.warn(
+                f"mkor_fx does not precondition {bias}: {decline}. Put it into the optimizer of its weight, or leave it out "
+                f"with skip=[{bias!r}]",
+                stacklevel=2,
+            )
 
     # ---- calls --------------------------------------------------------------------------------------------------------
 
@@ -89,10 +100,13 @@ class DropIn:
         """The handle's call. Under a transform of ``torch.func`` it is the model's own: Dynamo would give up for ever."""
         if under_transform():
             return self._plain(*args, **kwargs)
-        if self._census.changed():
+        if torch.is_grad_enabled() and self._census.changed():
+            if self._census.lent():  # as by torch.func.functional_call: for this call alone
+                return self._plain(*args, **kwargs)
             self._plan_anew()
-        self.runtime.seen.called |= torch.is_grad_enabled()
+        self.runtime.seen.forget_failed()
         result = self._compiled(*args, **kwargs)
+        self.runtime.seen.called |= torch.is_grad_enabled()
         if not self._graphs_seen and not told_to_stay_out():
             raise RuntimeError(
                 f"no graph was captured from {type(self.model).__name__}: its forward runs outside of "
@@ -115,7 +129,7 @@ class DropIn:
         self.naming, self._census = naming, Census(self.model)
         self.coverage.forget(self.model)
         self.runtime.forget_plan()
-        self.runtime.mkor.learn_names()
+        self.runtime.mkor.forget_gone()
 
     # ---- graphs -------------------------------------------------------------------------------------------------------
 
@@ -127,11 +141,13 @@ class DropIn:
     def _compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """Carriers in, statistics pass on the joint graph, roles resolved at each call."""
         self._graphs_seen += 1
+        if not torch.is_grad_enabled():
+            return compile_joint(gm, inputs, None, self.options.compiler, [])
         if self.naming.names.keys() != {id(p) for p in self.model.parameters()}:  # swapped by a sharding wrapper
             check_sharding(self.model, self.options.precondition)
             self.naming = Naming.of(self.model, self.options.skip, self.rules)
         named = dynamo_parameters(gm, self.naming)
-        if not named or not torch.is_grad_enabled():
+        if not named:
             return compile_joint(gm, inputs, None, self.options.compiler, [])
         captured = self.coverage.graphs.captured
         graphs = self._graphs(f"graph {len(captured)}, forward and backward")
@@ -155,11 +171,12 @@ class DropIn:
             return
         self.coverage.add(capture.step, {index: self.runtime.mkor.name(param) for index, param in params.items()})
         biases = set(capture.biases.values())
+        frozen = frozenset(id(p) for p in self.model.parameters() if not p.requires_grad)
         for index, param in params.items():
             if index not in biases:
                 bias = capture.biases.get(index)
                 layout = capture.layouts.get(index)
-                if not self.runtime.register(param, layout, None if bias is None else params[bias]):
+                if not self.runtime.register(param, layout, None if bias is None else params[bias], frozen):
                     self.coverage.decline(self.runtime.mkor.name(param), DISAGREE)
 
     # ---- programs outside of the graphs -------------------------------------------------------------------------------
@@ -218,7 +235,7 @@ class CompiledGraph:
     def _further_inputs(self, door: DropIn, own: Mapping[int, nn.Parameter]) -> list[Tensor]:
         """What the graph is passed behind Dynamo's inputs: numbers that change, then for each site carrier and state."""
         runtime, device = door.runtime, next(iter(own.values())).device
-        numbers = door.clock.numbers(runtime.mkor.step, device)
+        numbers = door.clock.numbers(runtime.mkor.clock, device)
         found = [] if numbers is None else [numbers]
         for index, layout in self._layouts.items():
             geometry = self._added[index].geometry

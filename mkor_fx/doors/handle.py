@@ -3,12 +3,31 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+
+class _Handle:
+    """Marks the classes of handles, and keeps what a model's class does for its subclasses from being done for them."""
+
+    __slots__ = ()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Nothing: a registry of model classes is to know the user's own."""
+
+
+def plain_model(model: nn.Module) -> nn.Module:
+    """The model that a handle is one of; anything else as it is."""
+    if not issubclass(type(model), _Handle):
+        return model
+    one: nn.Module = object.__new__(type(model).__bases__[1])
+    object.__setattr__(one, "__dict__", model.__dict__)
+    return one
 
 
 def compiled_handle(model: nn.Module, run: Callable[..., Any], **shown: Any) -> nn.Module:
@@ -21,11 +40,11 @@ def compiled_handle(model: nn.Module, run: Callable[..., Any], **shown: Any) -> 
             "Module.compile(). Call it as it is"
         )
 
-    does = {
-        "__call__": lambda self, *args, **kwargs: call(*args, **kwargs),
-        "forward": lambda self, *args, **kwargs: call(*args, **kwargs),
-        "compile": compile,
-    }
+    @functools.wraps(type(model).forward)  # whose signature data loaders ask for
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return call(*args, **kwargs)
+
+    does = {"__call__": lambda self, *args, **kwargs: call(*args, **kwargs), "forward": forward, "compile": compile}
     return _another(model, does, shown)
 
 
@@ -42,23 +61,26 @@ def _another(model: nn.Module, does: dict[str, Any], shown: dict[str, Any]) -> n
     """
     base = type(model)
 
-    def plain(self: nn.Module) -> nn.Module:
-        one = object.__new__(base)
-        object.__setattr__(one, "__dict__", self.__dict__)
-        return one
+    def refuse(self: nn.Module, other: type) -> None:
+        raise RuntimeError(
+            f"this {base.__name__} is compiled, and its class cannot be changed any more: parametrize it before "
+            "mkor_fx.compile"
+        )
 
     members = {
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
-        "__class__": property(lambda self: base),
-        "__reduce_ex__": lambda self, protocol: plain(self).__reduce_ex__(protocol),
-        "__deepcopy__": lambda self, memo: copy.deepcopy(plain(self), memo),
+        "__class__": property(lambda self: base, refuse),
+        # another of its kind, as by type(handle)(...), is a plain model
+        "__new__": lambda cls, *args, **kwargs: base(*args, **kwargs),
+        "__reduce_ex__": lambda self, protocol: plain_model(self).__reduce_ex__(protocol),
+        "__deepcopy__": lambda self, memo: copy.deepcopy(plain_model(self), memo),
         **does,
-        **{name: _Shown(name, value) for name, value in shown.items()},
+        **{name: _Shown(name, value) for name, value in shown.items() if not hasattr(base, name)},
     }
     metaclass: Any = type(base)
-    handle = object.__new__(metaclass(base.__name__, (base,), members))
+    handle = object.__new__(metaclass(base.__name__, (_Handle, base), members))
     object.__setattr__(handle, "__dict__", model.__dict__)
     return handle
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..passes.match.layout import Layout
-from ..passes.write.derive import derive_one, derives_at
+from ..passes.write.derive import derive_one
 from ..passes.write.draft import changing_of
 from ..rules import Rule, Rules
 from ..rules.hyper import changing, value_at
@@ -48,20 +48,19 @@ class RuleClock:
             self._checked[rule] = plain
         return values
 
-    def derives(self, step: int) -> bool:
-        return any(rule.overrides("derive") and step % rule.derive_every == 0 for rule in self._rules)
+    @staticmethod
+    def derive_every(recipe: Any) -> int | None:
+        """Steps between two derivations of a weight's state; None for a rule that derives nothing."""
+        rule = recipe.layout.rule
+        return rule.derive_every if rule.overrides("derive") else None
 
-    def derive(
-        self, step: int, name: str, recipe: Any, state: dict[str, Tensor], taken: Tensor | None = None
-    ) -> dict[str, Tensor]:
-        """New state of the weight ``name``, if its rule derives behind this step."""
+    def derive(self, step: int, recipe: Any, state: dict[str, Tensor], taken: Tensor | None = None) -> dict[str, Tensor]:
+        """New state of the old, behind a step; as it was where the step was not ``taken`` (0-dim)."""
         layout: Layout = recipe.layout
-        if not derives_at(layout, step):
-            return state
-        rule, own = layout.rule, dict(state)
+        own = dict(state)
         sizes = {key: own.pop(key) for key in recipe.not_the_rules}
         numbers = {
             key: torch.as_tensor(value, dtype=torch.float64, device=next(iter(own.values())).device)
-            for key, value in self.of(rule, step).items()
+            for key, value in self.of(layout.rule, step).items()
         }
         return {**derive_one(layout, numbers, own, taken), **sizes}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +18,10 @@ from ..passes.match.layout import Layout
 from ..passes.naming import Naming
 from ..passes.order.collectives import Group, Network
 from ..passes.order.pin import Overlap
-from ..passes.pipeline import REWRITE, Variant, analyse, choose, synthesise
+from ..passes.pipeline import REWRITE, Variant, analyse, choose, refresh_of, synthesise
 from ..passes.torch_api.backend import FakeTensorMode, compile_graph, plain_tracing
 from ..passes.torch_api.capture import WholeStep, capture_whole_step, trace_artifact
-from ..passes.torch_api.dynamo import dynamo_compile, dynamo_parameters
+from ..passes.torch_api.dynamo import dynamo_compile, dynamo_parameters, held_weakly
 from ..passes.write.late_statistics import buffers_of, nothing, refresh_now
 from ..passes.write.step_draft import Plan, StepDraft
 from ..runtime.compiled_step import CompiledStep, StepMaker
@@ -32,6 +32,7 @@ from ..show.coverage import Coverage
 from ..show.graphs import Graphs
 from .agreement import buffer_names, group_of, owners_of, plan_of, present_numbers
 from .checks import (
+    check_call,
     check_gradient_hooks,
     check_memory,
     check_model,
@@ -77,8 +78,8 @@ def new_step(
     clock, rule = RuleClock(options.rules), bool(options.rules)
     loss_of, every = loss_function(model, loss_fn, options.return_outputs), options.refresh_every if rule else 1
 
-    def pick(step: int, fallback: bool) -> Variant:
-        return choose(step, every, rule=rule, fallback=fallback, stale=options.stale)
+    def pick(step: int, fallback: bool, due: Collection[str] = ()) -> Variant:
+        return refresh_of(due) if due else choose(step, every, rule=rule, fallback=fallback, stale=options.stale)
 
     def check() -> None:
         check_model(model)
@@ -86,11 +87,14 @@ def new_step(
         check_gradient_hooks(model.named_parameters())
         Naming.of(model, options.skip, options.rules)
 
+    def check_arguments(args: tuple, kwargs: dict) -> None:
+        check_call(model, loss_fn is not None, args, kwargs)
+
     def build(step: CompiledStep, variant: Variant) -> Callable[..., Any]:
         return StepProgram(step, variant, options, clock, loss_of)
 
     mkor = FactorState(model, every, expect=possible_states(options.rules))
-    maker = StepMaker(pick, build, check, clock.derive, clock.derives, clock.numbers)
+    maker = StepMaker(pick, build, check, check_arguments, clock.derive, clock.derive_every, clock.numbers)
     return CompiledStep(model, optimizer, mkor, maker, ranks, options.communication.check_replicas_every)
 
 
@@ -156,6 +160,7 @@ def write_whole_step(
             buffers=buffer_names(gm, step.model),
             owners=owners,
             late=buffers_of(whole) if options.stale and options.rules else (),
+            due=variant.due,
             rows=options.communication.average == "rows",
             skip_nonfinite=options.skip_nonfinite,
             refreshes=variant.has("refresh"),
@@ -173,6 +178,7 @@ class StepProgram:
         self, step: CompiledStep, variant: Variant, options: Options, clock: RuleClock, loss_of: Callable[..., Any]
     ) -> None:
         self._step, self.variant, self.options, self.clock = weakref.ref(step), variant, options, clock
+        self._owned: list[Run] = []
         self._compiled = dynamo_compile(loss_of, self._backend, fullgraph=True, dynamic=options.dynamic)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -199,7 +205,8 @@ class StepProgram:
             owners = written.draft.plan.owners if options.placement == "owner" else options.placement
             about = {"variant": self.variant.name, "owners": owners}
             plan = plan_of(written.whole, step.optimizer, written.trained, options, **about)
-        return Run(step, self.clock, written, compiled, plan)
+        self._owned.append(Run(step, self.clock, written, compiled, plan))
+        return held_weakly(self._owned[-1])
 
 
 class Run:
@@ -222,10 +229,11 @@ class Run:
         step = self._step()
         assert step is not None
         self._check_anew(step, args)
+        names = {step.mkor.name(args[index]): index in self._here for index in self._layouts}
+        step.uses(self._variant, names)
         step.begin(self._variant.name, self._plan, present_numbers)
         if not self._ready:
             self._commit(step, args)
-        step.runs()
         receives, sends = self._variant.has("arrive"), self._variant.has("send")
         with plain_tracing():
             waiting = step.late.take(self._late, lambda: nothing(self._late, self._device)) if receives else []
@@ -235,8 +243,8 @@ class Run:
             step.late.clear()
         if sends:
             outputs, sent = outputs[: self._results], list(outputs[self._results :])
-            names = {step.mkor.name(args[index]): self._layouts[index] for index in self._here}
-            step.late.put(sent, self._late, lambda tensors: self._settle(step, names, tensors))
+            layouts = {step.mkor.name(args[index]): self._layouts[index] for index in self._here}
+            step.late.put(sent, self._late, lambda tensors: self._settle(step, layouts, tensors))
         return outputs
 
     def _check_anew(self, step: CompiledStep, args: Sequence[Any]) -> None:

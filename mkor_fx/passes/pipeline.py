@@ -61,10 +61,12 @@ LOWER = [shortcut_row_sums, expand, store_scalars]
 
 @dataclass(frozen=True)
 class Variant:
-    """A program of the whole step: its name, and the passes that write it."""
+    """A program of the whole step: its name, the passes that write it, and the weights whose state it refreshes, by name;
+    None: of all that it uses."""
 
     name: str
     passes: tuple[str, ...]
+    due: frozenset[str] | None = None
 
     def has(self, name: str) -> bool:
         return name in self.passes
@@ -97,6 +99,11 @@ def choose(step: int, refresh_every: int, *, rule: bool = True, fallback: bool =
         return VARIANTS["refresh" if used else "reuse"]
     return VARIANTS[{(True, True): "late refresh", (True, False): "collect", (False, True): "catch up"}.get(
         (taken, used), "reuse")]  # fmt: skip
+
+
+def refresh_of(due: Collection[str]) -> Variant:
+    """The program of a step that reuses all state but that of ``due``, which had no part in an earlier step of the window."""
+    return Variant(f"refresh of {', '.join(sorted(due))}", VARIANTS["refresh"].passes, frozenset(due))
 
 
 def check_left_out(names: Collection[str]) -> None:

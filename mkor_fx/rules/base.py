@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..kinds import Kind
-from .direction import Gradient, Sides, direction_of
+from .direction import Gradient, Sides, from_sides
 from .hyper import bind, changing, number
 
 
@@ -108,7 +108,8 @@ class Rule(ABC):
 
     def derive(self, state: State) -> State:
         """New state from the state alone, every ``derive_every`` steps and outside of the compiled program: inverses,
-        eigendecompositions, QR. The next step is the first to see it."""
+        eigendecompositions, QR. The next step is the first to see it. Of a batch it runs under ``vmap`` as well, where no
+        value can be read on the host."""
         return state
 
     def momentum(self, state: State, grad: Gradient) -> Gradient:
@@ -121,17 +122,20 @@ class Rule(ABC):
 
     def precondition(self, state: State, grad: Gradient) -> Gradient:
         """The direction; every step. A rule whose direction is no product of two sides defines it, and the library sizes
-        what it returns."""
+        what it returns. The default is the product of the two sides, sized."""
         outputs, inputs = grad.weight.shape
         if grad.bias is not None and not self.preconditions_bias(Shape(outputs, inputs, bias=True)):
-            return direction_of(self, state, Gradient(grad.weight))._replace(bias=grad.bias)
-        return direction_of(self, state, grad)
+            return from_sides(self, state, Gradient(grad.weight), self.graft)._replace(bias=grad.bias)
+        return from_sides(self, state, grad, self.graft)
 
     def unscale(self, summary: tuple[Tensor, ...], scale: Tensor) -> tuple[Tensor, ...]:
-        """The summary without a loss scale: what ``summarize`` would have returned for ``g_NO / scale``."""
+        """The summary without a loss scale: what ``summarize`` would have returned for ``g_NO / scale``. Asked for under a
+        gradient scaler and, in ``compile``, on several ranks, each of which differentiates its own loss."""
+        if not summary:
+            return summary
         raise NotImplementedError(
             f"{type(self).__name__} does not say how its statistics depend on the scale of the loss: define "
-            "unscale(summary, scale) to use it with a gradient scaler"
+            "unscale(summary, scale) to use it with a gradient scaler, or with mkor_fx.compile on several ranks"
         )
 
     @cached_property

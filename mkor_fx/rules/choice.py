@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 
 import torch
 
+from ..kinds import Kind
 from .base import Rule
 from .hyper import describe_rule
 
@@ -95,6 +96,15 @@ def check_rule(rule: object, where: str = "") -> None:
             "options in the place of lists, dicts and sets"
         ) from None
     rule.at_first_step  # noqa: B018  which reads tensors: not while anything is traced
+    loose = [field.name for field in dataclasses.fields(rule) if not field.compare]
+    if loose:
+        raise ValueError(
+            f"{name}.{loose[0]}{where}: programs are kept by rule, and two rules that differ in it would be taken for one: "
+            "declare the field without compare=False"
+        )
+    odd = [key for key, kind in rule.kinds.items() if not isinstance(kind, Kind)]
+    if odd:
+        raise ValueError(f"{name}.kinds[{odd[0]!r}]={rule.kinds[odd[0]]!r}: must be a mkor_fx.kinds.Kind")
     choices = {"applies": ("gradient", "update"), "graft": (None, "gradient", "rms")}
     for option, allowed in choices.items():
         if getattr(rule, option) not in allowed:

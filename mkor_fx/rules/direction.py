@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..prims import graft_rms, precondition, rescale
+from .results import check_direction, check_sides
 
 Graft = Literal["gradient", "rms"]
 
@@ -35,27 +36,43 @@ class Sides(NamedTuple):
 
 
 def direction_of(rule: Any, state: dict[str, Tensor], grad: Gradient, graft: bool = True) -> Gradient:
-    """What a rule makes of a gradient; without ``graft`` before it is sized."""
+    """What a rule makes of a gradient; without ``graft`` before it is sized.
+
+    Raises:
+        WrongResult: a function of the rule has returned what is no direction for it.
+    """
     by = rule.graft if graft else None
     if not rule.overrides("precondition"):
-        return _from_sides(rule, rule.sides(state), rule.momentum(state, grad), grad, by)
-    weight, bias = rule.precondition(state, grad)
-    if bias is not None and grad.bias is not None:
-        bias = _sized(bias[:, None], grad.bias[:, None], by)[:, 0]
-    return Gradient(_sized(weight, grad.weight, by), bias)
+        return from_sides(rule, state, grad, by)
+    made = rule.precondition(state, grad)
+    check_direction(rule, "precondition", made, grad)
+    weight, bias = made.weight.to(grad.weight.dtype), made.bias
+    if bias is None or grad.bias is None:
+        return Gradient(_sized(weight, grad.weight, by))
+    made = Gradient(weight, bias.to(grad.bias.dtype))
+    if rule.joint_bias:
+        together = _sized(joined(made), joined(grad), by)
+        return Gradient(together[:, :-1], together[:, -1])
+    return Gradient(_sized(weight, grad.weight, by), _sized(bias[:, None], grad.bias[:, None], by)[:, 0])
 
 
-def _from_sides(rule: Any, sides: Sides, grad: Gradient, raw: Gradient, graft: Graft | None) -> Gradient:
-    """``left @ grad @ right``, sized by ``graft`` and the ``raw`` gradient. Without a left side a bias stays as it is."""
+def from_sides(rule: Any, state: dict[str, Tensor], raw: Gradient, graft: Graft | None) -> Gradient:
+    """``left @ momentum @ right``, sized by ``graft`` and the ``raw`` gradient."""
+    sides, grad = rule.sides(state), rule.momentum(state, raw)
+    check_direction(rule, "momentum", grad, raw)
+    joint = rule.joint_bias and raw.bias is not None
+    check_sides(rule, sides, joined(grad) if joint else grad.weight)
     left, right = sides
     dtype, bias = rule.product_dtype, grad.bias
-    if bias is not None and rule.joint_bias:
+    if bias is None or raw.bias is None:
+        return Gradient(_sized(_product(left, grad.weight, right, dtype), raw.weight, graft))
+    if joint:
         together = _sized(_product(left, joined(grad), right, dtype), joined(raw), graft)
         return Gradient(together[:, :-1], together[:, -1])
-    if bias is not None and raw.bias is not None and left is not None:
+    if left is not None or bias is not raw.bias:  # without either it stays as it is
         column = bias[:, None]
         sized_by = column if raw.bias is bias else raw.bias[:, None]
-        bias = _sized(_product(left, column, None, dtype), sized_by, graft)[:, 0]
+        bias = _sized(column if left is None else _product(left, column, None, dtype), sized_by, graft)[:, 0]
     return Gradient(_sized(_product(left, grad.weight, right, dtype), raw.weight, graft), bias)
 
 

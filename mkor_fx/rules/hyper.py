@@ -53,7 +53,8 @@ def bind(rule: R, values: Mapping[str, Any]) -> R:
     if not values:
         return rule
     bound = object.__new__(type(rule))
-    bound.__dict__.update(vars(rule), **values)
+    for name in {*vars(rule), *(field.name for field in dataclasses.fields(rule))}:  # type: ignore[arg-type]
+        object.__setattr__(bound, name, values[name] if name in values else getattr(rule, name))
     return bound
 
 

@@ -26,6 +26,8 @@ class Known:
         self.ref = weakref.ref(param)
         self.layout: Any = None
         self.bias: weakref.ref[nn.Parameter] | None = None
+        #: without a bias: what was frozen in every graph that has shown the weight, its bias maybe
+        self.frozen: frozenset[int] = frozenset()
         self.declined = False
 
     @property
@@ -33,6 +35,16 @@ class Known:
         param = self.ref()
         assert param is not None
         return param
+
+    def join(self, layout: Any, bias: nn.Parameter | None, frozen: frozenset[int], merge: Any) -> None:
+        """Take over what another graph says. A bias that was frozen there is not one that the weight is used without."""
+        own = None if self.bias is None else self.bias()
+        if own is None and bias is not None and id(bias) in self.frozen:
+            self.bias = weakref.ref(bias)
+        elif own is not bias and not (bias is None and id(own) in frozen):
+            self.bias = None
+        self.frozen = self.frozen & frozen if bias is None and own is None else frozenset()
+        self.layout = merge(self.layout, layout, self.bias is not None)
 
     def bias_with_gradient(self, step: Step) -> nn.Parameter | None:
         """Its bias, if that has a gradient that nobody has seen to."""
@@ -58,12 +70,11 @@ class AtStep(Followed):
         self._rates: weakref.WeakKeyDictionary[Optimizer, OptimizerNumbers] = weakref.WeakKeyDictionary()
         self._iteration = 0
         self._stepped: set[str] = set()
-        self._windows: dict[str, int] = {}
         self._generation = 0
 
     # ---- the forward's side -------------------------------------------------------------------------------------------
 
-    def register(self, param: nn.Parameter, layout: Any, bias: nn.Parameter | None) -> bool:
+    def register(self, param: nn.Parameter, layout: Any, bias: nn.Parameter | None, frozen: frozenset[int]) -> bool:
         """Declined in one graph is declined, and so is what two graphs do not agree on."""
         known = self._known(param)
         if known is None:
@@ -71,10 +82,9 @@ class AtStep(Followed):
             known = self.known[id(param)] = Known(param)
             if layout is not None:
                 known.layout, known.bias = layout, None if bias is None else weakref.ref(bias)
+                known.frozen = frozen if bias is None else frozenset()
         elif layout is not None and known.layout is not None:
-            known.layout = self.maker.merge(known.layout, layout)
-            same = known.bias is not None and known.bias() is bias
-            known.bias = known.bias if same else None
+            known.join(layout, bias, frozen, self.maker.merge)
         agrees = layout is None or known.layout is not None
         known.declined |= layout is None or not agrees
         return agrees
@@ -105,6 +115,9 @@ class AtStep(Followed):
             return False if param.dim() > 1 else None
         return None if known.declined or known.layout is None else self.carriers.gradient(param) is not None
 
+    def has_shown(self, param: nn.Parameter) -> bool:
+        return self._known(param) is not None
+
     def act(self, step: Step, others: list[Any]) -> None:
         """Let the optimizer see directions in place of gradients, until its step ends.
 
@@ -121,34 +134,35 @@ class AtStep(Followed):
             return
         sites = fresh if self.ranks is None else held
         if self._generation != self.mkor.generation:
-            self._generation, self._stepped, self._windows = self.mkor.generation, set(), {}
+            self._generation, self._stepped = self.mkor.generation, set()
         begins = not self._stepped or bool(sites.keys() & self._stepped)
         if begins:
             self._replicas.check()
         iteration = self.mkor.step if begins else self._iteration
-        window = iteration // self.refresh_every
-        refreshed = {name for name in sites if window > self._windows.get(name, self._loaded_window)}
-        self._run(step, iteration, sites, refreshed, [other for other in others if other is not self])
+        refreshed = self._refreshes.due(sites, iteration, self.refresh_every)
+        taken = self._run(step, iteration, sites, refreshed, [other for other in others if other is not self])
         if begins:  # one step for all optimizers of an iteration: it ends when statistics come for a site it has used
             self._iteration, self._stepped = iteration, set()
             self.mkor.advance()
         self._stepped |= sites.keys()
-        self._windows.update(dict.fromkeys(refreshed, window))
-
-    @property
-    def _loaded_window(self) -> int:
-        """The last window of ``refresh_every`` steps in which factors of unknown history were refreshed."""
-        return (self.mkor.loaded_step - 1) // self.refresh_every
+        self._refreshes.done(refreshed, iteration, self.refresh_every)
+        derived = self.derived(sites, iteration, {name: self.mkor.state(name) for name in sites}, taken)
+        for name, new in derived.items():
+            for key, tensor in self.mkor.state(name).items():
+                if new[key] is not tensor:
+                    tensor.copy_(new[key])
+        self.have_derived(derived, iteration)
 
     def _run(
         self, step: Step, iteration: int, sites: dict[str, Known], refreshed: set[str], others: list[Any]
-    ) -> None:
+    ) -> Tensor | None:
+        """Directions in place of gradients. Whether the step counts, 0-dim; None: it does."""
         device = next(iter(sites.values())).param.device
         scales = loss_scales(step.optimizer, device) or None
         jobs, weights, biases = [], [], []
         for name, known in sites.items():
             jobs.append(self.maker.job(name, known.layout, name in refreshed))
-            biases.append(known.bias_with_gradient(step))
+            biases.append(self._bias_to_take(name, known, step))
             carrier = self._statistics(known, others) if name in refreshed else None
             state = self.mkor.create(known.param, known.layout)
             grad = None if biases[-1] is None else biases[-1].grad
@@ -169,8 +183,16 @@ class AtStep(Followed):
                 one.carriers.clear(known.param)
         if own:
             step.at_the_end(lambda: self._take_steps(step.optimizer, own, scales))
-        taken = None if scales is None else torch.isfinite(scales[1])
-        self.mkor.derive(sites, lambda name, *rest: self.maker.derive(iteration, name, *rest, taken))
+        return None if scales is None else torch.isfinite(scales[1])
+
+    def _bias_to_take(self, name: str, known: Known, step: Step) -> nn.Parameter | None:
+        """The bias that is stepped together with its weight, if there is one."""
+        bias = known.bias_with_gradient(step)
+        if bias is None or step.holds(bias):
+            return bias
+        if known.layout.bias:
+            self.maker.part(self.mkor.name(bias), name)
+        return None
 
     def _statistics(self, known: Known, others: list[Any]) -> Tensor:
         """Of everything that was accumulated for a weight, by other compiled models that share it as well."""
@@ -192,7 +214,7 @@ class AtStep(Followed):
             places = place_of_rate(optimizer, known.param), None if bias is None else place_of_rate(optimizer, bias)
             jobs.append(self.maker.job(job.name, job.layout, False, places))
             parameters = known.param.detach(), None if bias is None else bias.detach()
-            weights.append(WeightTensors({}, direction, of_bias, None, *parameters))
+            weights.append(WeightTensors({}, direction, of_bias, None, None, *parameters))
         device = weights[0].grad.device
         if optimizer not in self._rates or self._rates[optimizer].stale(optimizer, device):
             self._rates[optimizer] = OptimizerNumbers(optimizer, device)

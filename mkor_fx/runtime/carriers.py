@@ -39,8 +39,11 @@ class Carriers:
             self._leaves = {key: known for key, known in self._leaves.items() if known.param() is not None}
             leaves = self._leaves[id(param)] = Leaves(param)
         held = leaves.by_shape
-        if shape not in held or held[shape].device != param.device:
+        known = held.get(shape)
+        if known is None or (known.device, known.dtype) != (param.device, dtype):
             held[shape] = torch.zeros(shape, dtype=dtype, device=param.device, requires_grad=True)
+            if known is not None and known.grad is not None:  # the model has moved with statistics that wait
+                held[shape].grad = known.grad.to(param.device, dtype)
         return held[shape]
 
     def gradient(self, param: nn.Parameter) -> Tensor | None:

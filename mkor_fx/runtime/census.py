@@ -28,6 +28,12 @@ class Census:
     def changed(self) -> bool:
         return next(self._changes(), None) is not None
 
+    def lent(self) -> bool:
+        """Whether tensors that are no parameters stand where parameters are to be."""
+        modules = {ref() for _, ref, kind, _ in self._held if kind == "_parameters"}
+        held = (value for module in modules if module is not None for value in module._parameters.values())
+        return any(value is not None and not isinstance(value, nn.Parameter) for value in held)
+
     def changes(self) -> str:
         """What is different, for people."""
         return some(list(dict.fromkeys(self._changes())))

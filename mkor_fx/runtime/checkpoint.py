@@ -33,13 +33,16 @@ class Saved:
     _strict: bool
     _step: int
     _step_tensors: dict[torch.device, Tensor]
-    _before_save: Callable[[], None]
     _expect: Callable[[str, nn.Parameter], list[Group]]
     owners: dict[str, int | None]
     ranks: Any
     newer: Callable[[], dict[str, Tensor]]
     generation: int
     loaded_step: int
+
+    @property
+    def step(self) -> int:
+        raise NotImplementedError
 
     def tensors(self) -> dict[str, Tensor]:
         raise NotImplementedError
@@ -56,7 +59,6 @@ class Saved:
         With owners it is this rank's part: what ``torch.distributed.checkpoint`` saves of all ranks together is the whole.
         ``full=True`` fetches the rest, for ``torch.save``: every rank must call it, and gets the same.
         """
-        self._before_save()
         live = {**self.tensors(), **self.newer(), **flat(self._pending)}
         state = {key: tensor.clone() for key, tensor in live.items()}
         if full:
@@ -65,7 +67,7 @@ class Saved:
             if owners:
                 device = next(self._model.parameters()).device
                 state |= self.ranks.from_owners(everywhere, owners, device)
-        return {**state, "step": torch.tensor(self._step)}
+        return {**state, "step": torch.tensor(self.step)}
 
     def _owner(self, key: str) -> int | None:
         return self.owners.get(key.rpartition(".")[0])

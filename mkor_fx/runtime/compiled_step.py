@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,23 +17,35 @@ from .factors import FactorState, state_of
 from .in_flight import Late
 from .optimizer_state import OptimizerNumbers, initialise_state, structure_of, tensor_state
 from .ranks import Ranks, Replicas
+from .windows import Windows
 
 
 @dataclass(frozen=True)
 class StepMaker:
     """What the runtime is handed, which knows neither rules nor graphs.
 
-    ``choose(step, fallback)`` names the variant of a step, ``build(compiled step, variant)`` makes its program.
-    ``check()`` holds model and optimizer to what a step takes. ``derive(step, name, layout, state, taken)`` makes state of
-    state, ``derives(step)`` says whether any does; ``numbers(step, device)`` are those of the rules.
+    ``choose(step, fallback, due)`` names the variant of a step, or that of one which refreshes the weights ``due`` alone;
+    ``build(compiled step, variant)`` makes its program. ``check()`` holds model and optimizer to what a step takes,
+    ``check_call(args, kwargs)`` the arguments of a call.
+    ``derive(step, recipe, state, taken)`` makes state of state, every ``derive_every(recipe)`` steps;
+    ``numbers(step, device)`` are those of the rules.
     """
 
-    choose: Callable[[int, bool], Any]
+    choose: Callable[..., Any]
     build: Callable[[CompiledStep, Any], Callable[..., Any]]
     check: Callable[[], None]
+    check_call: Callable[[tuple, dict], None]
     derive: Callable[..., dict[str, Tensor]]
-    derives: Callable[[int], bool]
+    derive_every: Callable[[Any], int | None]
     numbers: Callable[[int, torch.device], Tensor | None]
+
+
+class _Due(Exception):
+    """A program was about to reuse state that was not refreshed yet in this window of steps."""
+
+    def __init__(self, names: set[str]) -> None:
+        super().__init__()
+        self.names = names
 
 
 class CompiledStep:
@@ -51,7 +63,7 @@ class CompiledStep:
         self, model: nn.Module, optimizer: Optimizer, mkor: FactorState, maker: StepMaker, ranks: Ranks | None = None,
         check_replicas_every: int = 0,
     ) -> None:  # fmt: skip
-        self.model, self.optimizer, self.mkor, self.ranks = model, optimizer, mkor, ranks
+        self._model, self._optimizer, self.mkor, self.ranks = model, optimizer, mkor, ranks
         self.mkor.ranks = ranks
         self.late = Late(self.mkor)
         self.variants: dict[str, Any] = {}
@@ -60,6 +72,8 @@ class CompiledStep:
         self.fallback = False
         self._maker = maker
         self._census = Census(model)
+        self._refreshes, self._derives = Windows(mkor), Windows(mkor)
+        self._used: list[str] = []
         self._programs: dict[str, Callable[..., Any]] = {}
         self._ran = False
         self._structure: tuple = ()
@@ -71,6 +85,25 @@ class CompiledStep:
         self._plans: dict[str, str] = {}
         self._replicas = Replicas(ranks, mkor, check_replicas_every, self.state_tensors, self._own_tensors)
         self._loss: Tensor | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        """What is trained."""
+        return self._model
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The user's own, live."""
+        return self._optimizer
+
+    def __deepcopy__(self, memo: dict) -> CompiledStep:
+        raise TypeError(
+            "a compiled step belongs to its model and optimizer and cannot be copied or pickled: make another one with "
+            "compile_step, and take over step.mkor.state_dict()"
+        )
+
+    def __reduce__(self) -> Any:
+        return self.__deepcopy__({})
 
     def _own_tensors(self) -> list[Tensor]:
         return [*self.model.parameters(), *self.model.buffers()]
@@ -99,19 +132,10 @@ class CompiledStep:
             )
         self._follow_model()
         self._follow_optimizer()
-        step = self.mkor.step
-        variant = self._maker.choose(step, self.fallback)
-        if variant.name not in self._programs:
-            self._programs[variant.name] = self._maker.build(self, variant)
-        derives = self._maker.derives(step) and not self.fallback
-        skipped = None if not derives or self._skipped is None else self._skipped.clone()
+        step, counted = self.mkor.step, None if self._skipped is None else self._skipped.clone()
         self._ran, self._arguments = False, (args, kwargs)
         try:
-            result = self._programs[variant.name](*args, **kwargs)
-        except Exception as error:
-            if self.ranks is not None:
-                self.ranks.failed(error)
-            raise
+            result = self._run(self._maker.choose(step, self.fallback), args, kwargs)
         finally:
             self._arguments = ((), {})
         if not self._ran:
@@ -120,13 +144,39 @@ class CompiledStep:
                 "(torch.compiler.set_stance, TORCH_COMPILE_DISABLE, a recompile limit)"
             )
         self._loss = result[0] if isinstance(result, tuple) else result
-        if derives:
-            taken = None if self._skipped is None else self._skipped == (0 if skipped is None else skipped)
-            self.mkor.derive(self.mkor.names(), lambda name, *rest: self._maker.derive(step, name, *rest, taken))
         self.mkor.advance()
         self._fresh_groups.clear()
         self.optimizer._opt_called = True  # type: ignore[attr-defined]  # what learning-rate schedulers look at
+        self._derive(step, counted)
         return result
+
+    def _run(self, variant: Any, args: tuple, kwargs: dict) -> Any:
+        if variant.name not in self._programs:
+            self._maker.check_call(args, kwargs)
+            self._programs[variant.name] = self._maker.build(self, variant)
+        try:
+            return self._programs[variant.name](*args, **kwargs)
+        except _Due as due:
+            variant = self._maker.choose(self.mkor.step, False, due.names)
+        except Exception as error:
+            if self.ranks is not None:
+                self.ranks.failed(error)
+            raise
+        return self._run(variant, args, kwargs)
+
+    def _derive(self, step: int, counted: Tensor | None) -> None:
+        """Let the rules derive, behind a step, of the state that it has used, where that is due."""
+        if self.fallback:
+            return
+        taken = None if self._skipped is None else self._skipped == (0 if counted is None else counted)
+        for name in self._used:
+            every = self._maker.derive_every(self.mkor.recipe(name))
+            if every is not None and self._derives.due([name], step, every):
+                new = self.mkor.derived(name, lambda recipe, state: self._maker.derive(step, recipe, state, taken))
+                for key, tensor in self.mkor.state(name).items():
+                    if new[key] is not tensor:
+                        tensor.copy_(new[key])
+                self._derives.done([name], step, every)
 
     def _follow_model(self) -> None:
         """Another model in the same place, parameters and modules replaced or tied, is planned for anew, or refused."""
@@ -139,7 +189,7 @@ class CompiledStep:
             stacklevel=3,
         )
         self._census = Census(self.model)
-        self.mkor.learn_names()
+        self.mkor.forget_gone()
         self._programs.clear()
 
     def _follow_optimizer(self) -> None:
@@ -173,8 +223,20 @@ class CompiledStep:
 
     # ---- what programs ask for while they are built and run -----------------------------------------------------------
 
-    def runs(self) -> None:
-        """A program is about to run."""
+    def uses(self, variant: Any, names: Mapping[str, bool]) -> None:
+        """A program is about to run that preconditions weights by ``names``, whose state is here or on another rank.
+
+        Raises:
+            _Due: it would reuse state that is due, as of weights that have not taken part in earlier steps of the window.
+        """
+        step, every = self.mkor.step, self.mkor.refresh_every
+        if variant.has("refresh"):
+            self._refreshes.done(names if variant.due is None else variant.due, step, every)
+        elif variant.has("precondition") and not variant.has("statistics"):
+            due = self._refreshes.due(names, step, every)
+            if due:
+                raise _Due(due)
+        self._used = [name for name, here in names.items() if here]
         self._ran = True
 
     def prepare_optimizer(self, params: Sequence[nn.Parameter]) -> None:

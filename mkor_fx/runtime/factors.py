@@ -28,11 +28,10 @@ class FactorState(Saved):
         self,
         model: nn.Module,
         refresh_every: int = 1,
-        before_save: Callable[[], None] = lambda: None,
         expect: Callable[[str, nn.Parameter], list[Group]] = lambda name, param: [],
     ) -> None:
-        self._model, self._refresh_every = model, refresh_every
-        self._before_save, self._expect = before_save, expect
+        self._model, self.refresh_every = model, refresh_every
+        self._expect = expect
         self._names: dict[int, tuple[str, weakref.ref[nn.Parameter]]] = {}
         self._factors: dict[str, Group] = {}
         self._recipes: dict[str, Recipe] = {}
@@ -46,6 +45,8 @@ class FactorState(Saved):
         self.ranks: Any = None
         #: what factors will be once everything on its way has arrived, by key
         self.newer: Callable[[], dict[str, Tensor]] = dict
+        #: whether the factors of the last step are still to be refreshed
+        self.waits: Callable[[], bool] = lambda: False
         self._step = 0
         self.learn_names()
         #: how often the state was replaced from outside, and the step it was then at
@@ -56,6 +57,11 @@ class FactorState(Saved):
     @property
     def step(self) -> int:
         """Optimizer steps taken with fresh statistics."""
+        return self._step + self.waits()
+
+    @property
+    def clock(self) -> int:
+        """The step that factors are of, as they are."""
         return self._step
 
     def advance(self) -> None:
@@ -97,6 +103,14 @@ class FactorState(Saved):
         """Look at the parameters that the model has now."""
         self._names = {key: known for key, known in self._names.items() if known[1]() is not None}
         self._names |= {id(p): (name, weakref.ref(p)) for name, p in self._model.named_parameters()}
+
+    def forget_gone(self) -> None:
+        """Drop the factors of weights that the model does not have any more."""
+        self.learn_names()
+        there = {name for name, _ in self._model.named_parameters()}
+        for held in (self._factors, self._recipes, self._pending, self._elsewhere, self._afresh, self.owners):
+            for name in [name for name in held if name not in there]:
+                del held[name]
 
     def of(self, param: nn.Parameter) -> Group:
         """The factors of ``param``, on its device."""
@@ -201,23 +215,21 @@ class FactorState(Saved):
         for key, tensor in self._recipes[name].fresh_state(device).items():
             self._factors[name][key].copy_(tensor)
 
-    def derive(
-        self, names: Iterable[str], derive: Callable[[str, Recipe, Group], Group], *, in_place: bool = True
-    ) -> None:
-        """Let ``derive(name, recipe, state)`` make new state of the old. A decomposition that fails keeps what there is."""
-        with torch.no_grad():
-            for name in names:
-                state = self._factors[name]
-                try:
-                    new = derive(name, self._recipes[name], state)
-                except torch.linalg.LinAlgError as error:
-                    warnings.warn(f"mkor_fx: {name} keeps what it has derived before: {error}", stacklevel=2)
-                    continue
-                for key in [key for key, tensor in new.items() if tensor is not state[key]]:
-                    if in_place:
-                        state[key].copy_(new[key])
-                    else:
-                        state[key] = new[key].to(state[key].dtype)
+    def derived(self, name: str, derive: Callable[[Recipe, Group], Group], state: Group | None = None) -> Group:
+        """What ``derive(recipe, state)`` makes of a weight's state. A decomposition that fails keeps what there is."""
+        state = self._factors[name] if state is None else state
+        try:
+            with torch.no_grad():
+                return derive(self._recipes[name], state)
+        except torch.linalg.LinAlgError as error:
+            warnings.warn(f"mkor_fx: {name} keeps what it has derived before: {error}", stacklevel=2)
+            return state
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+
+    def recipe(self, name: str) -> Recipe:
+        """What makes the state of a weight."""
+        return self._recipes[name]
 
     def state(self, name: str) -> Group:
         """The factors of a weight that are here."""
@@ -243,7 +255,7 @@ class FactorState(Saved):
         and so on.
         """
         kinds = {f"{name}.{key}": self._recipes[name].kind(key) for name, group in self._factors.items() for key in group}
-        found: dict[str, float] = {"steps": self._step, "refreshes": -(-self._step // self._refresh_every)}
+        found: dict[str, float] = {"steps": self.step, "refreshes": -(-self.step // self.refresh_every)}
         return found | measure(self.tensors(), kinds, per_factor)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from .given import Given
 from .ranks import Ranks, Replicas
 from .silence import Seen, Silence
 from .steps import Step, follow
+from .windows import Windows
 
 Program = Callable[[Given], list[Tensor]]
 
@@ -25,17 +26,20 @@ class Maker:
     """What the runtime is handed, which knows neither rules nor graphs.
 
     ``build(kind, jobs, given)`` makes a program: ``"update"`` gives directions, ``"apply"`` takes the steps that are their
-    own directions, ``"refresh"`` gives new state. ``job(name, layout, refresh, places)`` describes a weight to it, ``merge``
-    joins what two graphs say of one. ``derive(step, name, layout, state)`` makes state of state, ``numbers(step, device)``
-    are those of the rules. ``left_alone(name)``: whether the user wants a parameter to be left alone.
+    own directions, ``"refresh"`` gives new state. ``job(name, layout, refresh, places)`` describes a weight to it;
+    ``merge(layout, other, bias)`` joins what two graphs say of one. ``derive(step, recipe, state, taken)`` makes state of
+    state, every ``derive_every(recipe)`` steps; ``numbers(step, device)`` are those of the rules. ``left_alone(name)``:
+    whether the user wants a parameter to be left alone. ``part(bias, weight)`` declines a bias that is stepped apart.
     """
 
     build: Callable[[str, Sequence[Any], Given], Program]
     job: Callable[..., Any]
-    merge: Callable[[Any, Any], Any]
+    merge: Callable[[Any, Any, bool], Any]
     derive: Callable[..., dict[str, Tensor]]
+    derive_every: Callable[[Any], int | None]
     numbers: Callable[[int, torch.device], Tensor | None]
     left_alone: Callable[[str], bool]
+    part: Callable[[str, str], None]
 
 
 class Followed:
@@ -47,14 +51,15 @@ class Followed:
         self.mkor, self.refresh_every, self.maker, self.ranks = mkor, refresh_every, maker, ranks
         self.carriers, self.seen = Carriers(), Seen()
         self._replicas, self._silence = replicas, Silence()
+        self._refreshes, self._derives = Windows(mkor), Windows(mkor)
         self._programs: dict[tuple, Program] = {}
         follow(self)
 
     # ---- the forward's side -------------------------------------------------------------------------------------------
 
-    def register(self, param: nn.Parameter, layout: Any, bias: nn.Parameter | None) -> bool:
-        """Take note of what a graph says of a parameter: a site (``layout``) with its bias, or declined (None). Returns
-        whether it sees it as the graphs before."""
+    def register(self, param: nn.Parameter, layout: Any, bias: nn.Parameter | None, frozen: frozenset[int]) -> bool:
+        """Take note of what a graph says of a parameter: a site (``layout``) with its bias, or declined (None), while the
+        parameters ``frozen``, by identity, were not trained. Returns whether it sees it as the graphs before."""
         return True
 
     def forget_plan(self) -> None:
@@ -67,9 +72,6 @@ class Followed:
 
     def prepare(self, params: Sequence[nn.Parameter]) -> None:
         """A forward over ``params`` begins."""
-
-    def before_save(self) -> None:
-        """State is about to be looked at."""
 
     def begin(self, params: Sequence[nn.Parameter]) -> None:
         """A backward over ``params`` begins."""
@@ -102,23 +104,47 @@ class Followed:
         """Whether a weight's gradient has come with statistics; None where it needs none."""
         raise NotImplementedError
 
+    def has_shown(self, param: nn.Parameter) -> bool:
+        """Whether some graph has used a parameter."""
+        raise NotImplementedError
+
     def layout_of(self, param: nn.Parameter) -> Any:
         """What the statistics of a weight are statistics of; None where they are not to be shared."""
         return None
 
-    def look(self, step: Step) -> None:
-        """Say which parameters came to a step without statistics; the next one begins."""
-        self._silence.break_for(self._suspects(step), lambda: self.seen)
+    def look(self, step: Step, called: list[Followed]) -> None:
+        """Say which parameters came to a step without statistics; the next one begins. Those that another handle of the model
+        was ``called`` for are that one's to speak of."""
+        others = [] if self.seen.called else [other for other in called if other is not self]
+        self._silence.break_for(self._suspects(step, others), lambda: self.seen)
         inside = self.seen.inside
         self.seen = Seen(inside=inside, backward=inside)
 
-    def _suspects(self, step: Step) -> Iterator[tuple[str, nn.Parameter]]:
+    def _suspects(self, step: Step, others: list[Followed]) -> Iterator[tuple[str, nn.Parameter, bool]]:
+        """Names of parameters without statistics, and whether a graph has shown them."""
         for param in step.parameters():
             name = self.mkor.known(param)
-            if name is None or self.maker.left_alone(name):
+            if name is None or self.maker.left_alone(name) or any(other.mkor.known(param) for other in others):
                 continue
             if self.has_statistics(name, param) is False:
-                yield name, param
+                yield name, param, self.has_shown(param)
+
+    def derived(self, names: Iterable[str], step: int, states: Mapping[str, Any], taken: Tensor | None = None) -> dict:
+        """What the rules derive behind a step from the ``states`` of those weights for which that is due, by name."""
+        found = {}
+        for name in names:
+            every = self.maker.derive_every(self.mkor.recipe(name))
+            if every is not None and self._derives.due([name], step, every):
+                derive = lambda recipe, state: self.maker.derive(step, recipe, state, taken)
+                found[name] = self.mkor.derived(name, derive, states[name])
+        return found
+
+    def have_derived(self, names: Iterable[str], step: int) -> None:
+        """Take note that ``derived`` has become the state of weights."""
+        for name in names:
+            every = self.maker.derive_every(self.mkor.recipe(name))
+            assert every is not None
+            self._derives.done([name], step, every)
 
     def program(self, kind: str, jobs: Sequence[Any], given: Given) -> Program:
         """The program for ``jobs`` over tensors like those ``given``."""

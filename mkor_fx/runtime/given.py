@@ -9,12 +9,13 @@ from torch import Tensor
 
 
 class WeightTensors(NamedTuple):
-    """Tensors of one weight. ``weight`` and ``bias_weight`` are the parameters, where their direction is the step itself."""
+    """Tensors of one weight. ``scale`` is what sizes directions that are made in the backward; ``weight`` and ``bias_weight`` are the parameters, where their direction is the step itself."""
 
     state: dict[str, Tensor]
     grad: Any = None
     bias: Any = None
     carrier: Any = None
+    scale: Any = None
     weight: Any = None
     bias_weight: Any = None
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .checkpoint import flat
 from .factors import FactorState
 from .followed import Followed, Maker
 from .given import Given, WeightTensors
@@ -34,10 +35,8 @@ class InBackward(Followed):
     ) -> None:
         super().__init__(mkor, refresh_every, maker, ranks, Replicas(ranks, mkor, check_replicas_every, mkor.tensors))
         self._sites: dict[int, tuple[weakref.ref[nn.Parameter], Any]] = {}
-
-    def before_save(self) -> None:
-        """Nothing waits outside of what is saved."""
-        self.flush()
+        self._generation = mkor.generation
+        mkor.newer, mkor.waits = self._newer, lambda: bool(self._pending())
 
     def prepare(self, params: Sequence[nn.Parameter]) -> None:
         self.begin(params)
@@ -55,35 +54,67 @@ class InBackward(Followed):
 
     def begin(self, params: Sequence[nn.Parameter]) -> None:
         """If a new step begins, refresh from what the last one has left."""
+        self._drop_outdated()
         if any(self.carriers.gradient(p) is not None and self.carriers.begins(p) for p in params):
             self.flush()
 
     def flush(self) -> None:
-        """Refresh every site whose statistics wait; on several ranks every site, since another rank may have seen it."""
-        alive = {key: (param, recipe) for key, (ref, recipe) in self._sites.items() if (param := ref()) is not None}
-        self._sites = {key: self._sites[key] for key in alive}
-        pending = [site for site in alive.values() if self.carriers.gradient(site[0]) is not None]
+        """Take over what the statistics that wait make of the state."""
+        pending = self._pending()
         if not pending:
             return
-        if self.ranks is not None:
-            pending = list(alive.values())
         self._replicas.check()
-        step, device = self.mkor.step, pending[0][0].device
-        refresh = step % self.refresh_every == 0
-        jobs = [self.maker.job(self.mkor.name(param), recipe.layout, refresh) for param, recipe in pending]
-        states = [self.mkor.of(param) for param, _ in pending]
-        given = Given(
-            self.mkor.step_tensor(device),
-            [WeightTensors(state, carrier=self.carriers.total(param)) for (param, _), state in zip(pending, states)],
-            numbers=self.maker.numbers(step, device),
-        )
-        new = iter(self.program("refresh", jobs, given)(given))
-        for (param, _), state in zip(pending, states):
-            for name in state:
-                state[name] = next(new)
+        step, refreshed, states, derived = self._refreshed(pending)
+        for name, state in {**states, **derived}.items():
+            held = self.mkor.state(name)
+            held.update({key: _laid_out_as(held[key], tensor) for key, tensor in state.items()})
+        for param, _ in pending:
             self.carriers.clear(param)
-        self.mkor.derive([job.name for job in jobs], lambda *weight: self.maker.derive(step, *weight), in_place=False)
+        self._refreshes.done(refreshed, step, self.refresh_every)
+        self.have_derived(derived, step)
         self.mkor.advance()
+
+    def _newer(self) -> dict[str, Tensor]:
+        """State as it will be when the next step begins, by key; nothing is changed, since this step may go on."""
+        pending = self._pending()
+        if not pending:
+            return {}
+        _, _, states, derived = self._refreshed(pending)
+        return flat({**states, **derived})
+
+    def _pending(self) -> list[tuple[nn.Parameter, Any]]:
+        """The sites whose statistics wait; on several ranks every site, since another rank may have seen it."""
+        alive = {key: (param, recipe) for key, (ref, recipe) in self._sites.items() if (param := ref()) is not None}
+        self._sites = {key: self._sites[key] for key in alive}
+        self._drop_outdated()
+        pending = [site for site in alive.values() if self.carriers.gradient(site[0]) is not None]
+        return list(alive.values()) if pending and self.ranks is not None else pending
+
+    def _drop_outdated(self) -> None:
+        """State that was replaced from outside is of another time than the statistics that wait."""
+        if self._generation != self.mkor.generation:
+            self._generation = self.mkor.generation
+            for ref, _ in self._sites.values():
+                if (param := ref()) is not None:
+                    self.carriers.clear(param)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _refreshed(self, pending: list[tuple[nn.Parameter, Any]]) -> tuple[int, set[str], dict[str, Any], dict[str, Any]]:
+        """The step, the weights that refresh in it, and new state of all that are ``pending``; and what is derived of it."""
+        step, device = self.mkor.clock, pending[0][0].device
+        names = [self.mkor.name(param) for param, _ in pending]
+        refreshed = self._refreshes.due(names, step, self.refresh_every)
+        jobs = [self.maker.job(name, recipe.layout, name in refreshed) for name, (_, recipe) in zip(names, pending)]
+        held = [self.mkor.of(param) for param, _ in pending]
+        weights = []
+        for (param, _), state in zip(pending, held):
+            own = {key: tensor for key, tensor in state.items() if key != "scale"}
+            weights.append(WeightTensors(own, carrier=self.carriers.total(param), scale=state["scale"]))
+        given = Given(self.mkor.step_tensor(device), weights, numbers=self.maker.numbers(step, device))
+        new = iter(self.program("refresh", jobs, given)(given))
+        states = {name: {key: next(new) for key in state} for name, state in zip(names, held)}
+        return step, refreshed, states, self.derived(names, step, states)
 
     # ---- the optimizer's side -----------------------------------------------------------------------------------------
 
@@ -96,3 +127,11 @@ class InBackward(Followed):
         if name in seen:
             return self.carriers.gradient(seen[name]) is not None
         return None if seen or param.dim() < 2 else False
+
+    def has_shown(self, param: nn.Parameter) -> bool:
+        return self.mkor.name(param) in {self.mkor.name(site) for ref, _ in self._sites.values() if (site := ref()) is not None}
+
+
+def _laid_out_as(old: Tensor, new: Tensor) -> Tensor:
+    """``new`` in the memory order that compiled graphs expect."""
+    return new if new.stride() == old.stride() else torch.empty_like(old).copy_(new)

@@ -15,17 +15,21 @@ def loss_scales(optimizer: Optimizer, device: torch.device) -> tuple[Tensor, Ten
     """``(in the statistics, in .grad)``, 0-dim each; NaN where the scaler has found an inf; empty without a scaler.
 
     Inside a fused optimizer's step the scaler has left its scale and verdict on the optimizer, and ``.grad`` is still
-    scaled. Any other optimizer is stepped with unscaled gradients and only when they are finite; the statistics were
-    taken in the backward, under the scale.
+    scaled, unless the user has had it unscaled, to clip it: then no scale is left. Any other optimizer is stepped with
+    unscaled gradients and only when they are finite. The statistics were taken in the backward, under the scale.
     """
-    one = torch.ones((), device=device)
-    scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
-    if found_inf is not None:
-        scale = one if scale is None else scale.to(device).reshape(())
-        scale = torch.where(found_inf.to(device).reshape(()) > 0, torch.full_like(one, float("nan")), scale)
-        return scale, scale
     scaler = _stepping_scaler()
-    return () if scaler is None else (scaler._get_scale_async().to(device).reshape(()), one)
+    one = torch.ones((), device=device)
+    held, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+    if scaler is None and found_inf is None:
+        return ()
+    in_gradient = one if held is None else held.to(device).reshape(())
+    in_statistics = in_gradient if scaler is None else scaler._get_scale_async().to(device).reshape(())
+    if found_inf is None:
+        return in_statistics, in_gradient
+    found = found_inf.to(device).reshape(()) > 0
+    nan = torch.full_like(one, float("nan"))
+    return torch.where(found, nan, in_statistics), torch.where(found, nan, in_gradient)
 
 
 def _stepping_scaler() -> Any:

@@ -11,7 +11,7 @@ from ..kinds import Kind
 
 
 def _extremes(factor: Tensor) -> Tensor:
-    diagonal = factor.diagonal(dim1=-2, dim2=-1)
+    diagonal = factor.diagonal(dim1=-2, dim2=-1) if factor.dim() > 1 else factor
     return torch.stack([diagonal.amin(), diagonal.amax()])
 
 

@@ -63,8 +63,8 @@ def structure_of(optimizer: Optimizer) -> tuple:
 
 
 def _scheduled(key: str) -> bool:
-    """Left in the groups by learning-rate schedulers for themselves; the optimizer does not read them."""
-    return key.startswith(("initial_", "max_", "min_", "base_"))
+    """Left in the groups by torch's schedulers for themselves; the optimizer does not read them."""
+    return key in ("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr")
 
 
 def tensor_state(optimizer: Optimizer, param: nn.Parameter) -> dict[str, Tensor]:

@@ -158,7 +158,7 @@ class Replicas:
         """To be called once a step, before it begins."""
         if self.ranks is None:
             return
-        step, generation = self.mkor.step, self.mkor.generation
+        step, generation = self.mkor.clock, self.mkor.generation
         if generation != self._generation:
             self.ranks.agree(f"factors at step {step}, loaded {generation} times")
             if self._generation == -1:

@@ -22,12 +22,22 @@ class Seen:
     backward: bool = False
     inside: bool = False
 
-    def why(self) -> str:
-        """Why there are no statistics, and what to do."""
+    def forget_failed(self) -> None:
+        """A new forward begins: a backward that has not ended by now has raised."""
+        self.backward &= not self.inside
+        self.inside = False
+
+    def why(self, shown: bool) -> str:
+        """Why there are no statistics, and what to do, for weights that a graph has ``shown`` or not."""
         if self.inside:
             return (
                 "the optimizer stepped inside of the backward, before they had arrived. Step behind it, or use "
                 "mkor_fx.compile(model, precondition='backward')"
+            )
+        if self.ran and not shown:
+            return (
+                "they ran outside of every graph: their layer is one that torch.compile was told to leave alone, or could not "
+                "capture (TORCH_LOGS=graph_breaks tells)"
             )
         if self.backward:
             return (
@@ -54,20 +64,25 @@ class Silence:
         self._told: set[str] = set()
         self._looked: Counter[str] = Counter()
 
-    def break_for(self, suspects: Iterable[tuple[str, nn.Parameter]], seen: Callable[[], Seen]) -> None:
+    def break_for(self, suspects: Iterable[tuple[str, nn.Parameter, bool]], seen: Callable[[], Seen]) -> None:
         """Warn of those ``suspects`` whose gradient is not zero. That waits for the device, ever more seldom."""
-        looked = [(name, param) for name, param in suspects if name not in self._told and self._looks(name)]
-        silent = [name for name, param in looked if param.grad is not None and bool((local(param.grad) != 0).any())]
-        if not silent:
-            return
-        self._told.update(silent)
-        warnings.warn(
-            f"mkor_fx does not precondition {some(silent)} in this step: the gradient came without statistics, since "
-            f"{seen().why()}. The optimizer steps on the raw gradient. This is said once for each parameter.",
-            stacklevel=2,
-        )
+        looked = [suspect for suspect in suspects if suspect[0] not in self._told and self._looks(suspect[0])]
+        silent = [(name, shown) for name, param, shown in looked if _moves(param)]
+        for shown in (True, False):
+            names = [name for name, was_shown in silent if was_shown is shown]
+            if names:
+                self._told.update(names)
+                warnings.warn(
+                    f"mkor_fx does not precondition {some(names)} in this step: the gradient came without statistics, since "
+                    f"{seen().why(shown)}. The optimizer steps on the raw gradient. This is said once for each parameter.",
+                    stacklevel=2,
+                )
 
     def _looks(self, name: str) -> bool:
         """At the first, second, fourth, eighth ... time."""
         self._looked[name] += 1
         return not self._looked[name] & (self._looked[name] - 1)
+
+
+def _moves(param: nn.Parameter) -> bool:
+    return param.grad is not None and bool((local(param.grad) != 0).any())

@@ -25,11 +25,13 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 class Follower(Protocol):
     """A compiled model that acts at the steps of optimizers that hold its parameters."""
 
+    seen: Any
+
     def holds(self, optimizer: Optimizer) -> bool: ...
 
     def act(self, step: Step, others: list[Any]) -> None: ...
 
-    def look(self, step: Step) -> None: ...
+    def look(self, step: Step, called: list[Any]) -> None: ...
 
 
 class Step:
@@ -43,17 +45,37 @@ class Step:
         self._raw: list[tuple[nn.Parameter, Tensor, Tensor | None]] = []
         self._others: list[tuple[nn.Parameter, Tensor]] = []
         self._pending: list[Callable[[], None]] = []
+        self._clears, self._deaf = False, lambda: None
 
     def parameters(self) -> list[nn.Parameter]:
         """Those with a gradient that nobody has seen to yet."""
         held = [p for group in self.optimizer.param_groups for p in group["params"]]
         return [p for p in held if p.grad is not None and id(p) not in self.handled]
 
+    def holds(self, param: nn.Parameter) -> bool:
+        """Whether the optimizer steps a parameter."""
+        return any(param is p for group in self.optimizer.param_groups for p in group["params"])
+
     def replace(self, param: nn.Parameter, direction: Tensor | None) -> None:
         """Let the optimizer see ``direction`` in place of the gradient; None hides the parameter from it."""
         assert param.grad is not None
         self._raw.append((param, param.grad, direction))
         param.grad = direction
+        if direction is None:
+            self._hear_of_clearing()
+
+    def _hear_of_clearing(self) -> None:
+        """An optimizer that clears its gradients leaves no trace on those that are hidden: note that it does."""
+        if "zero_grad" in vars(self.optimizer):
+            return
+        clear = self.optimizer.zero_grad
+
+        def zero_grad(*args: Any, **kwargs: Any) -> None:
+            self._clears = True
+            clear(*args, **kwargs)
+
+        self.optimizer.zero_grad = zero_grad  # type: ignore[method-assign]
+        self._deaf = lambda: vars(self.optimizer).pop("zero_grad", None)
 
     def at_the_end(self, action: Callable[[], None]) -> None:
         """Run ``action`` when the parameters are what they were, and the innermost step is about to change them."""
@@ -74,11 +96,12 @@ class Step:
     def restore(self) -> None:
         """Give the user's raw gradients back, unless the step has cleared them."""
         shown = [(p, grad) for p, _, grad in self._raw if grad is not None] + self._others
-        cleared = bool(shown) and all(p.grad is not grad for p, grad in shown)
+        cleared = self._clears or (bool(shown) and all(p.grad is not grad for p, grad in shown))
         for param, raw, shown_as in self._raw:
             if param.grad is shown_as and not cleared:
                 param.grad = raw
-        self._raw, self._others, self._pending = [], [], []
+        self._deaf()
+        self._raw, self._others, self._pending, self._clears = [], [], [], False
 
 
 class _Running(threading.local):
@@ -122,12 +145,17 @@ def _before_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple
         for follower in followers:
             follower.act(step, followers)
         step.note_others()
+        called = [follower for follower in followers if follower.seen.called]
         for follower in followers:
-            follower.look(step)
+            follower.look(step, called)
 
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
     if not callable(closure):
-        act()
+        try:
+            act()
+        except BaseException:  # torch's wrapper has not come to what hears of the end
+            _end(frame, failed=True)
+            raise
         return None
 
     def wrapped() -> Any:

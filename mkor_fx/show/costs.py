@@ -90,7 +90,7 @@ def count_costs(work: Work) -> Costs:
         rows,
         0 if shape.lookup else None if rows is None else 6 * members * rows * shape.O * shape.I,
         members * refresh[0],
-        members * refresh[1] + (work.operand_bytes or 0),
+        members * refresh[1] + (work.operand_bytes or 0) * any(map(len, summaries)),
         members * precondition[0],
         members * precondition[1],
         PRODUCT_FIRST if (left or right) and not rule.overrides("precondition") else "",

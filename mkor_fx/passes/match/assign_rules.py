@@ -32,7 +32,7 @@ def _check_state(step: StepGraph, index: int, site: Site, rule: Rule, shape: Sha
         why = f": {rule.without_state}" if rule.without_state else ""
         reason = reasons.NO_STATE.format(rule=name, O=shape.O, I=shape.I, why=why)
         _decline(step, index, Decline(reason, str(site.taps[0].node.target)))
-    elif bias is not None and not rule.preconditions_bias(shape):
+    elif bias is not None and not (rule.preconditions_bias(shape) and _has_a_direction(site, rule)):
         site.bias = None
         step.declines[bias.index] = Decline(reasons.BIAS_ALONE.format(rule=name, weight=weight))
 
@@ -42,3 +42,9 @@ def _decline(step: StepGraph, index: int, decline: Decline) -> None:
     step.declines[index] = decline
     if site.bias is not None:
         step.declines[site.bias.index] = Decline(reasons.WEIGHT_DECLINED.format(weight=site.parameter.name))
+
+
+def _has_a_direction(site: Site, rule: Rule) -> bool:
+    """Whether a rule makes anything of a bias: of one with a right side alone there is nothing to multiply it by."""
+    own = rule.joint_bias or rule.overrides("precondition") or rule.overrides("momentum")
+    return own or Layout.of(site).sides[0] is not None

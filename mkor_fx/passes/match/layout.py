@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from ...ir import INPUTS_FIRST, INPUTS_LAST, Site, View
 from ...kinds import Kind
 from ...rules import Gradient, Rule, Shape
 from ...rules.hyper import timeless
+from ...rules.results import check_sides
 
 
 @dataclass(frozen=True)
@@ -69,18 +71,26 @@ class Layout:
         return function if self.members is None else torch.vmap(function)
 
     @cached_property
-    def trace_key(self) -> Layout:
-        """What a trace of code that is passed this layout depends on: not the numbers that change, nor what makes them."""
-        return replace(self, rule=timeless(self.rule))
+    def trace_key(self) -> tuple:
+        """What a trace of code that is passed this layout depends on: not the numbers that change, nor what makes them. Values
+        go with their types, since 1 equals True."""
+        rule: Any = timeless(self.rule)
+        return replace(self, rule=rule), *(type(getattr(rule, field.name)) for field in fields(rule))
 
     # ---- state --------------------------------------------------------------------------------------------------------
 
     def fresh_state(self, device: torch.device) -> dict[str, Tensor]:
         """What the rule starts from, of each member."""
-        state = self.rule.at_first_step.init(self.shape, device)
-        if self.members is None:
-            return state
-        return {name: t.expand(self.members, *t.shape).clone() for name, t in state.items()}
+        with _alike_everywhere(device):
+            state = self.rule.at_first_step.init(self.shape, device)
+        if self.members is not None:
+            state = {name: t.expand(self.members, *t.shape) for name, t in state.items()}
+        return {name: t.clone(memory_format=torch.contiguous_format) for name, t in state.items()}
+
+    @property
+    def joint(self) -> bool:
+        """Whether weight and bias are one matrix."""
+        return self.bias and self.rule.joint_bias
 
     @cached_property
     def sides(self) -> tuple[str | None, str | None]:
@@ -89,9 +99,10 @@ class Layout:
         state = self.rule.at_first_step.init(self.shape, torch.device("meta"))
         if self.rule.overrides("precondition"):
             return "", ""
-        found = self.rule.sides(state)
+        with torch.device("meta"):
+            found = self.rule.at_first_step.sides(state)
+        check_sides(self.rule, found, torch.empty(self.shape.O, self.shape.I + self.joint, device="meta"))
         names = {id(t): name for name, t in state.items()}
-        assert found is not None
         return tuple(None if side is None else names.get(id(side), "") for side in found)  # type: ignore[return-value]
 
     def kind(self, key: str) -> Kind | None:
@@ -140,16 +151,36 @@ class SizedLater:
     not_the_rules: ClassVar[tuple[str, ...]] = ("scale",)
 
     def fresh_state(self, device: torch.device) -> dict[str, Tensor]:
-        size = (2,) if self.layout.members is None else (self.layout.members, 2)
-        return {**self.layout.fresh_state(device), "scale": torch.ones(size, dtype=self.dtype, device=device)}
+        size, state = (2,) if self.layout.members is None else (self.layout.members, 2), self.layout.fresh_state(device)
+        if "scale" in state:
+            raise ValueError(
+                f"{type(self.layout.rule).__name__} has a state named 'scale', which is the library's own name with "
+                "precondition='backward': call it otherwise"
+            )
+        return {**state, "scale": torch.ones(size, dtype=self.dtype, device=device)}
 
     def kind(self, key: str) -> Kind | None:
         return self.layout.kind(key)
 
 
-def merge_layouts(first: Layout, second: Layout) -> Layout | None:
-    """One weight in two graphs: both orientations, and its bias if it is that in both; None where they do not agree."""
+@contextlib.contextmanager
+def _alike_everywhere(device: torch.device) -> Iterator[None]:
+    """Random numbers that are the same on every rank, and leave the user's generators as they are."""
+    if device.type not in ("cpu", "cuda"):
+        yield
+        return
+    on_gpu = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if on_gpu else []):
+        torch.default_generator.manual_seed(0)
+        if on_gpu:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(0)
+        yield
+
+
+def merge_layouts(first: Layout, second: Layout, bias: bool) -> Layout | None:
+    """One weight in two graphs: both orientations, with a ``bias`` or without; None where they do not agree."""
     if (first.rule, first.view, first.lookup) != (second.rule, second.view, second.lookup):
         return None
     kinds = tuple(sorted({*first.kinds, *second.kinds}))
-    return Layout(first.rule, first.view, kinds, first.bias and second.bias, first.lookup)
+    return Layout(first.rule, first.view, kinds, bias, first.lookup)

@@ -17,6 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from ...ir import fake_value
+from ...rules.results import WrongResult
 
 Decompositions = Mapping[torch._ops.OpOverload, Callable]
 
@@ -151,6 +152,8 @@ def insert(
         traced = _traced_once(function, values, decompositions)
     except (GuardOnDataDependentSymNode, DataDependentOutputException) as error:
         raise ValueError(READS.format(label=label or function.__name__)) from error
+    except WrongResult as error:
+        raise ValueError(f"{label}: {error}") from error
     _check_traced(traced.module, label or function.__name__)
     inputs = [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, fx.Node)]
     return pytree.tree_unflatten(splice(graph, traced.module, inputs, label), traced.structure)
@@ -166,12 +169,35 @@ HOLDS = (
 )
 
 
+CHANGES = (
+    "{label}: its code changes what it is given in place ({target}), which others still read: compute a new tensor"
+)
+DRAWS = (
+    "{label}: its code draws random numbers ({target}), which would be others on each rank and after a resume: use a hash of "
+    "the step, as mkor_fx.prims.rademacher(step, side, size, dtype)"
+)
+
+
 def _check_traced(module: fx.GraphModule, label: str) -> None:
     for node in module.graph.nodes:
+        target = node.target
         if node.op == "get_attr":
-            raise ValueError(HOLDS.format(label=label, target=node.target))
-        if node.target is torch.ops.aten._local_scalar_dense.default:
+            raise ValueError(HOLDS.format(label=label, target=target))
+        if target is torch.ops.aten._local_scalar_dense.default:
             raise ValueError(READS.format(label=label))
+        if isinstance(target, torch._ops.OpOverload):
+            if torch.Tag.nondeterministic_seeded in target.tags:
+                raise ValueError(DRAWS.format(label=label, target=target))
+            written = [arg for arg, spec in zip(node.args, target._schema.arguments) if spec.is_write]
+            if any(isinstance(arg, fx.Node) and _root(arg).op == "placeholder" for arg in written):
+                raise ValueError(CHANGES.format(label=label, target=target))
+
+
+def _root(node: fx.Node) -> fx.Node:
+    """What a node is a view of, itself if it is none."""
+    while isinstance(node.target, torch._ops.OpOverload) and any(r.alias_info for r in node.target._schema.returns):
+        node = node.args[0]  # type: ignore[assignment]
+    return node
 
 
 def splice(graph: fx.Graph, traced: fx.GraphModule, inputs: list[fx.Node], label: str = "") -> list[Any]:

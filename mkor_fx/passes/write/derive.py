@@ -6,25 +6,27 @@ import torch
 from torch import Tensor
 
 from ...rules.hyper import bind
+from ...rules.results import WrongResult, check_state
 from ..match.layout import Layout
-from .refresh import all_finite, choose
+from .refresh import all_finite, select
 from .vectors import Numbers
-
-
-def derives_at(layout: Layout, step: int) -> bool:
-    """Whether the rule's ``derive`` is to run behind a step."""
-    return layout.rule.overrides("derive") and step % layout.rule.derive_every == 0
 
 
 def derive_one(
     layout: Layout, numbers: Numbers, state: dict[str, Tensor], taken: Tensor | None = None
 ) -> dict[str, Tensor]:
     """New state of one weight; as it was where something in it is not finite, or the step was not ``taken`` (0-dim)."""
-    rule = bind(layout.rule, numbers)
+    rule, given = bind(layout.rule, numbers), {name: t.clone() for name, t in state.items()}
+
+    def member(own: dict[str, Tensor]) -> dict[str, Tensor]:
+        new = rule.derive(own)
+        check_state(rule, "derive", new, own)
+        return new
+
     with torch.no_grad():
-        new = layout.each(rule.derive)(state)
-        changed = [t for name, t in new.items() if t is not state[name] and t.is_floating_point()]
-        if not changed:
-            return new
-        keep = all_finite(changed)
-        return choose(keep if taken is None else keep & taken, new, state)
+        new = layout.each(member)(dict(given))
+        if any(t._version for t in given.values()):
+            raise WrongResult(f"{type(rule).__name__}.derive changes its state in place: must return a new one")
+        changed = {name: t for name, t in new.items() if t is not given[name]}
+        keep = all_finite([t for t in changed.values() if t.is_floating_point()], next(iter(state.values())))
+        return {**state, **select(keep if taken is None else keep & taken, changed, {n: state[n] for n in changed})}

@@ -60,6 +60,8 @@ class Draft:
 
     #: whether the statistics that are written here are used one step late
     sends_late = False
+    #: the weights whose statistics are taken, by name; None: all
+    due: frozenset[str] | None = None
 
     def __init__(self, step: StepGraph, rules: Sequence[Rule], network: Network | None = None) -> None:
         self.step, self.rules, self.network = step, rules, network

@@ -48,7 +48,8 @@ class JointDraft(Draft):
             item = Item(name, Layout.of(site), f"{name}: precondition", index, bias)
             item.grad, item.bias = site.parameter.grad, None if site.bias is None else site.bias.grad
             item.state = {key: step.inputs[at] for key, at in added[index].positions().items()}
-            item.scale = item.state.pop("scale", None)
+            if added[index].geometry.norms:
+                item.scale = item.state.pop("scale")
             self.items[index] = item
 
     def packed_numbers(self) -> fx.Node:

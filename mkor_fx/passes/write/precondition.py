@@ -8,10 +8,11 @@ from torch import Tensor
 from ...rules import Gradient
 from ...rules.direction import direction_of
 from ...rules.hyper import bind
+from ...rules.results import check_state
 from ..core import graph_pass
 from .draft import Draft
 from ..match.layout import Layout
-from .refresh import all_finite, choose
+from .refresh import all_finite, select
 from .vectors import Numbers, Scales
 
 
@@ -52,13 +53,14 @@ def direct_one(
 ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
     """``(direction, bias direction, new state)`` of one weight. A gradient that is not finite advances no state.
 
-    A rule that only multiplies may be given a gradient that is still scaled; whatever keeps moments, or sizes its
-    directions by itself, sees it unscaled, and the base optimizer gets it back in the scale that it expects.
+    A rule that only multiplies may be given a gradient that is still scaled; whatever keeps moments, makes its direction
+    otherwise, or sizes it by itself, sees it unscaled, and the base optimizer gets it back in the scale that it expects.
     """
     rule = bind(layout.rule, numbers)
     advances, is_step = rule.overrides("advance"), rule.applies == "update"
     gradient = layout.orient(grad, bias_grad)
-    unscaled = scales is not None and (advances or is_step or rule.graft == "rms")
+    scale_matters = rule.graft == "rms" or rule.overrides("precondition") or rule.overrides("momentum")
+    unscaled = scales is not None and (advances or is_step or scale_matters)
     if scales is not None and unscaled:
         gradient = Gradient(*(None if g is None else g / scales.gradient.to(g.dtype) for g in gradient))
     finite = all_finite(list(gradient.tensors().values())) if advances else None
@@ -68,7 +70,9 @@ def direct_one(
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         one = Gradient(**tensors)
         if finite is not None:
-            state = choose(finite, rule.advance(state, one, step), state)
+            advanced = rule.advance(state, one, step)
+            check_state(rule, "advance", advanced, state)
+            state = select(finite, advanced, state)
         return direction_of(rule, state, one).tensors(), state
 
     directions, new = layout.each(member)(state, gradient.tensors())

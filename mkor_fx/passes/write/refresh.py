@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...rules import Gradient, Rule, Use
 from ...rules.hyper import bind
+from ...rules.results import check_state
 from ..core import graph_pass
 from .draft import Draft
 from ..match.layout import Layout
@@ -83,16 +84,20 @@ def refreshed(
 ) -> dict[str, Tensor]:
     """New state of one matrix; as it was where a statistic is not finite, or no row was seen."""
     updated = rule.update(state, uses, grad, step)
+    check_state(rule, "update", updated, state)
     keep = finite & (sum((use.rows for use in uses[1:]), uses[0].rows) > 0)
-    return choose(keep, updated, state)
+    return select(keep, updated, state)
 
 
-def choose(keep: Tensor, new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``new`` where ``keep`` (0-dim), else ``old``, entry by entry; what has not changed is left out of it."""
-    return {name: t if new[name] is t else torch.where(keep, new[name], t) for name, t in old.items()}
+def select(keep: Tensor, new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``new`` where ``keep`` (0-dim), else ``old``, entry by entry and in its dtype; what is the same tensor stays it."""
+    return {name: t if new[name] is t else torch.where(keep, new[name].to(t.dtype), t) for name, t in old.items()}
 
 
-def all_finite(tensors: list[Tensor]) -> Tensor:
+def all_finite(tensors: list[Tensor], like: Tensor | None = None) -> Tensor:
+    """Whether every element is finite, 0-dim; where there may be no tensor, on the device of ``like``."""
+    if like is not None and not tensors:
+        return torch.ones((), dtype=torch.bool, device=like.device)
     finite = torch.isfinite(tensors[0]).all()
     for tensor in tensors[1:]:
         finite = finite & torch.isfinite(tensor).all()

@@ -16,6 +16,8 @@ def statistics(draft: Draft) -> None:
     for index, site in draft.step.sites.items():
         assert site.rule is not None
         dtype, name = accumulation_dtype(site.parameter.node.meta["val"].dtype), site.parameter.name
+        if draft.due is not None and name not in draft.due:
+            continue
         numbers = draft.numbers(site.rule)
         state = draft.items[index].state if index in draft.items else {}
         with graph.inserting_before(draft.step.output):

@@ -28,10 +28,11 @@ from .traced_optimizer import Update, trace_update
 class Plan:
     """What a whole step is written for, beside its graph.
 
-    ``rules`` are those that may occur, ``params`` by input position, ``trained`` the positions of those that the optimizer steps; ``states`` examples of the
-    factors that are kept on this rank, by position. ``buffers`` are the names of the inputs that rank 0 decides; ``owners``
-    the ranks that keep a weight's factors, by name (None: every rank); ``late`` the buffers of statistics that are used one
-    step late. ``refreshes`` only labels.
+    ``rules`` are those that may occur, ``params`` by input position, ``trained`` the positions of those that the optimizer
+    steps; ``states`` examples of the factors that are kept on this rank, by position. ``buffers`` are the names of the inputs
+    that rank 0 decides; ``owners`` the ranks that keep a weight's factors, by name (None: every rank); ``late`` the buffers
+    of statistics that are used one step late; ``due`` the weights whose state is refreshed (None: all). ``refreshes`` only
+    labels.
     """
 
     optimizer: torch.optim.Optimizer
@@ -42,6 +43,7 @@ class Plan:
     buffers: Mapping[int, str] = field(default_factory=dict)
     owners: Mapping[str, int | None] = field(default_factory=dict)
     late: tuple[Buffer, ...] = ()
+    due: frozenset[str] | None = None
     rows: bool = False
     skip_nonfinite: bool = True
     refreshes: bool = True
@@ -58,7 +60,7 @@ class StepDraft(Draft):
 
     def __init__(self, step: WholeStep, plan: Plan, network: Network | None = None) -> None:
         super().__init__(step, plan.rules, network)
-        self.sends_late = bool(plan.late)
+        self.sends_late, self.due = bool(plan.late), plan.due
         self.plan, self.inputs = plan, [inputs.Seed(step.seeds[0].meta["val"].dtype)]
         self._last = step.graph.find_nodes(op="placeholder")[-1]
         self._nodes: dict[inputs.Input, fx.Node] = {self.inputs[0]: step.seeds[0]}

@@ -69,8 +69,7 @@ class UpdateDraft(Draft):
         for i, (job, own) in enumerate(zip(jobs, self.given.weights)):
             bias = None if own.bias is None else ("bias", i)
             item = Item(job.name, job.layout, f"{job.name}: update", ("weight", i), bias, own.grad, own.bias)
-            item.state = dict(own.state)
-            item.scale = item.state.pop("scale", None)
+            item.state, item.scale = dict(own.state), own.scale
             item.stored = dict(item.state)
             self.items[item.key] = item
             self.refreshes |= {item.key} if job.refresh else set()

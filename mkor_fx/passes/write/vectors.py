@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +12,7 @@ from ...ir import Operand, Site, Tap, fake_value
 from ...ops.rows import as_columns, as_rows
 from ...rules import Use
 from ...rules.hyper import bind
+from ...rules.results import check_summary
 from ..torch_api.tracing import insert
 from ..match.layout import Layout
 
@@ -81,7 +81,13 @@ def summarize_uses(
     else:
         rows = count[0](*count[1:]).to(dtype).expand(g_NO.shape[:-2])
     rule: Any = bind(layout.rule, numbers)
-    summarize = partial(rule.summarize, layout.shape_of_use(kind))
+    shapes = layout.summary_shapes(kind)
+
+    def summarize(*rows: Tensor, **read: Any) -> tuple[Tensor, ...]:
+        made = rule.summarize(layout.shape_of_use(kind), *rows, **read)
+        check_summary(rule, made, shapes)
+        return made
+
     if state is None:
         summary = layout.each(summarize)(a_NI, g_NO)
     else:
