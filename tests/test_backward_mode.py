@@ -81,3 +81,77 @@ def test_rules_that_read_the_gradient_are_refused():
     model = zoo.build("mlp")[0]
     with pytest.raises(ValueError, match="precondition='step'"):
         mkor_fx.compile(model, MKOR(statistic="gradient"), precondition="backward")
+
+
+# ---- looking, and going back ----------------------------------------------------------------------------------------------
+
+
+def loop(rule=MKOR(factor_dtype=torch.float64), **options):  # noqa: B008
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 9), torch.nn.Tanh(), torch.nn.Linear(9, 4)).double()
+    compiled = mkor_fx.compile(model, rule, precondition="backward", backend="eager", **options)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    generator = torch.Generator().manual_seed(1)
+
+    def step(look=lambda: None, micro_batches=2):
+        optimizer.zero_grad()
+        for _ in range(micro_batches):
+            x = torch.randn(12, 6, generator=generator, dtype=torch.float64)
+            torch.nn.functional.cross_entropy(compiled(x), torch.arange(12) % 4).backward()
+            look()
+        optimizer.step()
+
+    return compiled, step
+
+
+@pytest.mark.parametrize("rule", [MKOR(factor_dtype=torch.float64), mkor_fx.KFAC(derive_every=2)], ids=["mkor", "kfac"])
+def test_looking_at_the_state_changes_nothing_wherever_it_happens(rule):
+    found = []
+    for look in (False, True):
+        compiled, step = loop(rule, refresh_every=2)
+        for _ in range(5):
+            step(compiled.mkor.state_dict if look else lambda: None)
+        found.append((compiled.state_dict(), compiled.mkor.state_dict(), compiled.mkor.step))
+    assert found[0][2] == found[1][2] == 5
+    for one, other in zip(found[0][:2], found[1][:2], strict=True):
+        assert all(torch.equal(t, other[key]) for key, t in one.items())
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_looking_without_gradients(mode):
+    compiled, step = loop()
+    step()
+    with mode():
+        before = compiled.mkor.state_dict()
+    step()
+    assert int(before["step"]) == 1 and compiled.mkor.step == 2
+
+
+def test_what_is_loaded_is_not_mixed_with_what_waits():
+    compiled, step = loop()
+    step(), step()
+    saved = compiled.mkor.state_dict()
+    step()
+    compiled.mkor.load_state_dict(saved)
+    now = compiled.mkor.state_dict()
+    assert all(torch.equal(t, now[key]) for key, t in saved.items())
+    step()
+    compiled.mkor.reset()
+    assert compiled.mkor.step == 0 and torch.equal(compiled.mkor.state_dict()["0.weight.L"], torch.eye(9).double())
+
+
+def test_state_keeps_the_memory_order_that_compiled_graphs_expect():
+    """An inverse comes transposed out of LAPACK."""
+    torch.manual_seed(0)
+    trained = []
+    for backend in ("eager", "inductor"):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(6, 4)
+        compiled = mkor_fx.compile(model, mkor_fx.KFAC(derive_every=1), precondition="backward", backend=backend)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            torch.nn.functional.mse_loss(compiled(torch.randn(8, 6)), torch.randn(8, 4)).backward()
+            optimizer.step()
+        trained.append(model.weight.detach())
+    torch.testing.assert_close(*trained, rtol=1e-4, atol=1e-6)

@@ -381,7 +381,7 @@ def test_statistics_follow_the_dtype_of_the_model(door):
     for one in (training, fresh):
         for number in range(2):
             one.step(x + number, y)
-    close(model, twin, 1e-14)
+    close(model, twin, 1e-14 if door == "compile" else 1e-7)  # the last float32 statistics are refreshed from on either side
 
 
 def test_parameters_that_are_lent_for_a_call_are_no_change():

@@ -18,6 +18,8 @@ from torch.nn import functional
 import mkor_fx
 from mkor_fx import KFAC, MKOR
 from mkor_fx.api import compiled_model
+from mkor_fx.doors.drop_in import CompiledGraph
+from mkor_fx.doors.whole_step import Run
 from mkor_fx.options import Options
 from mkor_fx.passes import sources
 from mkor_fx.passes.joint_pass import StatisticsPass
@@ -306,3 +308,19 @@ def test_the_cache_key_holds_options_passes_and_names(monkeypatch):
                     {"precondition": "backward"}, {}):  # fmt: skip
         compiled_model(network(), Options(backend="eager", **options))(batch()[0])
     assert len(keys) == 6 and len(set(keys)) == 5 and keys[0] == keys[-1]
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_programs_die_too(backend):
+    """What Dynamo was given in the place of its graph, not only the stages that are kept to be looked at."""
+    def alive():
+        gc.collect()
+        return sum(isinstance(thing, (Run, CompiledGraph)) for thing in gc.get_objects())
+
+    before = alive()
+    for door in ("compile_step", "compile"):
+        trained = Trained(door, backend=backend)
+        trained.step(*batch())
+        assert alive() > before
+        del trained
+        assert alive() == before

@@ -380,3 +380,81 @@ def test_state_follows_its_weight_and_keeps_its_dtypes(name):
     assert {key: (t.shape, t.dtype) for key, t in step.mkor.state_dict().items()} == before
     model.to("meta")
     assert {t.device.type for t in step.mkor.of(model[0].weight).values()} == {"meta"}
+
+
+class Alternating(nn.Module):
+    """Heads that take turns, as of several tasks."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.heads = nn.Linear(6, 7), nn.ModuleList(nn.Linear(7, 4) for _ in range(2))
+
+    def forward(self, x, task):
+        return self.heads[task](torch.tanh(self.body(x)))
+
+
+@dataclass(frozen=True)
+class Counting(Rule):
+    """Counts what is done to it."""
+
+    derive_every: int = 5
+
+    def init(self, shape, device):
+        return {name: torch.zeros((), dtype=torch.int64, device=device) for name in ("updated", "advanced", "derived")}
+
+    def summarize(self, shape, a_NI, g_NO):
+        return (g_NO.sum(0),)
+
+    def update(self, state, uses, grad, step):
+        return {**state, "updated": state["updated"] + 1}
+
+    def advance(self, state, grad, step):
+        return {**state, "advanced": state["advanced"] + 1}
+
+    def derive(self, state):
+        return {**state, "derived": state["derived"] + 1}
+
+    def precondition(self, state, grad):
+        return grad
+
+
+@pytest.mark.parametrize("door", ["compile", "compile_step"])
+@pytest.mark.parametrize("refresh_every", [1, 2, 3])
+def test_a_weight_is_refreshed_and_derived_of_once_a_window_whichever_steps_it_takes_part_in(refresh_every, door):
+    model = Alternating()
+    optimizer, steps = sgd(model), 12
+    if door == "compile_step":
+        done = mkor_fx.compile_step(model, loss_fn, optimizer, Counting(), refresh_every=refresh_every, backend="eager")
+    else:
+        done = mkor_fx.compile(model, Counting(), refresh_every=refresh_every, backend="eager")
+    for number in range(steps):
+        task, x, y = number // 2 % 2, torch.randn(8, 6), torch.randn(8, 4)  # two steps each
+        if door == "compile_step":
+            done(x, task, y)
+        else:
+            optimizer.zero_grad()
+            loss_fn(done(x, task), y).backward()
+            optimizer.step()
+    used = {"body": range(steps), **{f"heads.{task}": [n for n in range(steps) if n // 2 % 2 == task] for task in (0, 1)}}
+    state = done.mkor.state_dict()
+    for name, taken in used.items():
+        assert int(state[f"{name}.weight.updated"]) == len({n // refresh_every for n in taken}), name
+        assert int(state[f"{name}.weight.derived"]) == len({n // 5 for n in taken}), name
+        assert int(state[f"{name}.weight.advanced"]) == len(taken), name
+    if door == "compile_step":
+        assert done.compilations <= 8
+
+
+@pytest.mark.parametrize("rule", [MKOR(), KFAC(derive_every=2)], ids=["mkor", "kfac"])
+def test_so_it_is_in_the_backward_mode(rule):
+    model, every = Alternating(), 2
+    handle = mkor_fx.compile(model, rule, refresh_every=every, precondition="backward", backend="eager")
+    optimizer = sgd(model)
+    for number in range(8):
+        optimizer.zero_grad()
+        loss_fn(handle(torch.randn(8, 6), number % 2), torch.randn(8, 4)).backward()
+        optimizer.step()
+    state = handle.mkor.state_dict()
+    for name in ("body", "heads.0", "heads.1"):
+        for key in ("L", "R") if isinstance(rule, MKOR) else ("L_inverse", "R_inverse"):
+            assert not torch.equal(state[f"{name}.weight.{key}"], torch.eye(len(state[f"{name}.weight.{key}"]))), (name, key)
