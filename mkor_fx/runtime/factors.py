@@ -248,14 +248,14 @@ class FactorState(Saved):
     def metrics(self, per_factor: bool = False) -> dict[str, float]:
         """What can be said of the factors now, as plain numbers. Changes nothing; waits for the device, once.
 
-        ``steps`` and ``refreshes`` so far; and what their rules say that tensors are: of positive definite matrices
+        ``steps`` and ``refreshes`` that they are of; and what their rules say that tensors are: of positive definite matrices
         ``factor_min`` and ``factor_max``, the extreme diagonal entries (the largest entry lies there; a ``factor_min`` that
         is not positive says that one is not); of orthogonal ones ``orthogonality``, the largest entry of ``|Q^T Q - I|``; of
         moments ``moment``, the largest root mean square. ``per_factor`` adds those of each, ``"<parameter>.<factor>.min"``
         and so on.
         """
         kinds = {f"{name}.{key}": self._recipes[name].kind(key) for name, group in self._factors.items() for key in group}
-        found: dict[str, float] = {"steps": self.step, "refreshes": -(-self.step // self.refresh_every)}
+        found: dict[str, float] = {"steps": self.clock, "refreshes": -(-self.clock // self.refresh_every)}
         return found | measure(self.tensors(), kinds, per_factor)
 
 

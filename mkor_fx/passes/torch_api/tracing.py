@@ -138,14 +138,16 @@ def insert(
     *args: Any,
     decompositions: Decompositions | None = None,
     label: str = "",
+    pure: bool = False,
 ) -> Any:
     """Write ``function(*args)`` into ``graph`` at its insertion point; ``args`` are pytrees of nodes and constants.
 
     Returns what the function returns, with nodes in the place of tensors. ``label`` marks each new node
-    (``meta["mkor_fx"]``), so that a printed graph says whose work it is.
+    (``meta["mkor_fx"]``), so that a printed graph says whose work it is. ``pure``: it must not draw random numbers, nor change
+    what it is given, as code of a rule must not.
 
     Raises:
-        ValueError: the function reads a value on the host, or holds a tensor of its own, as code of a rule must not.
+        ValueError: the function reads a value on the host, holds a tensor of its own, or is not pure.
     """
     values = pytree.tree_map_only(fx.Node, fake_value, args)
     try:
@@ -154,7 +156,7 @@ def insert(
         raise ValueError(READS.format(label=label or function.__name__)) from error
     except WrongResult as error:
         raise ValueError(f"{label}: {error}") from error
-    _check_traced(traced.module, label or function.__name__)
+    _check_traced(traced.module, label or function.__name__, pure)
     inputs = [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, fx.Node)]
     return pytree.tree_unflatten(splice(graph, traced.module, inputs, label), traced.structure)
 
@@ -167,8 +169,6 @@ HOLDS = (
     "{label}: its code holds a tensor of its own ({target}), which a compiled program cannot know: use plain numbers, or make "
     "it of an operand, as by x.new_full(size, value)"
 )
-
-
 CHANGES = (
     "{label}: its code changes what it is given in place ({target}), which others still read: compute a new tensor"
 )
@@ -178,14 +178,14 @@ DRAWS = (
 )
 
 
-def _check_traced(module: fx.GraphModule, label: str) -> None:
+def _check_traced(module: fx.GraphModule, label: str, pure: bool) -> None:
     for node in module.graph.nodes:
         target = node.target
         if node.op == "get_attr":
             raise ValueError(HOLDS.format(label=label, target=target))
         if target is torch.ops.aten._local_scalar_dense.default:
             raise ValueError(READS.format(label=label))
-        if isinstance(target, torch._ops.OpOverload):
+        if pure and isinstance(target, torch._ops.OpOverload):
             if torch.Tag.nondeterministic_seeded in target.tags:
                 raise ValueError(DRAWS.format(label=label, target=target))
             written = [arg for arg, spec in zip(node.args, target._schema.arguments) if spec.is_write]

@@ -81,7 +81,7 @@ class Draft:
     def insert(self, function: Callable, *args: Any, label: str) -> Any:
         """Write ``function(*args)`` at the end of the graph."""
         with self.graph.inserting_before(self.step.output):
-            return insert(self.graph, function, *args, label=label)
+            return insert(self.graph, function, *args, label=label, pure=True)
 
     def hand_out(self) -> None:
         """Give every item what there is for it now."""

@@ -41,7 +41,8 @@ def write_vectors(
         count = None if taps[0].count is None else _reading(taps[0].count)
         kind = taps[0].inputs
         assert kind is not None
-        vector = insert(graph, summarize_uses, layout, dict(numbers), kind, a, g, count, read, dtype, label=label)
+        args = (layout, dict(numbers), kind, a, g, count, read, dtype)
+        vector = insert(graph, summarize_uses, *args, label=label, pure=True)
         known = vectors.get(kind)
         vectors[kind] = vector if known is None else insert(graph, torch.add, known, vector, label=label)
     return vectors
