@@ -43,7 +43,7 @@ $(MINILM): $(READY)
 	$(RUN) -m pip download --no-binary :all: --no-deps -d $(@D) vaderSentiment==3.3.1
 	@touch $@
 
-demo: $(READY)  ## AdamW without and with mkor_fx on real data: table, demo-output/loss.png and graph.txt
+demo: $(READY)  ## AdamW, Muon and mkor_fx on real data: table, demo-output/loss.png and graph.txt
 	$(RUN) -m benchmarks.demo $(TASK) $(ARGS)
 
 demo-ddp: $(READY)  ## the demo on 2 gloo ranks: RANKS=2

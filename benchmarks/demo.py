@@ -1,4 +1,4 @@
-"""`make demo`: AdamW without and with mkor_fx on real data, side by side.
+"""`make demo`: AdamW, torch's Muon and mkor_fx on real data, side by side.
 
 Prints what is preconditioned and a table of the outcome; leaves `loss.png` and `graph.txt` in `demo-output/`.
 """
@@ -14,10 +14,10 @@ from tqdm import tqdm
 
 import mkor_fx
 from benchmarks.tasks import TASKS, Task
-from benchmarks.training import Run, Trainer, smoothed
+from benchmarks.training import MuonTrainer, Run, Trainer, smoothed
 
-BASELINE, MKOR = "AdamW", "AdamW + mkor_fx"
-COLOURS = {BASELINE: "#7a8290", MKOR: "#d1495b"}
+BASELINE, MUON, MKOR = "AdamW", "Muon + AdamW", "AdamW + mkor_fx"
+COLOURS = {BASELINE: "#7a8290", MUON: "#2e86ab", MKOR: "#d1495b"}
 
 
 def usable_backend() -> str:
@@ -122,11 +122,16 @@ def main() -> None:
     print(f"{task.title}: {steps} steps of batch {task.batch}\n")
 
     runs, compile_seconds = {}, {}
-    for name, rule, side in ((BASELINE, None, "baseline"), (MKOR, mkor_fx.MKOR(), "mkor")):
+    sides = {
+        BASELINE: ("baseline", lambda: Trainer(task, backend=backend)),
+        MUON: ("muon", lambda: MuonTrainer(task, backend=backend)),
+        MKOR: ("mkor", lambda: Trainer(task, mkor_fx.MKOR(), backend=backend)),
+    }
+    for name, (side, build) in sides.items():
         print(f"{name}: compiling the step ...", flush=True)
-        trainer = Trainer(task, rule, backend=backend)
+        trainer = build()
         compile_seconds[name] = trainer.compile_seconds
-        if rule:
+        if name == MKOR:
             print(f"\n{mkor_fx.explain(trainer.step)}\n")
             (options.out / "graph.txt").write_text(graph_report(trainer))
         runs[name] = train(name, trainer, task.rates[side], steps)

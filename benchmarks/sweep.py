@@ -1,6 +1,6 @@
 """Learning-rate sweep: each side at the best rate of one grid, over seeds; and a study of MKOR's options.
 
-    python -m benchmarks.sweep --task digits --rule "MKOR()" --rule "MKOR(kappa=30.0) every 10"
+    python -m benchmarks.sweep --task digits --rule Muon --rule "MKOR()" --rule "MKOR(kappa=30.0) every 2"
     python -m benchmarks.sweep --study --seeds 0 1
 
 Every finished run is appended to a JSONL file and never repeated, so a sweep that was cut goes on where it stopped. Use
@@ -20,33 +20,34 @@ from tabulate import tabulate
 
 import mkor_fx
 from benchmarks.tasks import TASKS
-from benchmarks.training import Run, Trainer
+from benchmarks.training import MuonTrainer, Run, Trainer
 
 RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)
-BASELINE = "AdamW"  # every other side is a rule in front of it
+BASELINE = "AdamW"  # every other side is a rule in front of it, or
+MUON = "Muon"  # for the hidden matrices, with AdamW for the rest
 STUDY_TASKS = ("digits", "fashion", "fashion-ae")
 STUDY = (
     "MKOR()",
-    "MKOR() every 10",
-    'MKOR(form="forgetful")',
-    'MKOR(form="paper")',
-    'MKOR(form="exact", epsilon=float("inf"))',
-    'MKOR(form="exact", epsilon=100.0, zeta=0.9)',
-    'MKOR(form="exact", epsilon=1000.0, zeta=0.9)',
-    'MKOR(form="exact", epsilon=1000.0, zeta=0.5)',
-    "MKOR(kappa=1.0)",
+    "MKOR() every 2",
+    "MKOR() every 5",
+    "MKOR.published()",
+    'MKOR.published(form="forgetful")',
+    'MKOR.published(form="exact", epsilon=1000.0, zeta=0.9)',
+    'MKOR.published(statistic="mean+gradient")',
+    "MKOR(rank=1)",
+    "MKOR(rank=2)",
+    "MKOR(rank=16)",
+    'MKOR(statistic="gradient", rank=4)',
+    'MKOR(statistic="rows+gradient", rank=4)',
     "MKOR(kappa=3.0)",
     "MKOR(kappa=30.0)",
-    "MKOR(kappa=100.0)",
-    "MKOR(gamma=0.9)",
-    "MKOR(gamma=0.99)",
-    "MKOR(gamma=0.99, kappa=30.0)",
-    'MKOR(statistic="gradient")',
-    'MKOR(statistic="mean+gradient")',
-    'MKOR(statistic="mean+gradient", gamma=0.99)',
-    'MKOR(bias="joint")',
-    'MKOR(bias="off")',
-    "MKOR(rescale=False)",
+    "MKOR(gamma=0.95)",
+    "MKOR(gamma=0.995)",
+    "MKOR(momentum=0.9)",
+    "MKOR(nesterov=False)",
+    'MKOR(bias="left")',
+    "MKOR(factor_dtype=torch.bfloat16)",
+    "MKOR(product_dtype=torch.bfloat16)",
 )
 
 
@@ -66,9 +67,11 @@ class Ledger:
 
 
 def build(task: str, side: str, backend: str) -> Trainer:
-    """The trainer of a side: `AdamW`, or a rule written as Python, with `every n` where it refreshes less often."""
+    """The trainer of a side: `AdamW`, `Muon`, or a rule written as Python, with `every n` where it refreshes less often."""
     if side == BASELINE:
         return Trainer(TASKS[task], backend=backend)
+    if side == MUON:
+        return MuonTrainer(TASKS[task], backend=backend)
     source, _, every = side.partition(" every ")
     rule = eval(source, {"torch": torch, **vars(mkor_fx)})  # the command line is the user's own Python
     return Trainer(TASKS[task], rule, refresh_every=int(every or 1), backend=backend)
@@ -160,7 +163,7 @@ def overview(results: dict[str, dict[str, list[Run]]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", action="append", choices=TASKS, help="may be repeated (default: digits)")
-    parser.add_argument("--rule", action="append", help="Python, may be repeated (default: MKOR())")
+    parser.add_argument("--rule", action="append", help="Python, or Muon; may be repeated (default: Muon, MKOR())")
     parser.add_argument("--study", action="store_true", help=f"MKOR's options on {', '.join(STUDY_TASKS)}")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rates", type=float, nargs="+", default=RATES)
@@ -170,7 +173,7 @@ def main() -> None:
     options = parser.parse_args()
 
     tasks = options.task or (STUDY_TASKS if options.study else ("digits",))
-    rules = options.rule or (STUDY if options.study else ("MKOR()",))
+    rules = options.rule or (STUDY if options.study else (MUON, "MKOR()"))
     ledger = Ledger(options.out / "runs.jsonl")
     results = {task: {side: sweep(ledger, task, side, options) for side in (BASELINE, *rules)} for task in tasks}
     sections = [task_table(task, sides) for task, sides in results.items()]

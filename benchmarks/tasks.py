@@ -15,6 +15,7 @@ import os
 import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cache, partial
 from pathlib import Path
 from typing import Protocol
@@ -76,6 +77,11 @@ class Task:
     evaluate_every: int
     evaluation_size: int
     rates: dict[str, float]
+    inner: str = "*"  # pattern of the names whose matrices Muon is for
+
+    def hidden(self, model: nn.Module) -> list[nn.Parameter]:
+        """The matrices that Muon is for: embeddings and heads of a language model are not."""
+        return [p for name, p in model.named_parameters() if p.dim() == 2 and fnmatchcase(name, self.inner)]
 
     def build(self, seed: int) -> nn.Module:
         """A freshly initialised model; the same weights for the same seed."""
@@ -189,7 +195,7 @@ TASKS = {
             steps=300,
             evaluate_every=2,
             evaluation_size=360,
-            rates={"baseline": 4e-3, "mkor": 1.6e-2},
+            rates={"baseline": 4e-3, "muon": 2e-2, "mkor": 2e-2},
         ),
         Task(
             name="fashion",
@@ -228,7 +234,8 @@ TASKS = {
             steps=400,
             evaluate_every=10,
             evaluation_size=32,
-            rates={"baseline": 2e-3, "mkor": 4e-3},
+            rates={"baseline": 4e-3, "muon": 8e-3, "mkor": 8e-3},
+            inner="blocks.*",
         ),
     )
 }

@@ -1,5 +1,7 @@
 """The loop that the demo and the sweep share: one compiled step, trained many times, and how its curves compare."""
 
+from __future__ import annotations
+
 import math
 import statistics
 import time
@@ -9,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import mkor_fx
 from benchmarks.tasks import Task, cosine
@@ -53,24 +56,37 @@ class Trainer:
     compiled step, so nothing is compiled again.
     """
 
+    step: Any
+
     def __init__(self, task: Task, rule: Any = None, *, refresh_every: int = 1, backend: str = "inductor") -> None:
         self.task = task
         self.model = task.build(seed=0)
-        self.optimizer = torch.optim.AdamW(self.model.parameters())
+        optimizer = torch.optim.AdamW(self.model.parameters())
+        self.optimizers: list[torch.optim.Optimizer] = [optimizer]
         self.step = mkor_fx.compile_step(
-            self.model, task.loss_fn, self.optimizer, rule=rule, refresh_every=refresh_every, backend=backend
+            self.model, task.loss_fn, optimizer, rule=rule, refresh_every=refresh_every, backend=backend
         )
-        self.initial = deepcopy((self.optimizer.state_dict(), self.step.mkor.state_dict()))
+        self._warm_up(min(refresh_every, 2))
+
+    def _warm_up(self, steps: int) -> None:
+        self.initial = deepcopy(self._state())
         started = time.perf_counter()
-        for batch in task.batches(seed=0, steps=min(refresh_every, 2)):
+        for batch in self.task.batches(seed=0, steps=steps):
             self.step(*batch)
         self.compile_seconds = time.perf_counter() - started
+
+    def _state(self) -> tuple[Any, Any]:
+        return [optimizer.state_dict() for optimizer in self.optimizers], self.step.mkor.state_dict()
 
     def reset(self, seed: int) -> None:
         """Back to the state before the first step, with the weights of `seed`."""
         self.model.load_state_dict(self.task.build(seed).state_dict())
-        optimizer_state, factors = deepcopy(self.initial)
-        self.optimizer.load_state_dict(optimizer_state)
+        states, factors = deepcopy(self.initial)
+        for optimizer, state in zip(self.optimizers, states, strict=True):
+            optimizer.load_state_dict(state)
+        self._load_factors(factors)
+
+    def _load_factors(self, factors: Any) -> None:
         self.step.mkor.load_state_dict(factors)
 
     def run(
@@ -81,7 +97,7 @@ class Trainer:
         steps = steps or self.task.steps
         evaluated, training, held_out, seconds = [], [], [], []
         for done, batch in enumerate(self.task.batches(seed, steps)):
-            for group in self.optimizer.param_groups:
+            for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
                 group["lr"] = lr * cosine(done, steps)
             started = time.perf_counter()
             self.step(*batch)
@@ -103,3 +119,35 @@ class Trainer:
             held_out=held_out,
             step_ms=1e3 * statistics.median(seconds),
         )
+
+
+class MuonTrainer(Trainer):
+    """A task with torch's Muon for the hidden matrices and AdamW for the rest, on a model compiled by torch.compile.
+
+    Muon's updates have the size of AdamW's (`match_rms_adamw`), so that one rate serves both.
+    """
+
+    def __init__(self, task: Task, *, backend: str = "inductor") -> None:
+        self.task, self.model = task, task.build(seed=0)
+        hidden = task.hidden(self.model)
+        rest = [p for p in self.model.parameters() if all(p is not h for h in hidden)]
+        muon = torch.optim.Muon(hidden, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+        self.optimizers = [muon, torch.optim.AdamW(rest)]
+        compiled = torch.compile(self.model, backend=backend)
+
+        def step(x: Tensor, y: Tensor) -> Tensor:
+            loss = task.loss_fn(compiled(x), y)
+            loss.backward()
+            for optimizer in self.optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            return loss.detach()
+
+        self.step = step
+        self._warm_up(1)
+
+    def _state(self) -> tuple[Any, Any]:
+        return [optimizer.state_dict() for optimizer in self.optimizers], None
+
+    def _load_factors(self, factors: Any) -> None:
+        """Muon has none."""

@@ -33,7 +33,7 @@ from .runtime.compiled_step import CompiledStep
 
 def compile(
     model: nn.Module,
-    rule: RuleChoice = MKOR(),  # noqa: B008  (frozen)
+    rule: RuleChoice = MKOR.published(),  # noqa: B008  (frozen)
     *,
     refresh_every: int = 1,
     skip: Sequence[str] = (),
@@ -116,7 +116,7 @@ def compile_step(
     model: nn.Module,
     loss_fn: Callable[..., Tensor] | None,
     optimizer: Optimizer,
-    rule: RuleChoice = MKOR(),  # noqa: B008  (frozen)
+    rule: RuleChoice = MKOR.published(),  # noqa: B008  (frozen)
     *,
     refresh_every: int = 1,
     skip: Sequence[str] = (),

@@ -10,7 +10,7 @@ number may change over time, an operator has a twin ``..._by`` that takes 0-dim 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -23,10 +23,11 @@ _library = torch.library.Library("mkor_fx", "DEF")
 BODIES: dict[torch._ops.OpOverload, Callable] = {}
 
 
-def prim(schema: str) -> Callable[[Callable], torch._ops.OpOverload]:
+def prim(schema: str, shared: Collection[int] = ()) -> Callable[[Callable], torch._ops.OpOverload]:
     """Define ``mkor_fx::<schema>`` with the decorated function as its body on every device.
 
-    Bodies take any leading dimensions ``...``, so the operator under ``vmap`` is the same operator once more.
+    Bodies take any leading dimensions ``...``, so the operator under ``vmap`` is the same operator once more. Arguments at
+    ``shared`` positions broadcast: what is alike for the whole of a batch is passed as it is.
     """
 
     def register(body: Callable) -> torch._ops.OpOverload:
@@ -48,7 +49,10 @@ def prim(schema: str) -> Callable[[Callable], torch._ops.OpOverload]:
                     for d, arg in zip(in_dims, args)
                     for d in (pytree.tree_leaves(d) if d is not None else [None] * len(pytree.tree_leaves(arg)))
                 ]
-            moved = [_leading(leaf, dim, info.batch_size) for leaf, dim in zip(leaves, dims)]
+            moved = [
+                leaf if dim is None and at in shared else _leading(leaf, dim, info.batch_size)
+                for at, (leaf, dim) in enumerate(zip(leaves, dims))
+            ]
             return overload(*pytree.tree_unflatten(moved, spec)), 0
 
         torch.library.register_vmap(f"mkor_fx::{name}", batched, lib=_library)
@@ -82,46 +86,7 @@ def column_square_sum(rows_NM: Tensor) -> Tensor:
     return (wide * wide).sum(-2)
 
 
-def _inverse_update(
-    factor_DD: Tensor, vectors: list[Tensor], scale: float | Tensor, shift: float | Tensor, weight: float | Tensor
-) -> Tensor:
-    """Sherman-Morrison steps on an inverse factor, in the dtype of the vectors.
-
-    With ``B_0 = scale * F + shift * I`` returns ``B_k``, where ``B_j = B_{j-1} - weight u u^T / (1 + weight v_j^T u)``
-    and ``u = B_{j-1} v_j``, that is ``inverse(inverse(B_0) + weight * sum_j v_j v_j^T)``, ``[D, D]``. All products with
-    the matrix read ``F`` once; the later vectors are corrected by the earlier ones, so that the factor is read twice and
-    written once whatever their number. A divisor that is not positive (a factor that rounding has made indefinite) skips
-    its step.
-    """
-    factor = factor_DD.to(vectors[0].dtype)
-    scale_1, shift_1, weight_1 = (_for_each(x, 1, factor.dtype) for x in (scale, shift, weight))
-    roots: list[Tensor] = []  # r_j with r r^T = weight u u^T / (1 + weight v^T u): a symmetric step stays symmetric
-    for v_D in map(stored, vectors):
-        u_D = scale_1 * (factor * v_D.unsqueeze(-2)).sum(-1) + shift_1 * v_D
-        for root_D in roots:
-            u_D = u_D - root_D * (root_D * v_D).sum(-1, keepdim=True)
-        u_D = stored(u_D)
-        divisor = 1 + weight_1 * (v_D * u_D).sum(-1, keepdim=True)
-        roots.append(stored(u_D * torch.where(divisor > 0, weight_1 / divisor, torch.zeros_like(divisor)).sqrt()))
-    index_D = stored(torch.arange(factor.shape[-1], dtype=factor.dtype, device=factor.device))
-    identity = (index_D[:, None] == index_D).to(factor.dtype)
-    updated = _for_each(scale, 2, factor.dtype) * factor + _for_each(shift, 2, factor.dtype) * identity
-    for root_D in roots:
-        updated = updated - root_D.unsqueeze(-1) * root_D.unsqueeze(-2)
-    return updated.to(factor_DD.dtype)
-
-
-@prim("inverse_update(Tensor factor, Tensor[] vectors, float scale, float shift, float weight) -> Tensor")
-def inverse_update(factor_DD: Tensor, vectors: list[Tensor], scale: float, shift: float, weight: float) -> Tensor:
-    return _inverse_update(factor_DD, vectors, scale, shift, weight)
-
-
-@prim("inverse_update_by(Tensor factor, Tensor[] vectors, Tensor scale, Tensor shift, Tensor weight) -> Tensor")
-def inverse_update_by(factor_DD: Tensor, vectors: list[Tensor], scale: Tensor, shift: Tensor, weight: Tensor) -> Tensor:
-    return _inverse_update(factor_DD, vectors, scale, shift, weight)
-
-
-def _for_each(number: float | Tensor, dims: int, dtype: torch.dtype) -> float | Tensor:
+def for_each(number: float | Tensor, dims: int, dtype: torch.dtype) -> float | Tensor:
     """A number beside matrices or vectors of ``dims`` dimensions; a tensor is 0-dim, or one number for each of a batch."""
     return number.to(dtype).reshape(*number.shape, *[1] * dims) if isinstance(number, Tensor) else number
 
@@ -132,31 +97,6 @@ def stored(x: Tensor) -> Tensor:
     Without it the update of a factor divides and takes roots ``D^2`` times in a loop that is not vectorised.
     """
     return x.as_strided(x.shape, x.stride())
-
-
-@prim("unless_noise(Tensor vector, Tensor noise) -> Tensor")
-def unless_noise(v_D: Tensor, noise: Tensor) -> Tensor:
-    """``v``, or zero where ``|v|^2`` does not exceed ``noise`` (0-dim)."""
-    return torch.where(((v_D * v_D).sum(-1) > noise).unsqueeze(-1), v_D, torch.zeros_like(v_D))
-
-
-def _scale_to(v_D: Tensor, squared_length: float | Tensor) -> Tensor:
-    """``v`` brought to ``|v|^2 = squared_length``; zero stays zero. The largest entry is divided out first: no underflow."""
-    largest = v_D.abs().amax(-1, keepdim=True)
-    scaled = v_D / torch.where(largest > 0, largest, torch.ones_like(largest))
-    squared = (scaled * scaled).sum(-1, keepdim=True)
-    length = _for_each(squared_length, 1, v_D.dtype)
-    return scaled * torch.where(squared > 0, (length / squared).sqrt(), squared)
-
-
-@prim("scale_to(Tensor vector, float squared_length) -> Tensor")
-def scale_to(v_D: Tensor, squared_length: float) -> Tensor:
-    return _scale_to(v_D, squared_length)
-
-
-@prim("scale_to_by(Tensor vector, Tensor squared_length) -> Tensor")
-def scale_to_by(v_D: Tensor, squared_length: Tensor) -> Tensor:
-    return _scale_to(v_D, squared_length)
 
 
 @prim("precondition(Tensor? left, Tensor grad, Tensor? right) -> Tensor")
@@ -189,11 +129,47 @@ def graft_rms(direction: Tensor) -> Tensor:
     return torch.where(usable, direction * quotient.to(direction.dtype), torch.zeros_like(direction))
 
 
+# ---- random signs ---------------------------------------------------------------------------------------------------
+
+#: sketches whose signs are bits of one hash
+_WORD = 24
+
+
 @prim("rademacher(Tensor step, int side, int size, ScalarType dtype) -> Tensor")
 def rademacher(step: Tensor, side: int, size: int, dtype: torch.dtype) -> Tensor:
     """``size`` signs, a hash of (step, side, index): the same on every rank, backend and device, and after a resume."""
     h = (torch.arange(size, device=step.device) + 1 + 7919 * step.to(torch.int64) + 104729 * side) & 0x7FFFFFFF
     for _ in range(2):
         h = (((h >> 16) ^ h) * 0x45D9F3B) & 0x7FFFFFFF
-    h = (h >> 16) ^ h
-    return (1 - 2 * ((h >> 7) & 1)).to(dtype)
+    return (1 - 2 * ((((h >> 16) ^ h) >> 7) & 1)).to(dtype)
+
+
+@prim("signs(Tensor key, int side, SymInt rows, int sketches, ScalarType dtype) -> Tensor")
+def signs(key: Tensor, side: int, rows: int, sketches: int, dtype: torch.dtype) -> Tensor:
+    """``[rows, sketches]`` signs, a hash of (key, side, row, sketch): the same on every backend and device. Other keys and
+    sides give independent ones."""
+    key = key.to(torch.int64)
+    low, high = key & 0x7FFFFFFF, (key >> 31) & 0x7FFFFFFF
+    seed = _mixed(_mixed(_mixed(low) ^ high) ^ (side + 1))
+    bits = []
+    for at in range(0, sketches, _WORD):
+        hashed = _mixed(_mixed(seed ^ (at // _WORD)) ^ torch.arange(rows, device=key.device))
+        places = torch.arange(min(_WORD, sketches - at), device=key.device)
+        bits.append((hashed.unsqueeze(-1) >> (places + 4)) & 1)
+    return (1 - 2 * (bits[0] if len(bits) == 1 else torch.cat(bits, -1))).to(dtype)
+
+
+def _mixed(h: Tensor) -> Tensor:
+    """A permutation of 31-bit numbers in which every bit depends on all. Each round reads its operand twice: what is not
+    stored, Inductor would write out as many times as there are paths."""
+    for _ in range(2):
+        h = stored((((h >> 16) ^ h) * 0x45D9F3B) & 0x7FFFFFFF)
+    return stored((h >> 16) ^ h)
+
+
+@prim("sketch(Tensor rows, Tensor signs) -> Tensor", shared=(1,))
+def sketch(rows_NM: Tensor, signs_NR: Tensor) -> Tensor:
+    """``signs^T rows``, ``[R, M]``: each is an unbiased sketch, ``E[v v^T] = rows^T rows``. One skinny product, of what has
+    the range of float32 in its own dtype."""
+    dtype = torch.float32 if rows_NM.dtype == torch.float16 else rows_NM.dtype
+    return (signs_NR.to(dtype).mT @ rows_NM.to(dtype)).to(accumulation_dtype(rows_NM.dtype))

@@ -3,6 +3,8 @@
 Of modules: Linear, Conv2d, Embedding (also as the table of a Linear), and Experts below. O outputs, I inputs, N rows.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
@@ -21,10 +23,17 @@ class Experts(nn.Module):
 
 
 class Contract:
-    """``step()`` behind a backward; ``optimizer`` is the base optimizer over all of the model's parameters."""
+    """``step()`` behind a backward; ``optimizer`` is the base optimizer over all of the model's parameters. Statistics are
+    ``late`` by some steps."""
+
+    late = 0
 
     def __init__(self, model, optimizer, rule, refresh_every=1):
-        self.optimizer, self.rule, self.refresh_every, self.count = optimizer, rule, refresh_every, 0
+        self.optimizer, self.refresh_every, self.count, self.size = optimizer, refresh_every, 0, rule.graft
+        if rule.follows_optimizer and isinstance(optimizer, torch.optim.SGD):  # as long as what SGD would have done
+            (group,) = optimizer.param_groups
+            rule, self.size = replace(rule, momentum=group["momentum"], nesterov=group["nesterov"]), "moment"
+        self.rule = rule
         self.rows, self.state, self.sites = {}, {}, {}
         names = {p: name for name, p in model.named_parameters()}
         for module in sorted(model.modules(), key=lambda m: isinstance(m, nn.Embedding)):
@@ -98,6 +107,7 @@ class Contract:
             turned = opposite and kind is not nn.Embedding
             seen = shape if not turned else Shape(shape.I, shape.O, False)
             read = {"state": state} if self.rule.reads_state else {}
+            read |= {"key": torch.tensor((self.count - self.late) << 32)} if self.rule.draws else {}
             summary = tuple(s.to(a.dtype) for s in self.rule.summarize(seen, a, g, **read))
             uses.append(Use(summary, torch.tensor(float(len(a))), turned))
         clock = torch.tensor(self.count)
@@ -109,7 +119,8 @@ class Contract:
     def direction(self, state, grad):
         if isinstance(self.rule, MKOR) or not self.rule.overrides("precondition"):
             left, right = (None if side is None else side.to(grad.weight.dtype) for side in self.rule.sides(state))
-            moved = self.rule.momentum(state, grad)
+            moved = self.rule.moment(state, grad)
+            grad = moved if self.size == "moment" else grad
             weight = moved.weight if left is None else left @ moved.weight
             made = Gradient(weight if right is None else weight @ right,
                             moved.bias if moved.bias is None or left is None else left @ moved.bias)  # fmt: skip
@@ -119,5 +130,5 @@ class Contract:
         return Gradient(self.sized(made.weight, grad.weight), bias)
 
     def sized(self, D, G):
-        size = {"gradient": G.norm(), "rms": 0.2 * D.numel() ** 0.5, None: D.norm()}[self.rule.graft]
+        size = {"gradient": G.norm(), "moment": G.norm(), "rms": 0.2 * D.numel() ** 0.5, None: D.norm()}[self.size]
         return D * (size / D.norm())

@@ -63,7 +63,7 @@ def capture(model: nn.Module, *args: Any, match: bool = True) -> list[Joint]:
             return gm
         if match:
             with plain_tracing():
-                analyse(step, Rules.of(MKOR()), Graphs("test"))
+                analyse(step, Rules.of(MKOR.published()), Graphs("test"))
 
         def run(*values):
             flat = [_value(node, values) for node in step.graph.find_nodes(op="placeholder")]

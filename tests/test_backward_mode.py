@@ -10,7 +10,7 @@ from test_lockstep import reference_for
 import mkor_fx
 from mkor_fx import MKOR
 
-RULE = MKOR(factor_dtype=torch.float64)
+RULE = MKOR.published(factor_dtype=torch.float64)
 
 
 @pytest.mark.parametrize("name", ["mlp", "cnn", "gpt", "breaks"])
@@ -46,7 +46,7 @@ def test_direction_is_that_of_the_factors_before_the_step(name):
 
 
 def test_accumulation_is_exact_without_the_rescale():
-    rule = MKOR(rescale=False, factor_dtype=torch.float64)
+    rule = MKOR.published(rescale=False, factor_dtype=torch.float64)
     model, loss_fn, batches = zoo.build("mlp", dtype=torch.float64, steps=4)
     twin = copy.deepcopy(model)
     for trained, parts in ((model, 1), (twin, 2)):
@@ -80,13 +80,13 @@ def test_a_nan_enters_no_factor():
 def test_rules_that_read_the_gradient_are_refused():
     model = zoo.build("mlp")[0]
     with pytest.raises(ValueError, match="precondition='step'"):
-        mkor_fx.compile(model, MKOR(statistic="gradient"), precondition="backward")
+        mkor_fx.compile(model, MKOR.published(statistic="gradient"), precondition="backward")
 
 
 # ---- looking, and going back ----------------------------------------------------------------------------------------------
 
 
-def loop(rule=MKOR(factor_dtype=torch.float64), **options):  # noqa: B008
+def loop(rule=MKOR.published(factor_dtype=torch.float64), **options):  # noqa: B008
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(6, 9), torch.nn.Tanh(), torch.nn.Linear(9, 4)).double()
     compiled = mkor_fx.compile(model, rule, precondition="backward", backend="eager", **options)
@@ -104,7 +104,10 @@ def loop(rule=MKOR(factor_dtype=torch.float64), **options):  # noqa: B008
     return compiled, step
 
 
-@pytest.mark.parametrize("rule", [MKOR(factor_dtype=torch.float64), mkor_fx.KFAC(derive_every=2)], ids=["mkor", "kfac"])
+RULES = {"mkor": MKOR.published(factor_dtype=torch.float64), "kfac": mkor_fx.KFAC(derive_every=2)}
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_looking_at_the_state_changes_nothing_wherever_it_happens(rule):
     found = []
     for look in (False, True):

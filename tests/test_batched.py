@@ -10,7 +10,7 @@ from torch import nn
 import mkor_fx
 from mkor_fx import MKOR
 
-RULE = MKOR(gamma=0.9, factor_dtype=torch.float64)
+RULE = MKOR.published(gamma=0.9, factor_dtype=torch.float64)
 E, I, O = 3, 5, 4  # noqa: E741
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
 

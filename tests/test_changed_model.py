@@ -368,7 +368,7 @@ def test_factors_of_weights_that_are_gone_go_too(door):
 
 @pytest.mark.parametrize("door", ["compile", "backward"])
 def test_statistics_follow_the_dtype_of_the_model(door):
-    rule = mkor_fx.MKOR(factor_dtype=torch.float64)
+    rule = mkor_fx.MKOR.published(factor_dtype=torch.float64)
     model = build().float()
     training = Training(door, model, rule=rule)
     x, y = batch()

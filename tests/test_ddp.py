@@ -50,7 +50,7 @@ def test_ranks_are_one_process(how, micro):
 
 
 def test_a_rule_that_reads_gradients():
-    options = {"rule": MKOR(form="exact", statistic="mean+gradient"), "refresh_every": 2}
+    options = {"rule": MKOR.published(form="exact", statistic="mean+gradient"), "refresh_every": 2}
     alone = train(0, 1, "gpt", "alone", 1, options)
     states = processes.values(train, 2, "gpt", "outside", 1, options)
     whole.assert_bitwise(states)
@@ -124,7 +124,7 @@ def test_what_the_whole_step_cannot_take_over_is_refused():
 
 
 def different_rule(rank, size):
-    compiled = mkor_fx.compile(torch.nn.Linear(4, 3), MKOR(gamma=0.9 + 0.05 * rank), backend="eager")
+    compiled = mkor_fx.compile(torch.nn.Linear(4, 3), MKOR.published(gamma=0.9 + 0.05 * rank), backend="eager")
     optimizer = torch.optim.SGD(compiled.parameters(), lr=0.1)
     compiled(torch.ones(2, 4)).sum().backward()
     optimizer.step()

@@ -72,9 +72,9 @@ def assert_bitwise(states):
 @pytest.mark.parametrize(
     "name, size, rule",
     [
-        ("mlp", 4, MKOR()),
-        ("gpt", 2, MKOR()),
-        ("in_out", 2, MKOR(form="exact", statistic="mean+gradient", bias="joint", clamp=0.05)),
+        ("mlp", 4, MKOR.published()),
+        ("gpt", 2, MKOR.published()),
+        ("in_out", 2, MKOR.published(form="exact", statistic="mean+gradient", bias="joint", clamp=0.05)),
     ],
     ids=["mlp-4", "gpt-2", "in_out-2"],
 )
@@ -87,14 +87,14 @@ def test_ranks_are_one_process(name, size, rule):
 
 
 def test_ranks_of_unequal_batches_are_one_process():
-    whole, _ = train(0, 1, "mlp", MKOR(), 8)
+    whole, _ = train(0, 1, "mlp", MKOR.published(), 8)
     parts = processes.values(train_rows, 2)
     assert_bitwise([state for state, _ in parts])
     assert_close(parts[0][0], whole, 1e-5)
 
 
 def train_rows(rank, size):
-    return train(rank, size, "mlp", MKOR(), 8, [0, 3, 8], communication=Communication(average="rows"))
+    return train(rank, size, "mlp", MKOR.published(), 8, [0, 3, 8], communication=Communication(average="rows"))
 
 
 def train_on_changing_batches(rank, size):
@@ -120,19 +120,19 @@ def test_ranks_whose_batches_change_by_themselves():
 
 
 def test_compiled_ranks_are_one_process():
-    whole, _ = train(0, 1, "mlp", MKOR(max_factor=14, bias="off"), 3)
-    parts = processes.values(train, 2, "mlp", MKOR(max_factor=14, bias="off"), 3, None, "inductor")
+    whole, _ = train(0, 1, "mlp", MKOR.published(max_factor=14, bias="off"), 3)
+    parts = processes.values(train, 2, "mlp", MKOR.published(max_factor=14, bias="off"), 3, None, "inductor")
     assert_bitwise([state for state, _ in parts])
     assert_close(parts[0][0], whole, 1e-5)
 
 
 def train_in_half_precision(rank, size):
     communication = Communication(statistics_dtype=torch.bfloat16, statistics_bytes=64, gradient_bytes=512)
-    return train(rank, size, "mlp", MKOR(), 6, communication=communication)
+    return train(rank, size, "mlp", MKOR.published(), 6, communication=communication)
 
 
 def test_statistics_in_half_precision_stay_close():
-    whole, _ = train(0, 1, "mlp", MKOR(), 6)
+    whole, _ = train(0, 1, "mlp", MKOR.published(), 6)
     parts = processes.values(train_in_half_precision, 2)
     assert_bitwise([state for state, _ in parts])
     assert_close(parts[0][0], whole, 2e-2)
@@ -167,7 +167,7 @@ def test_replicas_stay_equal():
 
 
 def train_long(rank, size):
-    return train(rank, size, "cnn", MKOR(), 100, communication=Communication(check_replicas_every=10))
+    return train(rank, size, "cnn", MKOR.published(), 100, communication=Communication(check_replicas_every=10))
 
 
 def train_poisoned(rank, size):

@@ -11,7 +11,7 @@ from torch.nn import functional
 import mkor_fx
 from mkor_fx import MKOR
 
-FLOAT64 = MKOR(factor_dtype=torch.float64)
+FLOAT64 = MKOR.published(factor_dtype=torch.float64)
 
 
 def train_drop_in(model, loss_fn, batches, rule=FLOAT64, backend="eager", micro_batches=1, **options):
@@ -56,7 +56,7 @@ def test_both_doors_have_one_trajectory_under_inductor():
     step = mkor_fx.compile_step(model, loss_fn, torch.optim.AdamW(model.parameters(), lr=1e-3))
     for x, y in batches:
         step(x, y)
-    train_drop_in(twin, loss_fn, batches, MKOR(), "inductor")
+    train_drop_in(twin, loss_fn, batches, MKOR.published(), "inductor")
     assert_same(model, twin, 1e-4)
 
 
@@ -65,8 +65,8 @@ def test_two_micro_batches_equal_one_batch(name):
     model, loss_fn, batches = zoo.build(name)
     batches = [(x[: len(x) // 2 * 2], y[: len(y) // 2 * 2]) for x, y in batches]
     twin = copy.deepcopy(model)
-    train_drop_in(model, loss_fn, batches, MKOR())
-    train_drop_in(twin, loss_fn, batches, MKOR(), micro_batches=2)
+    train_drop_in(model, loss_fn, batches, MKOR.published())
+    train_drop_in(twin, loss_fn, batches, MKOR.published(), micro_batches=2)
     assert_same(model, twin, 1e-6)
 
 
@@ -120,7 +120,7 @@ def test_fullgraph_in_both_doors(name):
     twin = copy.deepcopy(model)
     step = mkor_fx.compile_step(model, loss_fn, torch.optim.AdamW(model.parameters(), lr=1e-3), backend="eager")
     assert all(torch.isfinite(step(x, y)) for x, y in batches)
-    losses, _ = train_drop_in(twin, loss_fn, batches, MKOR(), fullgraph=True)
+    losses, _ = train_drop_in(twin, loss_fn, batches, MKOR.published(), fullgraph=True)
     assert all(torch.isfinite(loss) for loss in losses)
     for trained in (model, twin):
         assert all(not torch.equal(before[key], value) for key, value in trained.state_dict().items())

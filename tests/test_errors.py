@@ -24,11 +24,11 @@ def adam(model):
     return torch.optim.Adam(model.parameters())
 
 
-def compile_step(model, loss_fn=F.mse_loss, optimizer=None, rule=MKOR(), **options):  # noqa: B008
+def compile_step(model, loss_fn=F.mse_loss, optimizer=None, rule=MKOR.published(), **options):  # noqa: B008
     return mkor_fx.compile_step(model, loss_fn, optimizer or adam(model), rule, **{"backend": "eager"} | options)
 
 
-def compile(model, rule=MKOR(), **options):  # noqa: B008
+def compile(model, rule=MKOR.published(), **options):  # noqa: B008
     return mkor_fx.compile(model, rule, **{"backend": "eager"} | options)
 
 
@@ -84,7 +84,7 @@ def test_options_of_one_door():
     with pytest.raises(ValueError, match=r"fullgraph=True; mkor_fx\.compile handles graph breaks"):
         compile_step(network(), fullgraph=False)
     with pytest.raises(ValueError, match=r"use precondition='step'"):
-        compile(network(), MKOR(statistic="mean+gradient"), precondition="backward")
+        compile(network(), MKOR.published(statistic="mean+gradient"), precondition="backward")
 
 
 @DOORS

@@ -104,8 +104,8 @@ def test_costs_are_those_of_the_two_products():
 def test_costs_follow_the_rule():
     model, x = nn.Linear(64, 32, bias=False), torch.randn(8, 64)
     both = mkor_fx.explain(model, x).costs("weight")
-    one = mkor_fx.explain(model, x, rule=MKOR(max_factor=40)).costs("weight")
-    half = mkor_fx.explain(model, x, rule=MKOR(factor_dtype=torch.bfloat16)).costs("weight")
+    one = mkor_fx.explain(model, x, rule=MKOR.published(max_factor=40)).costs("weight")
+    half = mkor_fx.explain(model, x, rule=MKOR.published(factor_dtype=torch.bfloat16)).costs("weight")
     assert one.precondition_flops < 0.5 * both.precondition_flops
     assert half.refresh_bytes < both.refresh_bytes
     assert one.cheapest == "L on g"

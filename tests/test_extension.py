@@ -156,7 +156,7 @@ def test_without_a_row_the_op_is_declined(without_row):
     assert decline is not None and "bmm" in decline.op
 
 
-@pytest.mark.parametrize("rule", [MKOR(), Eva()], ids=["mkor", "eva"])
+@pytest.mark.parametrize("rule", [MKOR.published(), Eva()], ids=["mkor", "eva"])
 @pytest.mark.parametrize("door", ["compile_step", "compile"])
 def test_toy_row(toy_row, door, rule):
     """The expert trains exactly as a linear layer with the same weight does."""

@@ -49,7 +49,7 @@ def whole(param):
 def train(rank, size, how, rescale):
     """Parameters after each step, the factors in the end, the names of what is preconditioned."""
     torch.manual_seed(0)
-    model, rule = Model(), MKOR(rescale=rescale)
+    model, rule = Model(), MKOR.published(rescale=rescale)
     if how == "fsdp":
         sharded(model, size)
     communication = Communication(check_replicas_every=2)

@@ -275,7 +275,7 @@ def test_two_handles_with_optimizers_of_their_own_step_in_turn():
 
 def test_handles_of_a_model_and_of_its_part():
     model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4)).double()
-    whole, part = mkor_fx.compile(model, MKOR(), backend="eager"), mkor_fx.compile(model[0], MKOR(), backend="eager")
+    whole, part = (mkor_fx.compile(m, MKOR.published(), backend="eager") for m in (model, model[0]))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for call in (whole, part, whole):
         optimizer.zero_grad()

@@ -11,7 +11,7 @@ from torch.nn import functional
 import mkor_fx
 from mkor_fx import MKOR
 
-RULE = MKOR(factor_dtype=torch.float64)
+RULE = MKOR.published(factor_dtype=torch.float64)
 
 
 def pair(rule=RULE, dtype=torch.float64, **options):
@@ -90,7 +90,7 @@ def test_lbfgs_calls_its_closure_many_times():
 @pytest.mark.parametrize("form", ["forgetful", "scale_free"])
 def test_gradient_scaler(form):
     """A scaled loss gives the trajectory of an unscaled one, whatever the rule makes of scale."""
-    rule = MKOR(form=form, factor_dtype=torch.float64)
+    rule = MKOR.published(form=form, factor_dtype=torch.float64)
     model, compiled, twin = pair(rule)
     optimizer, other = (torch.optim.AdamW(m.parameters(), lr=1e-2, fused=False) for m in (model, twin))
     reference, scaler = reference_for(twin, rule, other), torch.amp.GradScaler("cpu", init_scale=1024.0)
@@ -105,10 +105,11 @@ def test_gradient_scaler(form):
 
 
 def test_fused_optimizer_under_a_scaler():
-    model, compiled, twin = pair(MKOR(form="forgetful"), torch.float32)
+    model, compiled, twin = pair(MKOR.published(form="forgetful"), torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
     other = torch.optim.AdamW(twin.parameters(), lr=1e-2)
-    reference, scaler = reference_for(twin, MKOR(form="forgetful"), other), torch.amp.GradScaler("cpu", init_scale=256.0)
+    reference = reference_for(twin, MKOR.published(form="forgetful"), other)
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
     for _ in range(3):
         x, y = batch(torch.float32)
         optimizer.zero_grad()
@@ -121,7 +122,7 @@ def test_fused_optimizer_under_a_scaler():
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_scaler_that_finds_an_inf_touches_nothing(fused):
-    model, compiled, _ = pair(MKOR(), torch.float32)
+    model, compiled, _ = pair(MKOR.published(), torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=fused)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
     for number in range(4):

@@ -67,11 +67,11 @@ def lockstep(name, rule, backend, tolerance, door, optimizer=torch.optim.AdamW, 
 @pytest.mark.parametrize("door", ["step", "drop-in"])
 @pytest.mark.parametrize("name", ["mlp", "cnn", "gpt", "checkpointed"])
 def test_default_rule(name, door):
-    lockstep(name, MKOR(factor_dtype=torch.float64), "eager", 1e-10, door)
+    lockstep(name, MKOR.published(factor_dtype=torch.float64), "eager", 1e-10, door)
 
 
 def test_six_blocks_with_a_graph_break_in_each_have_six_sets_of_factors():
-    lockstep("breaks", MKOR(factor_dtype=torch.float64), "eager", 1e-10, "drop-in")
+    lockstep("breaks", MKOR.published(factor_dtype=torch.float64), "eager", 1e-10, "drop-in")
 
 
 @pytest.mark.parametrize(
@@ -87,16 +87,17 @@ def test_six_blocks_with_a_graph_break_in_each_have_six_sets_of_factors():
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
 )
 def test_options(name, options):
-    lockstep(name, MKOR(factor_dtype=torch.float64, **options), "eager", 1e-10, "step")
+    lockstep(name, MKOR.published(factor_dtype=torch.float64, **options), "eager", 1e-10, "step")
 
 
 def test_clamp_and_sketch_through_the_drop_in_door():
-    lockstep("gpt", MKOR(factor_dtype=torch.float64, statistic="mean+gradient", clamp=2.0), "eager", 1e-10, "drop-in")
+    rule = MKOR.published(factor_dtype=torch.float64, statistic="mean+gradient", clamp=2.0)
+    lockstep("gpt", rule, "eager", 1e-10, "drop-in")
 
 
 @pytest.mark.parametrize("door", ["step", "drop-in"])
 def test_refresh_every_third_step(door):
-    lockstep("cnn", MKOR(factor_dtype=torch.float64), "eager", 1e-10, door, torch.optim.SGD, refresh_every=3)
+    lockstep("cnn", MKOR.published(factor_dtype=torch.float64), "eager", 1e-10, door, torch.optim.SGD, refresh_every=3)
 
 
 NIGHTLY = pytest.mark.nightly
@@ -104,9 +105,9 @@ NIGHTLY = pytest.mark.nightly
 
 @pytest.mark.parametrize("name", ["cnn", *(pytest.param(name, marks=NIGHTLY) for name in ("mlp", "gpt"))])
 def test_compiled_step_in_float32(name):
-    lockstep(name, MKOR(), "inductor", 1e-4, "step")
+    lockstep(name, MKOR.published(), "inductor", 1e-4, "step")
 
 
 @pytest.mark.parametrize("name", ["cnn", pytest.param("breaks", marks=NIGHTLY)])
 def test_compiled_drop_in_in_float32(name):
-    lockstep(name, MKOR(), "inductor", 1e-4, "drop-in")
+    lockstep(name, MKOR.published(), "inductor", 1e-4, "drop-in")

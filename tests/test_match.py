@@ -108,7 +108,7 @@ def test_excluded_frozen_and_unused_parameters_are_told_apart():
 
 
 def test_max_factor_is_the_reason_where_it_leaves_nothing():
-    coverage = explain(nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 2)), torch.randn(3, 4), rule=MKOR(max_factor=3))
+    coverage = explain(nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 2)), torch.randn(3, 4), rule=MKOR.published(max_factor=3))
     assert "max_factor" in coverage["0.weight"].declined.reason
     assert "0.weight" in coverage["0.bias"].declined.reason
     assert coverage["1.weight"].factors == {"L": (2, 2)}
@@ -191,9 +191,9 @@ def test_explain_changes_nothing():
     assert torch.equal(torch.get_rng_state(), random), "random numbers were drawn"
 
 
-@pytest.mark.parametrize("rule", [MKOR(bias="off"), MKOR(max_factor=4)], ids=["bias off", "left side too large"])
-def test_a_bias_that_the_rule_leaves_alone_is_declined(rule):
-    coverage = explain(nn.Linear(3, 5), torch.randn(2, 3), rule=rule)
+@pytest.mark.parametrize("options", [{"bias": "off"}, {"max_factor": 4}], ids=["bias off", "left side too large"])
+def test_a_bias_that_the_rule_leaves_alone_is_declined(options):
+    coverage = explain(nn.Linear(3, 5), torch.randn(2, 3), rule=MKOR.published(**options))
     assert coverage["weight"].declined is None
     assert "leaves the bias of weight alone" in coverage["bias"].declined.reason
 

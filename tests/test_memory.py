@@ -46,7 +46,7 @@ def batch():
 class Trained:
     """A model in training behind one of the doors; ``graph`` is what Dynamo was given in the place of its own."""
 
-    def __init__(self, door, model=None, rule=MKOR(), optimizer=torch.optim.AdamW, backend="eager", **options):  # noqa: B008
+    def __init__(self, door, model=None, rule=MKOR.published(), optimizer=torch.optim.AdamW, backend="eager", **options):  # noqa: B008
         self.model = network() if model is None else model
         self.optimizer = optimizer(self.model.parameters(), lr=0.01)
         if door == "compile_step":
@@ -68,10 +68,11 @@ class Trained:
 
 
 DOORS = pytest.mark.parametrize("door", ["compile_step", "compile", "backward"])
+RULES = {"mkor": MKOR.published(), "kfac": KFAC(derive_every=1), "timed": MKOR.published(gamma=lambda step: 0.9)}
 
 
 @DOORS
-@pytest.mark.parametrize("rule", [MKOR(), KFAC(derive_every=1), MKOR(gamma=lambda step: 0.9)], ids=["mkor", "kfac", "timed"])
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_a_model_its_optimizer_and_its_graphs_die_with_their_last_user(door, rule):
     trained = Trained(door, rule=rule)
     for _ in range(2):
@@ -184,7 +185,7 @@ def test_traces_are_shared_by_rules_that_differ_in_what_changes():
     tracing._traced.clear()
     sizes = []
     for gamma in (0.9, 0.8):
-        trained = Trained("compile", rule=MKOR(gamma=lambda step, gamma=gamma: gamma))
+        trained = Trained("compile", rule=MKOR.published(gamma=lambda step, gamma=gamma: gamma))
         trained.step(*batch())
         sizes.append(len(tracing._traced))
     assert sizes[0] == sizes[1] > 0
@@ -193,7 +194,7 @@ def test_traces_are_shared_by_rules_that_differ_in_what_changes():
 ALLOCATES = """
 import resource, sys, torch, mkor_fx
 from torch import nn
-rule = {"none": None, "mkor": mkor_fx.MKOR(max_factor=64)}[sys.argv[1]]
+rule = {"none": None, "mkor": mkor_fx.MKOR.published(max_factor=64)}[sys.argv[1]]
 model = nn.Sequential(*(nn.Linear(2048, 2048, bias=False) for _ in range(6)))  # 96 MB
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)  # its state: 192 MB
 
@@ -266,7 +267,7 @@ def test_strangers_write_one_folder(tmp_path):
 
 
 def test_the_cache_key_holds_every_source_that_shapes_a_program(monkeypatch, tmp_path):
-    def key(rules=Rules.of(MKOR())):  # noqa: B008
+    def key(rules=Rules.of(MKOR.published())):  # noqa: B008
         sources._own.cache_clear()
         return sources.library_sources(rules)
 
@@ -291,7 +292,7 @@ class Mine(MKOR):
 
 
 def test_the_cache_key_holds_a_rules_own_source(monkeypatch):
-    keys = [sources.library_sources(Rules.of(rule)) for rule in (MKOR(), Mine())]
+    keys = [sources.library_sources(Rules.of(rule)) for rule in (MKOR.published(), Mine())]
     monkeypatch.setattr(sources, "_source_of", lambda cls: f"class {cls.__name__}, otherwise")
     assert len({*keys, sources.library_sources(Rules.of(Mine()))}) == 3
 
@@ -304,7 +305,7 @@ def test_the_cache_key_holds_options_passes_and_names(monkeypatch):
         keys.append(self.uuid())
 
     monkeypatch.setattr(StatisticsPass, "__init__", noted)
-    for options in ({}, {"rule": MKOR(gamma=0.9)}, {"skip": ["2.bias"]}, {"without": ["store_scalars"]},
+    for options in ({}, {"rule": MKOR.published(gamma=0.9)}, {"skip": ["2.bias"]}, {"without": ["store_scalars"]},
                     {"precondition": "backward"}, {}):  # fmt: skip
         compiled_model(network(), Options(backend="eager", **options))(batch()[0])
     assert len(keys) == 6 and len(set(keys)) == 5 and keys[0] == keys[-1]

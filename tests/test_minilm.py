@@ -27,7 +27,7 @@ def test_a_few_steps():
     training, held_out = minilm.examples(minilm.DATA, 12)
     few = minilm.Examples(*held_out.at(torch.arange(24)))
     options = argparse.Namespace(steps=3, batch=4, refresh=1, seed=0, backend="eager")
-    outcome = minilm.fine_tune(MKOR(), 1e-4, (training, few), options)
+    outcome = minilm.fine_tune(MKOR.published(), 1e-4, (training, few), options)
     assert len(outcome.losses) == 3 and all(map(math.isfinite, outcome.losses)) and 0 <= outcome.accuracy <= 1
     # 36 layers of the encoder, 3 tables and the head, with the biases of the layers; norms are declined
     assert (len(outcome.coverage.covered), len(list(outcome.coverage))) == (77, 103)

@@ -114,7 +114,7 @@ def test_default_rule_does_not_depend_on_the_scale_of_the_loss(scale):
         optimizer = torch.optim.SGD(trained.parameters(), lr=1.0 / factor)
         step = mkor_fx.compile_step(
             trained, lambda out, y, f=factor: f * functional.cross_entropy(out, y), optimizer,
-            MKOR(factor_dtype=torch.float64), backend="eager",
+            MKOR.published(factor_dtype=torch.float64), backend="eager",
         )
         step(*batch)
         directions.append([p.detach() - q.detach() for p, q in zip(trained.parameters(), model.parameters())])

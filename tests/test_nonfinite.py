@@ -29,7 +29,7 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
-@pytest.mark.parametrize("rule", [MKOR(), MKOR(form="exact", statistic="mean+gradient"), None], ids=str)
+@pytest.mark.parametrize("rule", [MKOR.published(), MKOR.published(form="exact", statistic="mean+gradient"), None], ids=str)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_whole_step_changes_nothing_at_all(rule, value):
     model, batches = model_and_batches()
@@ -65,7 +65,7 @@ def test_without_skipping_factors_are_still_guarded():
 @pytest.mark.parametrize("statistic", ["mean", "mean+gradient"])
 def test_drop_in_door_leaves_the_parameters_to_the_optimizer(statistic):
     model, batches = model_and_batches()
-    compiled = mkor_fx.compile(model, MKOR(statistic=statistic), backend="eager")
+    compiled = mkor_fx.compile(model, MKOR.published(statistic=statistic), backend="eager")
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
 
     def train(x, y, step=True):

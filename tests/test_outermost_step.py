@@ -446,7 +446,7 @@ def test_gradients_that_are_kept_and_added_to_are_one_step():
 def test_in_the_backward_mode_a_step_ends_where_gradients_are_cleared(how):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 4)).double()
-    compiled = mkor_fx.compile(model, MKOR(), precondition="backward", backend="eager")
+    compiled = mkor_fx.compile(model, MKOR.published(), precondition="backward", backend="eager")
     for number in range(4):
         for _ in range(2):  # micro-batches are one step
             x, y = batch()
@@ -583,7 +583,7 @@ def test_a_bias_that_was_frozen_for_a_while_is_preconditioned_again(door):
 # ---- scalers --------------------------------------------------------------------------------------------------------------
 
 
-SCALED = {"mkor": MKOR(form="forgetful"), "kfac": mkor_fx.KFAC(derive_every=1), "own step": Leading()}
+SCALED = {"mkor": MKOR.published(form="forgetful"), "kfac": mkor_fx.KFAC(derive_every=1), "own step": Leading()}
 
 
 @pytest.mark.parametrize("rule", SCALED.values(), ids=SCALED)

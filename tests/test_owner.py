@@ -72,11 +72,12 @@ def train_owned(rank, size, name, rule, steps, placement, **options):
     return {key: t.detach().clone() for key, t in state.items()}, torch.stack(losses), own, step.mkor.owners, graph
 
 
+EXACT = MKOR.published(form="exact", statistic="mean+gradient", bias="joint", clamp=0.05)
 CASES = {
-    "mlp-4": ("mlp", 4, MKOR(), Communication(padding=9.0)),
-    "gpt-2": ("gpt", 2, MKOR(), Communication(gradient_bytes=3000)),
-    "cnn-2": ("cnn", 2, MKOR(), Communication(padding=9.0, average="rows", check_replicas_every=2)),
-    "in_out-2": ("in_out", 2, MKOR(form="exact", statistic="mean+gradient", bias="joint", clamp=0.05), Communication()),
+    "mlp-4": ("mlp", 4, MKOR.published(), Communication(padding=9.0)),
+    "gpt-2": ("gpt", 2, MKOR.published(), Communication(gradient_bytes=3000)),
+    "cnn-2": ("cnn", 2, MKOR.published(), Communication(padding=9.0, average="rows", check_replicas_every=2)),
+    "in_out-2": ("in_out", 2, EXACT, Communication()),
 }
 
 
@@ -184,13 +185,13 @@ def test_all_ranks_skip_a_step_that_one_owner_sees():
 
 
 def train_compiled(rank, size):
-    rule, communication = MKOR(max_factor=14), Communication(padding=9.0, gradient_bytes=1000)
+    rule, communication = MKOR.published(max_factor=14), Communication(padding=9.0, gradient_bytes=1000)
     return train_owned(rank, size, "mlp", rule, 3, "owner", backend="inductor", communication=communication)
 
 
 @pytest.mark.nightly
 def test_compiled_owners_issue_alike():
-    whole, _ = train(0, 1, "mlp", MKOR(max_factor=14), 3)
+    whole, _ = train(0, 1, "mlp", MKOR.published(max_factor=14), 3)
     parts = processes.values(train_compiled, 2)
     assert_bitwise([state for state, *_ in parts])
     assert_close(parts[0][0], whole, 1e-5)

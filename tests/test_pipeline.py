@@ -32,7 +32,7 @@ def sgd(model):
     return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
 
-def step_of(model, rule=MKOR(), **options):  # noqa: B008
+def step_of(model, rule=MKOR.published(), **options):  # noqa: B008
     chosen = Options(rule=rule, backend="eager", fullgraph=True, **options)
     return compiled_step(model, functional.mse_loss, sgd(model), chosen)
 
@@ -120,7 +120,7 @@ def test_order_and_shortcuts_change_no_value(name):
         torch.testing.assert_close(a, b)
 
 
-def driven(without, rule=MKOR(), precondition="step"):  # noqa: B008
+def driven(without, rule=MKOR.published(), precondition="step"):  # noqa: B008
     """As ``trained``, through the drop-in door: whether factors and weights have moved."""
     model = network()
     handle = compiled_model(model, Options(rule=rule, backend="eager", without=without, precondition=precondition))

@@ -9,9 +9,10 @@ from joint import program
 
 from mkor_fx import prims
 from mkor_fx.ir import verify
-from mkor_fx.ops import rows
+from mkor_fx.ops import ROW_SUMS, rows
 from mkor_fx.passes.lower.expand import expand
 from mkor_fx.passes.lower.shortcut_row_sums import shortcut_row_sums
+from mkor_fx.rules import inverse_updates
 
 STEP = torch.tensor(3)
 GEOMETRIES = [  # kernel, stride, padding, dilation, surplus positions, groups
@@ -42,19 +43,28 @@ EXAMPLES = {
     rows.histogram: [(INDICES, 6, padding, torch.float64) for padding in (-1, 1)],
     rows.member_rows: [(randn(7, 3), torch.tensor([0, 2, 2, 4, 0, 2, 3]), 4)],
     rows.place_rows: [(randn(7, 6), [], [6, 2, 9]), (randn(2, 7, 6), [2, 1, 4], [2, 0, 2, 3, 1, 5])],
-    prims.inverse_update: [(spd(5), [randn(5, seed=j) for j in range(k)], 0.9, 0.1, 0.5) for k in (1, 2, 3)],
-    prims.inverse_update_by: [
+    inverse_updates.inverse_update: [(spd(5), [randn(5, seed=j) for j in range(k)], 0.9, 0.1, 0.5) for k in (1, 2, 3)],
+    inverse_updates.inverse_update_by: [
         (spd(5), [randn(5, seed=j) for j in range(k)], *map(torch.tensor, (0.9, 0.1, 0.5))) for k in (1, 2)
     ],
     prims.precondition: [
         (left, randn(4, 5), right) for left in (spd(4), None) for right in (spd(5), None)
     ],
     prims.rescale: [(randn(4, 5), randn(4, 5, seed=1)), (torch.zeros(4, 5), torch.ones(4, 5))],
-    prims.unless_noise: [(randn(5), torch.tensor(noise, dtype=torch.float64)) for noise in (0.0, 1e9)],
-    prims.scale_to: [(vector, 10.0) for vector in (randn(5), torch.zeros(5).double(), 1e-30 * randn(5))],
-    prims.scale_to_by: [(randn(5), torch.tensor(10.0)), (torch.zeros(5).double(), torch.tensor(10.0))],
+    inverse_updates.damped_update: [
+        (spd(size), [randn(r, size, seed=j) for j, r in enumerate(blocks)], torch.tensor(2), 0.9, 10.0, probes)
+        for size, blocks, probes in ((5, [2], 5), (12, [3, 1], 8))
+    ],
+    inverse_updates.damped_update_by: [
+        (spd(12), [randn(3, 12)], torch.tensor(2), torch.tensor(0.9), torch.tensor(10.0), 8)
+    ],
+    inverse_updates.unless_noise: [(randn(5), torch.tensor(noise, dtype=torch.float64)) for noise in (0.0, 1e9)],
+    inverse_updates.scale_to: [(vector, 10.0) for vector in (randn(5), torch.zeros(5).double(), 1e-30 * randn(5))],
+    inverse_updates.scale_to_by: [(randn(5), torch.tensor(10.0)), (torch.zeros(5).double(), torch.tensor(10.0))],
     prims.graft_rms: [(randn(4, 5),), (torch.zeros(4, 5),)],
     prims.rademacher: [(STEP, 1, 17, torch.float64)],
+    prims.signs: [(STEP + (7 << 32), 1, 17, count, torch.float64) for count in (3, 30)],
+    prims.sketch: [(randn(7, 3), randn(7, 2).sign()), (randn(2, 7, 3), randn(7, 2).sign())],
 }
 CALLS = [pytest.param(op, args, id=f"{op}-{i}") for op in EXAMPLES for i, args in enumerate(EXAMPLES[op])]
 
@@ -108,25 +118,30 @@ def test_one_hot_rows_are_what_an_embedding_multiplies_with_its_weight(padding_i
 
 ROW_CASES = [
     pytest.param(reduction, producer, args, id=f"{reduction.__name__}-{producer.__name__}-{i}")
-    for reduction, producer in rows.ROW_SUMS
+    for reduction, producer in ROW_SUMS
     for i, args in enumerate(EXAMPLES[producer])
 ]
 
 
 @pytest.mark.parametrize("reduction, producer, args", ROW_CASES)
 def test_row_sum_shortcut_equals_the_sum_over_its_rows(reduction, producer, args):
-    expected = reduction(producer(*args))
-    actual = rows.ROW_SUMS[reduction, producer](*args)
+    behind = ()
+    if reduction is prims.sketch:
+        behind = (prims.signs(STEP, 0, producer(*args).shape[-2], 3, torch.float64),)
+    expected = reduction(producer(*args), *behind)
+    actual = ROW_SUMS[reduction, producer](*args, *behind)
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
     tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
-    step = program(lambda *x: reduction(producer(*x, *args[len(x) :])), *tensors)
+    step = program(lambda *x: reduction(producer(*x[: len(tensors)], *args[len(tensors) :]), *x[len(tensors) :]),
+                   *tensors, *behind)  # fmt: skip
     shortcut_row_sums(step)
-    assert not step.graph.find_nodes(op="call_function", target=producer), "the rows are still made"
+    made = step.graph.find_nodes(op="call_function", target=producer)
+    assert all(node.args[0].target is reduction for node in made), "the rows are still made"
     expand(step)
     verify(step, "lower")
     step.module.recompile()
-    assert torch.equal(step.module(*tensors), actual)
+    assert torch.equal(step.module(*tensors, *behind), actual)
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
@@ -135,16 +150,16 @@ def test_inverse_update_is_the_inverse(k):
     scale, shift, weight = 0.9, 0.3, 0.7
     start = scale * factor + shift * torch.eye(6, dtype=torch.float64)
     expected = torch.linalg.inv(torch.linalg.inv(start) + weight * sum(torch.outer(v, v) for v in vectors))
-    actual = prims.inverse_update(factor, vectors, scale, shift, weight)
+    actual = inverse_updates.inverse_update(factor, vectors, scale, shift, weight)
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
-    assert torch.equal(prims.inverse_update(factor, vectors, 1.0, 0.0, 0.0), factor)
+    assert torch.equal(inverse_updates.inverse_update(factor, vectors, 1.0, 0.0, 0.0), factor)
 
 
 def test_inverse_update_computes_in_the_dtype_of_the_vectors_and_keeps_that_of_the_factor():
     factor, vector = spd(6).to(torch.bfloat16), randn(6, dtype=torch.float32)
-    actual = prims.inverse_update(factor, [vector], 0.9, 0.1, 1.0)
+    actual = inverse_updates.inverse_update(factor, [vector], 0.9, 0.1, 1.0)
     assert actual.dtype == torch.bfloat16
-    assert torch.equal(actual, prims.inverse_update(factor.float(), [vector], 0.9, 0.1, 1.0).to(torch.bfloat16))
+    assert torch.equal(actual, inverse_updates.inverse_update(factor.float(), [vector], 0.9, 0.1, 1.0).to(torch.bfloat16))
 
 
 def test_sums_over_bfloat16_rows_accumulate_in_float32():
@@ -152,13 +167,18 @@ def test_sums_over_bfloat16_rows_accumulate_in_float32():
     images = torch.ones(1000, 1, 2, 2, dtype=torch.bfloat16)
     geometry = ([1, 1], [1, 1], [0, 0], [1, 1], [0, 0], 1)
     indices = torch.zeros(1000, dtype=torch.int64)
-    shortcuts = [shortcut for (_, producer), shortcut in rows.ROW_SUMS.items() if producer is rows.unfold_rows]
+    behind = {prims.sketch: (torch.ones(4000, 1),)}
+    shortcuts = [
+        (shortcut, behind.get(reduction, ()))
+        for (reduction, producer), shortcut in ROW_SUMS.items()
+        if producer is rows.unfold_rows
+    ]
     sums = [
         (prims.column_sum(ones), 1000.0),
         (prims.column_square_sum(ones), 1000.0),
         (rows.patch_sum(images, *geometry), 4000.0),
         (rows.histogram(indices, 1, -1, torch.bfloat16), 1000.0),
-        *((shortcut(images, *geometry), 4000.0) for shortcut in shortcuts),
+        *((shortcut(images, *geometry, *more), 4000.0) for shortcut, more in shortcuts),
     ]
     for actual, expected in sums:
         assert actual.dtype == torch.float32
@@ -202,13 +222,13 @@ def test_rademacher_signs_are_balanced_and_depend_on_step_and_side():
 
 def test_scale_to_gives_the_length_and_keeps_zero():
     for vector in (randn(5), 1e-30 * randn(5), 1e30 * randn(5)):
-        scaled = prims.scale_to(vector.float(), 10.0)
+        scaled = inverse_updates.scale_to(vector.float(), 10.0)
         torch.testing.assert_close(scaled.norm() ** 2, torch.tensor(10.0))
         torch.testing.assert_close(scaled / scaled.norm(), (vector / vector.norm()).float())
-    assert torch.equal(prims.scale_to(torch.zeros(5), 10.0), torch.zeros(5))
+    assert torch.equal(inverse_updates.scale_to(torch.zeros(5), 10.0), torch.zeros(5))
 
 
 def test_unless_noise_compares_squared_lengths():
     vector = torch.tensor([3.0, 4.0])
-    assert torch.equal(prims.unless_noise(vector, torch.tensor(24.9)), vector)
-    assert torch.equal(prims.unless_noise(vector, torch.tensor(25.0)), torch.zeros(2))
+    assert torch.equal(inverse_updates.unless_noise(vector, torch.tensor(24.9)), vector)
+    assert torch.equal(inverse_updates.unless_noise(vector, torch.tensor(25.0)), torch.zeros(2))

@@ -62,7 +62,7 @@ def test_metrics_of_a_drop_in_model_change_nothing(mode):
 
 
 def test_metrics_without_square_factors():
-    step = make_step(rule=MKOR(max_factor=5))
+    step = make_step(rule=MKOR.published(max_factor=5))
     step(X, Y)
     assert {k for k in step.metrics(per_factor=True) if k.endswith(".L.min")} == {"0.weight.L.min", "2.weight.L.min"}
     assert "factor_min" not in make_step(rule=None).metrics()

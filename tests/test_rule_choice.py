@@ -71,7 +71,7 @@ DOORS = pytest.mark.parametrize("door", ["compile_step", "compile"])
 
 @DOORS
 def test_each_weight_gets_the_rule_of_the_first_pattern_that_matches(door):
-    rules = {"attn.key.*": KFAC(derive_every=1), "attn.*": Eva(), "head.*": None, "*": MKOR()}
+    rules = {"attn.key.*": KFAC(derive_every=1), "attn.*": Eva(), "head.*": None, "*": MKOR.published()}
     model, data = block(), batches()
     done = run(door, model, rules, data)
     keys = {}
@@ -90,7 +90,7 @@ def test_each_weight_gets_the_rule_of_the_first_pattern_that_matches(door):
 @DOORS
 def test_rules_beside_each_other_are_the_rules_alone(door):
     """A weight is trained as if its rule were everybody's: here the rest stands still."""
-    for name, rule in {"attn.query": MKOR(factor_dtype=torch.float64), "mlp": KFAC(derive_every=2)}.items():
+    for name, rule in {"attn.query": MKOR.published(factor_dtype=torch.float64), "mlp": KFAC(derive_every=2)}.items():
         data, models = batches(4), [block().double() for _ in range(2)]
         data = [(x.double(), y.double()) for x, y in data]
         for model in models:
@@ -106,14 +106,14 @@ def test_rules_beside_each_other_are_the_rules_alone(door):
 @DOORS
 def test_a_pattern_and_skip_decline_alike(door):
     model = block()
-    done = run(door, model, {"head.*": None, "*": MKOR()}, batches(1), skip=["mlp.*"])
+    done = run(door, model, {"head.*": None, "*": MKOR.published()}, batches(1), skip=["mlp.*"])
     assert [done.coverage[name].declined.reason for name in ("head.weight", "mlp.weight")] == [
         "skipped by pattern 'head.*'", "skipped by pattern 'mlp.*'"]  # fmt: skip
 
 
 @DOORS
 def test_a_weight_that_no_pattern_names_is_declined_and_said_to_be(door):
-    done = run(door, block(), {"attn.*": MKOR()}, batches(1))
+    done = run(door, block(), {"attn.*": MKOR.published()}, batches(1))
     assert done.coverage["mlp.weight"].declined.reason == "no pattern of rule= names it"
     assert {key.rpartition(".")[0] for key in done.mkor.state_dict()} == {"attn.query.weight", "attn.key.weight", ""}
 
@@ -123,16 +123,16 @@ def test_a_bias_alone_can_be_left_out(door):
     model, data = block(), batches(1)
     raw = torch.autograd.grad(functional.mse_loss(model(data[0][0]), data[0][1]), model.mlp.bias)[0]
     before = model.mlp.bias.detach().clone()
-    done = run(door, model, {"*.bias": None, "*": MKOR()}, data)
+    done = run(door, model, {"*.bias": None, "*": MKOR.published()}, data)
     torch.testing.assert_close(model.mlp.bias.detach(), before - 0.05 * raw)
     assert done.coverage["mlp.weight"].declined is None
 
 
 PATTERNS = {
-    "no match": ({"attn.*": MKOR(), "encoder.*": Eva(), "*": MKOR()},
+    "no match": ({"attn.*": MKOR.published(), "encoder.*": Eva(), "*": MKOR.published()},
                  r"rule pattern 'encoder\.\*' matches no parameter\. Parameters: attn\.query\.weight, "),
-    "shadowed": ({"*": MKOR(), "head.*": None}, r"'head\.\*' matches only what earlier patterns take: move it up"),
-    "no pattern": ({0: MKOR()}, r"rule=\{0: \.\.\.\}: keys are patterns"),
+    "shadowed": ({"*": MKOR.published(), "head.*": None}, r"'head\.\*' matches only what earlier patterns take: move it up"),
+    "no pattern": ({0: MKOR.published()}, r"rule=\{0: \.\.\.\}: keys are patterns"),
     "empty": ({}, r"rule=\{\}: names no weight; use rule=None"),
     "no rule": ({"*": "mkor"}, r"rule='mkor' for '\*': must be an update rule"),
 }  # fmt: skip
@@ -151,7 +151,7 @@ def test_bad_patterns(case, look):
 
 
 def test_explain_shows_patterns_too():
-    report = mkor_fx.explain(block(), torch.randn(8, 6), rule={"head.*": None, "attn.*": Eva(), "*": MKOR()})
+    report = mkor_fx.explain(block(), torch.randn(8, 6), rule={"head.*": None, "attn.*": Eva(), "*": MKOR.published()})
     assert report["head.weight"].declined.reason == "skipped by pattern 'head.*'"
     assert set(report["attn.key.weight"].factors) == {"a", "g"} and set(report["mlp.weight"].factors) == {"L", "R"}
 
@@ -164,7 +164,7 @@ def test_without_any_rule_compile_has_nothing_to_add():
 def test_patterns_follow_a_model_that_changes():
     """A new head under a name that no rule of a pattern has now is refused, before it trains."""
     model = block()
-    step = run("compile_step", model, {"head.*": Eva(), "*": MKOR()}, batches(1))
+    step = run("compile_step", model, {"head.*": Eva(), "*": MKOR.published()}, batches(1))
     model.final, model.head = model.head, nn.Identity()
     with pytest.raises(ValueError, match=r"'head\.\*' matches no parameter"):
         step(*batches(1)[0])
@@ -233,7 +233,7 @@ def test_what_is_no_rule_is_refused_before_anything_happens(case, door):
     with pytest.raises(ValueError, match=message):
         run(door, model, make(), [])
     with pytest.raises(ValueError, match=r"for 'mlp\.\*'|Odd|Aimless"):
-        run(door, model, {"mlp.*": make(), "*": MKOR()}, [])
+        run(door, model, {"mlp.*": make(), "*": MKOR.published()}, [])
 
 
 @DOORS
@@ -332,7 +332,8 @@ def test_a_tensor_is_not_read_on_the_host_at_a_step(monkeypatch):
 @DOORS
 def test_mkors_own_numbers_may_change(door):
     box = torch.tensor(0.99, dtype=torch.float64)
-    plain, timed = MKOR(factor_dtype=torch.float64), MKOR(gamma=lambda step: 0.99, kappa=10.0, factor_dtype=torch.float64)
+    plain = MKOR.published(factor_dtype=torch.float64)
+    timed = MKOR.published(gamma=lambda step: 0.99, kappa=10.0, factor_dtype=torch.float64)
     held = dataclasses.replace(plain, gamma=box)
     data = [(x.double(), y.double()) for x, y in batches()]
     found = []

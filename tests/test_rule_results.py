@@ -217,8 +217,8 @@ def test_an_override_may_go_on_from_what_it_overrides(door):
 
     model, twin = linear(), linear()
     x, y = batch()
-    opened(door, model, Clipped(rescale=False))[1](x, y)
-    opened(door, twin, MKOR(rescale=False))[1](x, y)
+    opened(door, model, Clipped.published(rescale=False))[1](x, y)
+    opened(door, twin, MKOR.published(rescale=False))[1](x, y)
     start = linear().weight.detach()
     moved, plain = ((start - m.weight.detach()) / 0.05 for m in (model, twin))
     torch.testing.assert_close(moved, plain.clamp(-1e-3, 1e-3), rtol=1e-3, atol=1e-6)

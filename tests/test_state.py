@@ -10,7 +10,7 @@ import zoo
 import mkor_fx
 from mkor_fx import MKOR
 
-RULE = MKOR(factor_dtype=torch.float64)
+RULE = MKOR.published(factor_dtype=torch.float64)
 
 
 def through_disk(state):
@@ -68,7 +68,7 @@ def test_exact_resume_at_any_step(build, stop):
 
 def test_state_is_a_plain_dict_of_tensors_named_by_parameter():
     model, loss_fn, batches = zoo.build("cnn")
-    step = new_step(model, loss_fn, rule=MKOR())
+    step = new_step(model, loss_fn, rule=MKOR.published())
     assert step.mkor.state_dict().keys() == {"step"}
     step(*batches[0])
     state = step.mkor.state_dict()
@@ -79,7 +79,7 @@ def test_state_is_a_plain_dict_of_tensors_named_by_parameter():
 
 def test_state_dict_is_a_copy_and_an_initial_one_resets():
     model, loss_fn, batches = zoo.build("mlp")
-    step = new_step(model, loss_fn, rule=MKOR())
+    step = new_step(model, loss_fn, rule=MKOR.published())
     initial = step.mkor.state_dict()
     step(*batches[0])
     kept = step.mkor.state_dict()
@@ -109,8 +109,8 @@ def test_doors_read_each_others_state():
 @pytest.mark.parametrize("when", ["before the first step", "after a step"])
 def test_loading_another_models_state_names_it_and_changes_nothing(when):
     model, loss_fn, batches = zoo.build("mlp")
-    step, (other, other_loss, other_batches) = new_step(model, loss_fn, rule=MKOR()), zoo.build("cnn")
-    stranger = new_step(other, other_loss, rule=MKOR())
+    step, (other, other_loss, other_batches) = new_step(model, loss_fn, rule=MKOR.published()), zoo.build("cnn")
+    stranger = new_step(other, other_loss, rule=MKOR.published())
     stranger(*other_batches[0])
     if when == "after a step":
         step(*batches[0])
@@ -132,9 +132,9 @@ def test_factors_keep_their_dtype_beside_bfloat16_parameters(factor_dtype, door)
     model, loss_fn, batches = zoo.build("mlp")
     model = model.to(torch.bfloat16)
     if door is new_step:
-        step = new_step(model, loss_fn, rule=MKOR(factor_dtype=factor_dtype))
+        step = new_step(model, loss_fn, rule=MKOR.published(factor_dtype=factor_dtype))
     else:
-        compiled = mkor_fx.compile(model, MKOR(factor_dtype=factor_dtype), backend="eager")
+        compiled = mkor_fx.compile(model, MKOR.published(factor_dtype=factor_dtype), backend="eager")
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 
         def step(x, y):
@@ -155,7 +155,7 @@ def test_factors_keep_their_dtype_beside_bfloat16_parameters(factor_dtype, door)
 def test_factors_follow_their_parameter_to_another_device():
     """On the meta device no values exist, but the move is the same code."""
     model, loss_fn, batches = zoo.build("mlp")
-    step = new_step(model, loss_fn, rule=MKOR())
+    step = new_step(model, loss_fn, rule=MKOR.published())
     step(*batches[0])
     model.to("meta")
     factors = step.mkor.of(model.hidden.weight)
@@ -165,7 +165,7 @@ def test_factors_follow_their_parameter_to_another_device():
 def test_state_survives_replaced_parameters():
     """``load_state_dict(assign=True)`` puts other Parameter objects in place: factors belong to names."""
     model, loss_fn, batches = zoo.build("mlp")
-    step = new_step(model, loss_fn, rule=MKOR())
+    step = new_step(model, loss_fn, rule=MKOR.published())
     step(*batches[0])
     before = step.mkor.of(model.hidden.weight)
     model.load_state_dict({key: value.clone() for key, value in model.state_dict().items()}, assign=True)

@@ -160,7 +160,8 @@ def check_in_backward(options: Options) -> None:
             if there:
                 raise ValueError(
                     f"{type(rule).__name__} {what}, and cannot precondition in the backward, where gradients come in parts "
-                    "and the refresh comes later: use precondition='step'"
+                    "and the refresh comes later: use precondition='step', or a rule that only multiplies, such as "
+                    "MKOR.published()"
                 )
 
 

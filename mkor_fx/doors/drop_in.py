@@ -29,9 +29,10 @@ from ..passes.torch_api.dynamo import (
 )
 from ..passes.update_program import build_program
 from ..passes.write.draft import changing_of
-from ..passes.write.joint_draft import Added
+from ..passes.write.joint_draft import Added, Shared
 from ..passes.write.update_draft import Job
 from ..runtime.census import Census
+from ..runtime.draws import draw_of
 from ..runtime.factors import FactorState
 from ..runtime.followed import Followed, Maker
 from ..runtime.given import Given
@@ -217,26 +218,30 @@ class CompiledGraph:
         self._layouts = find_layouts(gm, inputs, matching)
         self._dtypes = {index: params[index].dtype for index in self._layouts}
         options, changing = door.options, bool(changing_of(list(door.rules)))
-        added, position = {}, len(inputs) + changing
+        self._draws = any(layout.rule.draws for layout in self._layouts.values())
+        added, position = {}, len(inputs) + changing + self._draws
         for index, layout in self._layouts.items():
             state = door.mode.state_in_graph(layout, self._dtypes[index])
             added[index] = Added(position, door.mode.carrier(layout, self._dtypes[index]), state)
             position += 1 + len(state)
         self._added = added
-        numbers_at = len(inputs) if changing else None
+        shared = Shared(len(inputs) if changing else None, len(inputs) + changing if self._draws else None)
         self.statistics = StatisticsPass(
-            matching, self._layouts, added, numbers_at, door.mode.in_graphs, graphs, options.backend == "inductor",
+            matching, self._layouts, added, shared, door.mode.in_graphs, graphs, options.backend == "inductor",
             options.without,
         )  # fmt: skip
         extended = with_inputs(gm, inputs, self._further_inputs(door, params))
         self._compiled = compile_joint(*extended, self.statistics, options.compiler, graphs.code)
         self._seen: set[tuple[int, ...]] = set()
 
-    def _further_inputs(self, door: DropIn, own: Mapping[int, nn.Parameter]) -> list[Tensor]:
-        """What the graph is passed behind Dynamo's inputs: numbers that change, then for each site carrier and state."""
+    def _further_inputs(self, door: DropIn, own: Mapping[int, nn.Parameter], use: int = 0) -> list[Tensor]:
+        """What the graph is passed behind Dynamo's inputs: numbers that change, what signs are drawn by, then for each site
+        carrier and state. ``use`` counts the calls of this step."""
         runtime, device = door.runtime, next(iter(own.values())).device
         numbers = door.clock.numbers(runtime.mkor.clock, device)
         found = [] if numbers is None else [numbers]
+        if self._draws:
+            found.append(draw_of(runtime.mkor.clock, use, door.ranks, device))
         for index, layout in self._layouts.items():
             geometry = self._added[index].geometry
             recipe = self._mode.recipe(layout, self._dtypes[index])
@@ -253,7 +258,10 @@ class CompiledGraph:
             door.register(self.statistics, own)
         params = list(own.values())
         door.runtime.prepare(params)
-        outputs = self._compiled(*args, *self._further_inputs(door, own))
+        use = 0
+        if self._draws and torch.is_grad_enabled():
+            use = door.runtime.draws.next((own[index] for index in self._layouts), door.runtime.mkor.clock)
+        outputs = self._compiled(*args, *self._further_inputs(door, own, use))
         if torch.is_grad_enabled():
             door.runtime.seen.ran = True
             door.runtime.watch(outputs, params)

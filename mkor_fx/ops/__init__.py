@@ -7,7 +7,7 @@ layer's input.
 """
 
 from . import convolution, linear, lookup
-from .rows import ROW_SUMS
+from .row_sums import ROW_SUMS
 from .table import CASTS, TABLE, VIEWS, Row, op_rule
 
 __all__ = ["CASTS", "ROW_SUMS", "TABLE", "VIEWS", "Row", "convolution", "linear", "lookup", "op_rule"]

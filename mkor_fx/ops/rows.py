@@ -1,6 +1,6 @@
 """Rows ``[N, M]`` of a weight's product, read off the operands of an operation: what op table rows are made of.
 
-Some rows are too many to make. They are semantic operators, and ``ROW_SUMS`` says how their sums are had without them.
+Some rows are too many to make. They are semantic operators, and ``row_sums.py`` says how their sums are had without them.
 
 Shape suffixes: ``N`` rows, ``M`` columns, ``E`` members of a batched weight (experts, a convolution's groups), ``B`` images.
 """
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..ir import product
-from ..prims import accumulation_dtype, column_square_sum, column_sum, prim
+from ..prims import accumulation_dtype, prim
 
 # ---- views ----------------------------------------------------------------------------------------------------------
 
@@ -114,14 +114,14 @@ def _windows(
     """
     windows = images_BCX
     for dim, p in enumerate(padding, 2):
-        windows = _padded(windows, dim, p, p)
+        windows = padded(windows, dim, p, p)
     for dim, (k, s, d, last) in enumerate(zip(kernel, stride, dilation, surplus), 2):
         windows = windows.unfold(dim, d * (k - 1) + 1, s)[..., ::d]
         windows = windows.narrow(dim, 0, windows.shape[dim] - last) if last else windows
     return windows
 
 
-def _padded(x: Tensor, dim: int, before: int, after: int) -> Tensor:
+def padded(x: Tensor, dim: int, before: int, after: int) -> Tensor:
     """Zeros on both sides of a dimension."""
     return torch.nn.functional.pad(x, [0, 0] * (x.dim() - 1 - dim) + [before, after]) if before or after else x
 
@@ -186,13 +186,6 @@ def broadcast_rows(x: Tensor, view: Callable, lead: Sequence[int], summed: Seque
     return rows.reshape(*((members,) if members > 1 else ()), -1, rows.shape[-1])
 
 
-def _member_sum(rows_NM: Tensor, members_N: Tensor, size: int) -> Tensor:
-    """``column_sum(member_rows(...))``, ``[size, M]``; rows of member ``size`` belong to none."""
-    wide = rows_NM.to(accumulation_dtype(rows_NM.dtype))
-    sums = torch.zeros(size + 1, wide.shape[1], dtype=wide.dtype, device=wide.device)
-    return sums.index_add(0, members_N, wide)[:size]
-
-
 # ---- pieces of a weight ---------------------------------------------------------------------------------------------
 
 
@@ -204,19 +197,19 @@ def place_rows(rows_NM: Tensor, members: list[int], columns: list[int]) -> Tenso
     where the weight has none. ``[N, M]`` or ``[E, N, M]`` become ``[N, full M]`` or ``[full E, N, full M]``.
     """
     rows = rows_NM.shape[-2]
-    return _place(rows_NM, *_batch(members), [rows, 0, rows], columns)
+    return place(rows_NM, *batch_axes(members), [rows, 0, rows], columns)
 
 
-def _batch(members: list[int]) -> list[list[int]]:
+def batch_axes(members: list[int]) -> list[list[int]]:
     return [members] if members else []
 
 
-def _place(x: Tensor, *groups: list[int]) -> Tensor:
+def place(x: Tensor, *groups: list[int]) -> Tensor:
     axes = [axis for group in groups for axis in zip(group[0::3], group[1::3], group[2::3])]
     placed = x.reshape([size for size, _, _ in axes])
     for dim, (size, start, full) in enumerate(axes):
         if size is not full:  # the number of rows may be symbolic, but is always whole
-            placed = _padded(placed, dim, start, full - start - size)
+            placed = padded(placed, dim, start, full - start - size)
     return placed.reshape([product(group[2::3]) for group in groups])
 
 
@@ -233,7 +226,7 @@ def placed_rows(x: Tensor, viewed: tuple, members: list[int], columns: list[int]
 
 def placed_count(x: Tensor, viewed: tuple, members: list[int]) -> Tensor:
     """The number of rows of each member, ``[full E]``."""
-    return _place(seen(x, viewed).expand(product(members[0::3])), members)
+    return place(seen(x, viewed).expand(product(members[0::3])), members)
 
 
 def count_all(x: Tensor, viewed: tuple) -> Tensor:
@@ -254,26 +247,3 @@ def count_live(g_ENO: Tensor, viewed: tuple) -> Tensor:
 def where_live(a_ENI: Tensor, viewed: tuple, g_ENO: Tensor, g_viewed: tuple) -> Tensor:
     """Rows without a gradient set to zero."""
     return torch.where(live_rows(g_ENO, g_viewed).unsqueeze(-1), seen(a_ENI, viewed), 0)
-
-
-# ---- sums without rows ----------------------------------------------------------------------------------------------
-
-
-def _squared(x: Tensor) -> Tensor:
-    wide = x.to(accumulation_dtype(x.dtype))
-    return wide * wide
-
-
-#: sums over rows that need no rows: ``(reduction, producer of the rows)`` -> the same on the producer's arguments
-ROW_SUMS: dict[tuple, Callable] = {
-    (column_sum, unfold_rows): patch_sum,
-    (column_sum, one_hot_rows): histogram,
-    (column_sum, member_rows): _member_sum,
-    (column_sum, place_rows): lambda rows, members, columns: _place(column_sum(rows), *_batch(members), columns),
-    (column_square_sum, unfold_rows): lambda images, *geometry: patch_sum(_squared(images), *geometry),
-    (column_square_sum, one_hot_rows): histogram,
-    (column_square_sum, member_rows): lambda rows, *members: _member_sum(_squared(rows), *members),
-    (column_square_sum, place_rows): lambda rows, members, columns: _place(
-        column_square_sum(rows), *_batch(members), columns
-    ),
-}

@@ -19,7 +19,7 @@ from .pipeline import analyse, synthesise
 from .sources import library_sources
 from .torch_api.backend import JointPass, plain_tracing
 from .torch_api.capture import capture_joint, has_backward, read_joint
-from .write.joint_draft import Added, JointDraft
+from .write.joint_draft import Added, JointDraft, Shared
 
 
 @dataclass
@@ -53,20 +53,20 @@ def find_layouts(gm: fx.GraphModule, inputs: Sequence[Any], matching: Matching) 
 
 class StatisticsPass(JointPass):
     """Runs on the joint graph before Inductor's own passes. ``expected`` are the sites that were found beforehand, ``added``
-    their further inputs; ``numbers_at`` is where what changes over time in the rules is passed."""
+    their further inputs, ``shared`` those of all sites."""
 
     def __init__(
         self,
         matching: Matching,
         expected: Mapping[int, Layout],
         added: Mapping[int, Added],
-        numbers_at: int | None,
+        shared: Shared,
         rewrite: Sequence[GraphPass],
         graphs: Recording,
         inductor: bool,
         without: Sequence[str] = (),
     ) -> None:
-        self.matching, self.expected, self.added, self.numbers_at = matching, expected, added, numbers_at
+        self.matching, self.expected, self.added, self.shared = matching, expected, added, shared
         self.rewrite, self.graphs, self.inductor, self.without = rewrite, graphs, inductor, without
         self.capture = Capture()
 
@@ -75,7 +75,8 @@ class StatisticsPass(JointPass):
         matching = self.matching
         passes = [p.name for p in self.rewrite]
         about = (str(matching.rules), matching.naming.skip, sorted(matching.named.items()), sorted(matching.data))
-        content = repr((*about, sorted(self.added.items()), self.numbers_at, passes, self.without, self.inductor))
+        content = repr((*about, sorted(self.added.items()), self.shared, passes))
+        content += repr((self.without, self.inductor))
         return hashlib.sha256(content.encode() + library_sources(matching.rules)).hexdigest()
 
     def __call__(self, graph: fx.Graph) -> None:
@@ -88,7 +89,7 @@ class StatisticsPass(JointPass):
             analyse(step, matching.rules, self.graphs)
             layouts = {index: Layout.of(site) for index, site in step.sites.items()}
             check_agreement(step.parameters, self.expected, layouts)
-            draft = JointDraft(step, list(matching.rules), self.added, self.numbers_at)
+            draft = JointDraft(step, list(matching.rules), self.added, self.shared)
             synthesise(
                 draft, self.rewrite, self.graphs, inductor=self.inductor, partitioned=True, without=self.without
             )

@@ -64,17 +64,26 @@ class Rule(ABC):
     reads_gradient: bool = False
     #: whether ``summarize`` reads the state: it is called with ``state=`` as well
     reads_state: bool = False
+    #: whether ``summarize`` draws random signs: it is called with ``key=`` as well, 0-dim int64, another one in each step,
+    #: micro-batch and rank, for ``mkor_fx.prims.signs(key, ...)``
+    draws: bool = False
     #: what sizes a direction D: "gradient": the norm of the raw gradient; "rms": a root mean square of 0.2, so
     #: ``0.2 sqrt(O I) / |D| * D``, the size of Adam's updates; None: nothing. A bias alike, by its own norm.
     graft: Literal["gradient", "rms"] | None = None
     #: whether ``[W | b]`` is one matrix of ``I + 1`` columns, in its right side and for its size
     joint_bias: bool = False
-    #: dtype of the two products; None is that of the gradient
-    product_dtype: torch.dtype | None = None
+    #: dtype of the two products; None is that of the gradient; "fast" is bfloat16 for float32 gradients, where the device
+    #: multiplies that natively, and else the gradient's
+    product_dtype: torch.dtype | Literal["fast"] | None = None
     #: "gradient": the base optimizer gets the direction in place of the gradient. "update": the direction is the step
     #: itself, ``W <- W (1 - lr wd) - lr D`` with the rate and weight decay of the weight's own group, and the base
     #: optimizer leaves the weight alone.
     applies: Literal["gradient", "update"] = "gradient"
+    #: whether the size of such a step follows the base optimizer, so that its rate keeps its meaning: behind Adam and its
+    #: relatives ``graft`` sizes it; behind SGD it is as long as SGD's own step, and the fields ``momentum`` and ``nesterov``
+    #: are SGD's where that has a momentum; behind LAMB and LARS as long as the weight; behind anything else the direction
+    #: goes in as a gradient, in the raw gradient's size
+    follows_optimizer: bool = False
     #: steps between two calls of ``derive``
     derive_every: int = 1
 
@@ -112,7 +121,7 @@ class Rule(ABC):
         value can be read on the host."""
         return state
 
-    def momentum(self, state: State, grad: Gradient) -> Gradient:
+    def moment(self, state: State, grad: Gradient) -> Gradient:
         """What the sides multiply: the gradient, or what ``advance`` has made of it."""
         return grad
 

@@ -112,7 +112,9 @@ def check_rule(rule: object, where: str = "") -> None:
     every, dtype = rule.derive_every, rule.product_dtype
     if not isinstance(every, int) or isinstance(every, bool) or every < 1:
         raise ValueError(f"{name}.derive_every={every!r}: must be an integer of at least 1, steps between two")
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(f"{name}.product_dtype={dtype!r}: must be a floating-point dtype, or None for the gradient's")
+    if dtype not in (None, "fast") and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(
+            f"{name}.product_dtype={dtype!r}: must be a floating-point dtype, 'fast', or None for the gradient's"
+        )
     if not rule.overrides("sides") and not rule.overrides("precondition"):
         raise ValueError(f"{name} gives no direction: define sides(state) or precondition(state, grad)")

@@ -5,6 +5,7 @@ Shape suffixes: ``I`` inputs, ``O`` outputs of one weight.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -14,6 +15,8 @@ from ..prims import graft_rms, precondition, rescale
 from .results import check_direction, check_sides
 
 Graft = Literal["gradient", "rms"]
+#: beside those that a rule can ask for: by what its two sides multiply
+Size = Literal["gradient", "rms", "moment"]
 
 
 class Gradient(NamedTuple):
@@ -35,13 +38,12 @@ class Sides(NamedTuple):
     right: Tensor | None
 
 
-def direction_of(rule: Any, state: dict[str, Tensor], grad: Gradient, graft: bool = True) -> Gradient:
-    """What a rule makes of a gradient; without ``graft`` before it is sized.
+def direction_of(rule: Any, state: dict[str, Tensor], grad: Gradient, by: Size | None) -> Gradient:
+    """What a rule makes of a gradient, sized ``by``; None: as it is.
 
     Raises:
         WrongResult: a function of the rule has returned what is no direction for it.
     """
-    by = rule.graft if graft else None
     if not rule.overrides("precondition"):
         return from_sides(rule, state, grad, by)
     made = rule.precondition(state, grad)
@@ -56,10 +58,12 @@ def direction_of(rule: Any, state: dict[str, Tensor], grad: Gradient, graft: boo
     return Gradient(_sized(weight, grad.weight, by), _sized(bias[:, None], grad.bias[:, None], by)[:, 0])
 
 
-def from_sides(rule: Any, state: dict[str, Tensor], raw: Gradient, graft: Graft | None) -> Gradient:
-    """``left @ momentum @ right``, sized by ``graft`` and the ``raw`` gradient."""
-    sides, grad = rule.sides(state), rule.momentum(state, raw)
-    check_direction(rule, "momentum", grad, raw)
+def from_sides(rule: Any, state: dict[str, Tensor], raw: Gradient, graft: Size | None) -> Gradient:
+    """``left @ moment @ right``, sized by ``graft`` and the ``raw`` gradient."""
+    sides, grad = rule.sides(state), rule.moment(state, raw)
+    check_direction(rule, "moment", grad, raw)
+    if graft == "moment":
+        raw, graft = grad, "gradient"
     joint = rule.joint_bias and raw.bias is not None
     check_sides(rule, sides, joined(grad) if joint else grad.weight)
     left, right = sides
@@ -76,13 +80,26 @@ def from_sides(rule: Any, state: dict[str, Tensor], raw: Gradient, graft: Graft 
     return Gradient(_sized(_product(left, grad.weight, right, dtype), raw.weight, graft), bias)
 
 
-def _product(left: Tensor | None, grad: Tensor, right: Tensor | None, dtype: torch.dtype | None) -> Tensor:
+def _product(
+    left: Tensor | None, grad: Tensor, right: Tensor | None, dtype: torch.dtype | Literal["fast"] | None
+) -> Tensor:
+    if dtype == "fast":
+        dtype = torch.bfloat16 if grad.dtype == torch.float32 and multiplies_bfloat16(grad.device) else None
     if dtype is None or dtype == grad.dtype:
         return precondition(left, grad, right)
     return precondition(left, grad.to(dtype), right).to(grad.dtype)
 
 
-def _sized(direction: Tensor, grad: Tensor, graft: Graft | None) -> Tensor:
+@functools.cache
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether a device has instructions for it: others are several times slower with it than with float32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    known = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def _sized(direction: Tensor, grad: Tensor, graft: Size | None) -> Tensor:
     if graft == "gradient":
         return rescale(direction, grad)
     return direction if graft is None else graft_rms(direction)

@@ -1,52 +1,59 @@
-"""MKOR: rank-1 updates of inverse Kronecker factors (Mozaffari et al., NeurIPS 2023, arXiv 2306.01685, Algorithm 1)."""
+"""MKOR: low-rank updates of inverse Kronecker factors (Mozaffari et al., NeurIPS 2023, arXiv 2306.01685, Algorithm 1)."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..kinds import Kind
-from ..prims import (
-    accumulation_dtype,
-    column_square_sum,
-    column_sum,
+from ..prims import accumulation_dtype, column_square_sum, column_sum, rademacher, signs, sketch
+from .base import Shape, State, Use
+from .direction import Gradient, Sides, joined
+from .inverse_updates import (
+    as_printed,
+    damped_update,
+    damped_update_by,
     inverse_update,
     inverse_update_by,
-    rademacher,
     scale_to,
     scale_to_by,
+    stabilised,
     unless_noise,
 )
-from .base import Rule, Shape, State, Use
-from .direction import Gradient, Sides, joined
-from .hyper import Hyper, number
+from .mkor_options import PUBLISHED, MKOROptions
 
-FORMS = ("scale_free", "forgetful", "exact", "paper")
-STATISTICS = ("mean", "gradient", "mean+gradient")
-BIASES = ("left", "joint", "off")
 #: a sum shorter than this many times its expected rounding counts as zero
 NOISE = 32.0
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True, kw_only=True)
-class MKOR(Rule):
-    """Momentum-enabled Kronecker-factor optimizer with rank-1 updates.
+class MKOR(MKOROptions):
+    """Momentum-enabled Kronecker-factor optimizer: inverse factors by low-rank steps.
 
-    For a weight ``W`` of ``[O, I]`` with statistics ``g_O = sum_n g[n]`` and ``a_I = mean_n a[n]`` the inverse factors
-    ``L`` of ``[O, O]`` and ``R`` of ``[I, I]`` take one rank-1 step each, and the base optimizer gets
-    ``L @ grad @ R * |grad| / |L @ grad @ R|``.
+    For a weight ``W`` of ``[O, I]`` on rows ``a`` of inputs and ``g`` of output gradients, the inverse factors ``L`` of
+    ``[O, O]`` and ``R`` of ``[I, I]`` take a step of low rank each. The default form, with momentum ``mu`` and ``G`` the
+    gradient:
+
+        ``B <- mu B + G``, ``M = G + mu B``, ``D = L M R``, ``W <- W (1 - lr wd) - lr 0.2 sqrt(O I) / |D| D``
+
+    so that a step has the root mean square of one of Adam's, with its rate and weight decay, and the base optimizer leaves
+    the weight alone. With ``momentum=0`` the base optimizer gets ``L G R |G| / |L G R|`` in place of the gradient; the forms
+    of :meth:`published` are meant for that.
 
     Fields of type ``Hyper`` may change over time: a number, a 0-dim tensor, or a function of the step.
 
     Args:
-        form: how an inverse factor ``F`` takes a statistic ``v``. With ``k`` statistics a side each has weight ``1/k``.
+        form: how an inverse factor ``F`` takes statistics.
 
-            - ``"scale_free"`` (default): ``forgetful`` on ``v * sqrt(kappa) / |v|``. Keeps
+            - ``"damped"`` (default): ``F`` is the inverse of ``S <- gamma S + (1-gamma) (I + kappa d C / tr C)``, with
+              ``d`` the width of the side and ``C`` the mean of the statistics' ``v v^T``: K-FAC's factor with damping
+              relative to its mean eigenvalue, whatever its scale. Always positive definite. The identity is added as a
+              few unit vectors a step, coordinates in turn.
+            - ``"scale_free"``: ``forgetful`` on ``v * sqrt(kappa) / |v|``. Keeps
               ``(1-gamma) / (1 + kappa (1-gamma)) <= F <= 1`` whatever the scale of loss, activations or loss scaler.
             - ``"forgetful"``: ``B = gamma F + (1-gamma) I``, then ``B - B v (B v)^T / (1 + v^T B v)``: what the
               released code computes.
@@ -54,164 +61,180 @@ class MKOR(Rule):
               needs the stabiliser.
             - ``"paper"``: ``gamma F + (1-gamma) / (gamma^2 (1 + gamma (1-gamma) v^T F v)) F v (F v)^T``, as printed. It
               amplifies the direction it has seen; offered for comparison.
-        statistic: ``"mean"`` as above; ``"gradient"``: the random-sign sketches ``G w`` and ``G^T w'`` of the gradient,
-            unbiased for ``G G^T`` and ``G^T G``, which need no capture; ``"mean+gradient"``: both.
+        statistic: ``"rows"``: ``rank`` random-sign sketches ``g^T w`` and ``a^T w'`` of the rows, unbiased for ``g^T g``
+            and ``a^T a``; ``"mean"``: ``sum_n g[n]`` and ``mean_n a[n]``; ``"gradient"``: ``rank`` sketches ``G w`` and
+            ``G^T w'``, unbiased for ``G G^T`` and ``G^T G``, which need no capture and no traffic; or sums of them, as
+            ``"mean+gradient"``, of equal weight. None is ``"rows"``; of the published forms, which have no rows, ``"mean"``.
+        rank: sketches a side and step, of ``"rows"`` and ``"gradient"``; None is 8, and 1 for the published forms.
+        momentum: ``mu``, in [0, 1); 0 hands a direction to the base optimizer. None is 0.95, and 0 for the published forms.
+        nesterov: ``M = G + mu B``, else ``M = B``.
         gamma: factor momentum, in (0, 1).
-        kappa: squared length to which ``scale_free`` brings every statistic, > 0.
-        epsilon, zeta: norm-based stabiliser: where ``max |F| > epsilon``, ``F <- zeta F + (1 - zeta) I`` before the
-            update. ``zeta < gamma``; None is ``gamma / 2``. ``epsilon=None`` is 1000 for ``exact`` and ``paper`` and
-            infinite (off) for the other two, which are bounded by 1 by construction.
-        rescale: give each direction the norm of its raw gradient.
-        bias: ``"left"``: ``L @ grad`` with its own norms; ``"joint"``: one more column of ``[W | b]``; ``"off"``: raw.
+        kappa: what statistics weigh beside the identity, > 0: for ``damped`` the damping is ``1 / kappa`` of the mean
+            eigenvalue, for ``scale_free`` it is the squared length to which every statistic is brought.
+        epsilon, zeta: norm-based stabiliser of the published forms: where ``max |F| > epsilon``,
+            ``F <- zeta F + (1 - zeta) I`` before the update. ``zeta < gamma``; None is ``gamma / 2``. ``epsilon=None`` is
+            1000 for ``exact`` and ``paper`` and infinite (off) for the others, which are bounded by construction.
+        rescale: without momentum, give each direction the norm of its raw gradient.
+        bias: ``"left"``: ``L @ grad`` with its own norms; ``"joint"``: one more column of ``[W | b]`` (published forms);
+            ``"off"``: left to the base optimizer. None is ``"off"``, and ``"left"`` for the published forms.
         clamp: bound on the entries of every row of ``a`` and ``g`` before they are summed, or None.
         max_factor: a side larger than this stays the identity.
         factor_dtype: float32, bfloat16, float16 or float64. The arithmetic of the update is float32 (float64 for
-            float64 factors); the two products run in the dtype of the gradient.
+            float64 factors).
+        product_dtype: of the two products with the factors; None is that of the gradient. ``"fast"`` (default) is bfloat16
+            for float32 gradients, as in Muon, where the device multiplies it natively; the published forms take it for None.
 
     Raises:
         ValueError: for an option outside its range, naming it.
     """
 
-    form: Literal["scale_free", "forgetful", "exact", "paper"] = "scale_free"
-    statistic: Literal["mean", "gradient", "mean+gradient"] = "mean"
-    gamma: Hyper = 0.99
-    kappa: Hyper = 10.0
-    epsilon: Hyper | None = None
-    zeta: Hyper | None = None
-    rescale: bool = True
-    bias: Literal["left", "joint", "off"] = "left"
-    clamp: Hyper | None = None
-    max_factor: int = 4096
-    factor_dtype: torch.dtype = torch.float32
-
-    def __post_init__(self) -> None:
-        choices = (("form", FORMS), ("statistic", STATISTICS), ("bias", BIASES), ("factor_dtype", DTYPES))
-        for name, allowed in choices:
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"MKOR({name}={getattr(self, name)!r}): must be one of {', '.join(map(str, allowed))}")
-        given = {name: getattr(self, name) for name in ("gamma", "kappa", "epsilon", "zeta", "clamp")}
-        first = {name: number(value, f"MKOR({name}=") for name, value in given.items() if value is not None}
-        gamma, zeta = first.get("gamma", math.nan), first.get("zeta")
-        if not 0 < gamma < 1:
-            raise ValueError(f"MKOR(gamma={self.gamma!r}): the factor momentum must lie inside (0, 1), e.g. 0.99")
-        if zeta is not None and not 0 <= zeta < gamma:
-            raise ValueError(
-                f"MKOR(zeta={self.zeta!r}): the stabiliser needs 0 <= zeta < gamma={self.gamma}, "
-                "or it cannot outrun the growth of unseen directions; lower zeta or raise gamma"
-            )
-        for name in ("kappa", "epsilon", "clamp"):
-            if name in first and not first[name] > 0:
-                raise ValueError(f"MKOR({name}={given[name]!r}): must be positive")
-        if self.kappa is None or math.isinf(first["kappa"]):
-            raise ValueError(f"MKOR(kappa={self.kappa!r}): must be a positive, finite number, e.g. 10.0")
-        if not isinstance(self.max_factor, int) or self.max_factor < 0:
-            raise ValueError(f"MKOR(max_factor={self.max_factor!r}): must be an integer, 0 (no factors) or more")
+    @classmethod
+    def published(cls, form: str = "scale_free", **options: Any) -> MKOR:
+        """MKOR as it was published, with one statistic a step and the base optimizer behind it; ``form`` says how it takes
+        the statistic: ``scale_free``, ``forgetful``, ``exact`` or ``paper``."""
+        if form not in PUBLISHED:
+            raise ValueError(f"MKOR.published(form={form!r}): must be one of {', '.join(PUBLISHED)}")
+        return cls(form=form, **options)  # type: ignore[arg-type]
 
     @property
-    def reads_gradient(self) -> bool:  # type: ignore[override]
-        return "gradient" in self.statistic
+    def without_state(self) -> str:  # type: ignore[override]
+        embeddings = ", or it is an embedding, which this form leaves to the base optimizer" if self.keeps_momentum else ""
+        return f"both sides exceed max_factor{embeddings}"
 
-    @property
-    def graft(self) -> Literal["gradient"] | None:  # type: ignore[override]
-        return "gradient" if self.rescale else None
-
-    @property
-    def joint_bias(self) -> bool:  # type: ignore[override]
-        return self.bias == "joint"
-
-    @property
-    def stabiliser_threshold(self) -> Any:
-        if self.epsilon is not None:
-            return self.epsilon
-        return 1000.0 if self.form in ("exact", "paper") else math.inf
-
-    @property
-    def pull(self) -> Any:
-        """``zeta``, or what None stands for."""
-        return self.gamma / 2 if self.zeta is None else self.zeta
-
-    without_state = "both sides exceed max_factor"
-    kinds = {"L": Kind.POSITIVE, "R": Kind.POSITIVE}  # noqa: RUF012
+    kinds = {"L": Kind.POSITIVE, "R": Kind.POSITIVE, "momentum": Kind.MOMENT}  # noqa: RUF012
 
     def init(self, shape: Shape, device: torch.device) -> State:
-        """``{"L": eye(O), "R": eye(I)}`` in ``factor_dtype``, sides above ``max_factor`` left out.
+        """``{"L": eye(O), "R": eye(I)}`` in ``factor_dtype``, sides above ``max_factor`` left out; with momentum the sums
+        ``momentum`` and ``bias_momentum``; for ``damped`` the number of ``visits``.
 
         The vocabulary of an embedding is a side that is left out, too: the second moment of one-hots is diagonal, which
         base optimizers with a scale an element take care of, while a full factor would move rows that no token has used.
+        With momentum all of an embedding is left to them: its rows are seldom seen, and would go on moving.
         """
+        if shape.lookup and self.keeps_momentum:
+            return {}
         inputs = shape.I + (shape.bias and self.bias == "joint")
         sides = {"L": shape.O} if shape.lookup else {"L": shape.O, "R": inputs}
-        return {
+        state = {
             name: torch.eye(size, dtype=self.factor_dtype, device=device)
             for name, size in sides.items()
             if size <= self.max_factor
         }
+        if not state:
+            return {}
+        dtype = accumulation_dtype(self.factor_dtype)
+        if self.form == "damped":
+            state["visits"] = torch.zeros((), dtype=torch.int64, device=device)
+        if self.keeps_momentum:
+            state["momentum"] = torch.zeros(shape.O, shape.I, dtype=dtype, device=device)
+        if self.keeps_momentum and shape.bias and self.bias != "off":
+            state["bias_momentum"] = torch.zeros(shape.O, dtype=dtype, device=device)
+        return state
 
     def preconditions_bias(self, shape: Shape) -> bool:
         return self.bias == "joint" or (self.bias == "left" and shape.O <= self.max_factor)
 
-    def summarize(self, shape: Shape, a_NI: Tensor, g_NO: Tensor) -> tuple[Tensor, ...]:
-        """``sum_n a[n]``, ``sum_n g[n]`` and how large either is by rounding alone: ``I + O + 3`` numbers with the rows,
-        nothing of a side that has no factor.
+    # ---- statistics ---------------------------------------------------------------------------------------------------
+
+    def summarize(  # type: ignore[override]
+        self, shape: Shape, a_NI: Tensor, g_NO: Tensor, key: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """For ``"mean"`` the sums of ``a`` and ``g`` and how large either is by rounding alone, ``I + O + 2`` numbers; for
+        ``"rows"`` their sketches, ``rank (I + O)``; nothing of a side that has no factor.
 
         Some sums are zero in exact arithmetic: of ``g`` in front of a batch norm or in an attention's keys, of ``a``
-        behind centred data. ``scale_free`` would blow their rounding up to full size, so it needs to know. Each entry
-        is rounded by ``eps`` of its dtype, so a sum is noise below about ``eps * sqrt(sum_n |row|^2)``.
+        behind centred data. Brought to full length they would be noise, so their size by rounding has to be known. Each
+        entry is rounded by ``eps`` of its dtype, so a sum is noise below about ``eps * sqrt(sum_n |row|^2)``.
         """
-        if self.statistic == "gradient":
-            return ()
         if self.clamp is not None:
             a_NI, g_NO = a_NI.clamp(-self.clamp, self.clamp), g_NO.clamp(-self.clamp, self.clamp)
         kept = (
             None if shape.lookup or shape.I > self.max_factor else a_NI,
             None if shape.O > self.max_factor else g_NO,
         )
-        sums = tuple(torch.zeros(0, device=g_NO.device) if rows is None else column_sum(rows) for rows in kept)
-        if self.form != "scale_free":
-            return sums
-        return *sums, *(torch.zeros((), device=g_NO.device) if rows is None else _rounding(rows) for rows in kept)
+        device, found = g_NO.device, list[Tensor]()
+        if "mean" in self.statistics:
+            found += [torch.zeros(0, device=device) if rows is None else column_sum(rows) for rows in kept]
+        if "mean" in self.statistics and self.blind_to_scale:
+            found += [torch.zeros((), device=device) if rows is None else _rounding(rows) for rows in kept]
+        if key is not None:
+            for side, rows in enumerate(kept):
+                if rows is None:
+                    found.append(torch.zeros(0, device=device))
+                else:
+                    found.append(sketch(rows, signs(key, side, rows.shape[-2], self.rank, torch.int8)))
+        return tuple(found)
 
     def unscale(self, summary: tuple[Tensor, ...], scale: Tensor) -> tuple[Tensor, ...]:
         """``g`` is linear in the scale, its rounding quadratic, the inputs do not depend on it."""
         one = torch.ones_like(scale)
-        return tuple(s / factor for s, factor in zip(summary, (one, scale, one, scale * scale)))
+        mean = (one, scale, one, scale * scale) if self.blind_to_scale else (one, scale)
+        scales = (mean if "mean" in self.statistics else ()) + ((one, scale) if self.draws else ())
+        return tuple(s / factor for s, factor in zip(summary, scales))
 
     def update(self, state: State, uses: list[Use], grad: Gradient, step: Tensor) -> State:
-        left, right = [], []
-        dtype = accumulation_dtype(self.factor_dtype)
+        left, right = list[Tensor](), list[Tensor]()
         joint = grad.bias is not None and self.bias == "joint"
-        if self.statistic != "gradient":
-            for use in uses:
-                a_sum, g_O = use.summary[:2]
-                if self.form == "scale_free":
-                    a_sum, g_O = unless_noise(a_sum, use.summary[2]), unless_noise(g_O, use.summary[3])
-                a_I = a_sum / use.rows.clamp_min(1)
-                along_O, along_I = (a_I, g_O) if use.opposite else (g_O, a_I)
+        for use in uses:
+            for of_inputs, of_outputs in self._statistics_of(use):
+                along_O, along_I = (of_inputs, of_outputs) if use.opposite else (of_outputs, of_inputs)
                 if joint:  # the bias is a column whose input is always 1, and which the opposite use does not have
-                    along_I = torch.cat([along_I, along_I.new_full((1,), 0.0 if use.opposite else 1.0)])
+                    along_I = torch.nn.functional.pad(along_I, (0, 1), value=0.0 if use.opposite else 1.0)
                 left.append(along_O)
                 right.append(along_I)
         if self.reads_gradient:
-            grad_OI = (joined(grad) if joint else grad.weight).to(dtype)
-            signs_I = rademacher(step, 0, grad_OI.shape[1], dtype)
-            signs_O = rademacher(step, 1, grad_OI.shape[0], dtype)
-            sketches = (grad_OI * signs_I).sum(1), (grad_OI * signs_O[:, None]).sum(0)
-            if self.form == "scale_free":
-                noise = (grad_OI * grad_OI).sum() * (NOISE * torch.finfo(grad.weight.dtype).eps) ** 2
-                sketches = unless_noise(sketches[0], noise), unless_noise(sketches[1], noise)
-            left.append(sketches[0])
-            right.append(sketches[1])
-        vectors = {"L": [v.to(dtype) for v in left], "R": [v.to(dtype) for v in right]}
-        return {name: self._refresh(factor, vectors[name]) for name, factor in state.items()}
+            of_outputs, of_inputs = self._gradient_sketches(joined(grad) if joint else grad.weight, step)
+            left.append(of_outputs)
+            right.append(of_inputs)
+        dtype = accumulation_dtype(self.factor_dtype)
+        blocks = {"L": [v.to(dtype) for v in left], "R": [v.to(dtype) for v in right]}
+        new = {name: self._refresh(state, name, blocks[name]) for name in blocks if name in state}
+        return {**state, **new, **({"visits": state["visits"] + 1} if "visits" in state else {})}
 
-    def _refresh(self, factor_DD: Tensor, vectors: list[Tensor]) -> Tensor:
+    def _statistics_of(self, use: Use) -> list[tuple[Tensor, Tensor]]:
+        """Pairs ``[1 or rank, I]``, ``[1 or rank, O]`` of a use; a side without a factor is empty."""
+        found, summary = [], list(use.summary)
+        if "mean" in self.statistics:
+            a_sum, g_O = summary[:2]
+            if self.blind_to_scale:
+                a_sum, g_O = unless_noise(a_sum, summary[2]), unless_noise(g_O, summary[3])
+            found.append(((a_sum / use.rows.clamp_min(1)).unsqueeze(0), g_O.unsqueeze(0)))
+        if self.draws:
+            found.append((summary[-2], summary[-1]))
+        return found
+
+    def _gradient_sketches(self, raw_OI: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+        """``[rank, O]``, ``[rank, I]``"""
+        dtype = accumulation_dtype(self.factor_dtype)
+        grad_OI = raw_OI.to(dtype)
+        if self.form == "damped":
+            sizes = (raw_OI.shape[1], raw_OI.shape[0])
+            sign_I, sign_O = (signs(step, 2 + i, size, self.rank, torch.int8) for i, size in enumerate(sizes))
+            return sketch(grad_OI.mT, sign_I), sketch(grad_OI, sign_O)
+        signs_I = rademacher(step, 0, grad_OI.shape[1], dtype)
+        signs_O = rademacher(step, 1, grad_OI.shape[0], dtype)
+        sketches = (grad_OI * signs_I).sum(1), (grad_OI * signs_O[:, None]).sum(0)
+        if self.blind_to_scale:
+            noise = (grad_OI * grad_OI).sum() * (NOISE * torch.finfo(raw_OI.dtype).eps) ** 2
+            sketches = unless_noise(sketches[0], noise), unless_noise(sketches[1], noise)
+        return sketches[0].unsqueeze(0), sketches[1].unsqueeze(0)
+
+    # ---- factors ------------------------------------------------------------------------------------------------------
+
+    def _refresh(self, state: State, name: str, blocks: list[Tensor]) -> Tensor:
+        factor_DD = state[name]
+        if self.form == "damped":
+            return self._damped(factor_DD, blocks, state["visits"])
+        vectors = [block[0] for block in blocks]
         share = 1 / len(vectors)
-        factor = self._stabilise(factor_DD, vectors[0].dtype)
+        factor = factor_DD
+        if isinstance(self.stabiliser_threshold, Tensor) or self.stabiliser_threshold < math.inf:
+            factor = stabilised(factor_DD.to(vectors[0].dtype), self.stabiliser_threshold, self.pull)
         if self.form == "scale_free":
             scale_by = scale_to_by if isinstance(self.kappa, Tensor) else scale_to
             vectors = [scale_by(v, self.kappa) for v in vectors]
         if self.form == "paper":
-            return self._as_printed(factor, vectors).to(factor_DD.dtype)
+            return as_printed(factor.to(vectors[0].dtype), vectors, self.gamma).to(factor_DD.dtype)
         if self.form == "exact":
             scale, shift, weight = 1 / self.gamma, 0.0, (1 - self.gamma) * share
         else:
@@ -221,25 +244,41 @@ class MKOR(Rule):
             return inverse_update_by(factor, vectors, *numbers).to(factor_DD.dtype)
         return inverse_update(factor, vectors, scale, shift, weight).to(factor_DD.dtype)
 
-    def _as_printed(self, factor_DD: Tensor, vectors: list[Tensor]) -> Tensor:
-        weight = (1 - self.gamma) / len(vectors)
-        factor = factor_DD.to(vectors[0].dtype)
-        updated = self.gamma * factor
-        for v_D in vectors:
-            u_D = (factor * v_D).sum(1)
-            coefficient = weight / (self.gamma**2 * (1 + self.gamma * weight * (v_D * u_D).sum()))
-            updated = updated + torch.outer(coefficient * u_D, u_D)
-        return updated
+    def _damped(self, factor_DD: Tensor, blocks: list[Tensor], visits: Tensor) -> Tensor:
+        numbers = self.gamma, self.kappa
+        size, changes = factor_DD.shape[-1], any(isinstance(x, Tensor) for x in numbers)
+        # a coordinate decays by about 1/e between two visits; of a gamma that changes as if it were 0.95
+        probes = min(size, max(8, math.ceil((0.05 if isinstance(self.gamma, Tensor) else 1 - self.gamma) * size)))
+        if changes:
+            tensors = [x if isinstance(x, Tensor) else blocks[0].new_full((), x) for x in numbers]
+            return damped_update_by(factor_DD, blocks, visits, *tensors, probes)
+        return damped_update(factor_DD, blocks, visits, *numbers, probes)
 
-    def _stabilise(self, factor_DD: Tensor, dtype: torch.dtype) -> Tensor:
-        """A positive definite matrix has its largest entry on the diagonal, so ``max |F|`` costs ``D`` reads."""
-        threshold = self.stabiliser_threshold
-        if not isinstance(threshold, Tensor) and math.isinf(threshold):
-            return factor_DD
-        factor = factor_DD.to(dtype)
-        fires = factor.diagonal().abs().amax() > threshold
-        identity = torch.eye(factor.shape[0], dtype=dtype, device=factor.device)
-        return torch.where(fires, self.pull * factor + (1 - self.pull) * identity, factor)
+    # ---- directions ---------------------------------------------------------------------------------------------------
+
+    def advance(self, state: State, grad: Gradient, step: Tensor) -> State:
+        if not self.keeps_momentum:
+            return state
+        names = {"momentum": grad.weight, "bias_momentum": grad.bias}
+        mu: Any = self.momentum
+        sums = {k: mu * state[k] + g.to(state[k].dtype) for k, g in names.items() if g is not None and k in state}
+        return {**state, **sums}
+
+    def overrides(self, function: str) -> bool:
+        return super().overrides(function) and (function not in ("advance", "moment") or self.keeps_momentum)
+
+    def moment(self, state: State, grad: Gradient) -> Gradient:
+        if not self.keeps_momentum:
+            return grad
+        pairs = (("momentum", grad.weight), ("bias_momentum", grad.bias))
+        return Gradient(*(self._moment(state.get(name), raw) for name, raw in pairs))
+
+    def _moment(self, held: Tensor | None, raw: Tensor | None) -> Any:
+        if held is None or raw is None:
+            return raw
+        mu: Any = self.momentum
+        ahead = raw.to(held.dtype) + mu * held if self.nesterov else held
+        return ahead.to(raw.dtype)
 
     def sides(self, state: State) -> Sides:
         return Sides(state.get("L"), state.get("R"))

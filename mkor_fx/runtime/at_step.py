@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .base_step import base_step_of
 from .factors import FactorState, state_of
 from .followed import Followed, Maker
 from .given import Given, WeightTensors
@@ -161,14 +162,17 @@ class AtStep(Followed):
         scales = loss_scales(step.optimizer, device) or None
         jobs, weights, biases = [], [], []
         for name, known in sites.items():
-            jobs.append(self.maker.job(name, known.layout, name in refreshed))
+            base = base_step_of(step.optimizer, known.param)
+            jobs.append(self.maker.job(name, known.layout, name in refreshed, base=base))
             biases.append(self._bias_to_take(name, known, step))
             carrier = self._statistics(known, others) if name in refreshed else None
             state = self.mkor.create(known.param, known.layout)
             grad = None if biases[-1] is None else biases[-1].grad
             weights.append(WeightTensors(state, known.param.grad, grad, carrier))
         clock = torch.full((), iteration, dtype=torch.int64, device=device)
-        given = Given(clock, weights, scales, self.maker.numbers(iteration, device))
+        borrows = any(job.sizing.momentum_at is not None for job in jobs)
+        rates = self._numbers_of(step.optimizer, device) if borrows else None
+        given = Given(clock, weights, scales, self.maker.numbers(iteration, device), rates)
         directions = iter(self.program("update", jobs, given)(given))
         own: list[tuple[Any, Known, nn.Parameter | None, Tensor, Tensor | None]] = []
         for job, known, bias in zip(jobs, sites.values(), biases):
@@ -212,13 +216,16 @@ class AtStep(Followed):
         jobs, weights = [], []
         for job, known, bias, direction, of_bias in own:
             places = place_of_rate(optimizer, known.param), None if bias is None else place_of_rate(optimizer, bias)
-            jobs.append(self.maker.job(job.name, job.layout, False, places))
+            jobs.append(self.maker.job(job.name, job.layout, False, places, job.base))
             parameters = known.param.detach(), None if bias is None else bias.detach()
             weights.append(WeightTensors({}, direction, of_bias, None, None, *parameters))
         device = weights[0].grad.device
+        clock = torch.zeros((), dtype=torch.int64, device=device)
+        given = Given(clock, weights, scales, rates=self._numbers_of(optimizer, device))
+        self.program("apply", jobs, given)(given)
+
+    def _numbers_of(self, optimizer: Optimizer, device: torch.device) -> Tensor:
+        """The present numbers of an optimizer, packed."""
         if optimizer not in self._rates or self._rates[optimizer].stale(optimizer, device):
             self._rates[optimizer] = OptimizerNumbers(optimizer, device)
-        rates = self._rates[optimizer].update()
-        clock = torch.zeros((), dtype=torch.int64, device=device)
-        given = Given(clock, weights, scales, rates=rates)
-        self.program("apply", jobs, given)(given)
+        return self._rates[optimizer].update()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .draws import Draws
 from .carriers import Carriers, Watch
 from .factors import FactorState
 from .given import Given
@@ -26,7 +27,7 @@ class Maker:
     """What the runtime is handed, which knows neither rules nor graphs.
 
     ``build(kind, jobs, given)`` makes a program: ``"update"`` gives directions, ``"apply"`` takes the steps that are their
-    own directions, ``"refresh"`` gives new state. ``job(name, layout, refresh, places)`` describes a weight to it;
+    own directions, ``"refresh"`` gives new state. ``job(name, layout, refresh, places, base)`` describes a weight to it;
     ``merge(layout, other, bias)`` joins what two graphs say of one. ``derive(step, recipe, state, taken)`` makes state of
     state, every ``derive_every(recipe)`` steps; ``numbers(step, device)`` are those of the rules. ``left_alone(name)``:
     whether the user wants a parameter to be left alone. ``part(bias, weight)`` declines a bias that is stepped apart.
@@ -49,7 +50,7 @@ class Followed:
         self, mkor: FactorState, refresh_every: int, maker: Maker, ranks: Ranks | None, replicas: Replicas
     ) -> None:
         self.mkor, self.refresh_every, self.maker, self.ranks = mkor, refresh_every, maker, ranks
-        self.carriers, self.seen = Carriers(), Seen()
+        self.carriers, self.draws, self.seen = Carriers(), Draws(), Seen()
         self._replicas, self._silence = replicas, Silence()
         self._refreshes, self._derives = Windows(mkor), Windows(mkor)
         self._programs: dict[tuple, Program] = {}

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .draws import draw_of
+
 
 @dataclass(frozen=True)
 class Call:
@@ -90,6 +92,14 @@ class Steps(Input):
 
     def fetch(self, call: Call) -> Tensor:
         return call.step.mkor.step_tensor(call.device)
+
+
+@dataclass(frozen=True)
+class Draw(Input):
+    """What random signs are drawn by, 0-dim int64."""
+
+    def fetch(self, call: Call) -> Tensor:
+        return draw_of(call.step.mkor.step, 0, call.step.ranks, call.device)
 
 
 @dataclass(frozen=True)

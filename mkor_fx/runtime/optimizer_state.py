@@ -49,11 +49,13 @@ def read_number(optimizer: Optimizer, number: Number) -> float | Tensor:
 
 
 def structure_of(optimizer: Optimizer) -> tuple:
-    """What a compiled update depends on beside its numbers: the groups, their flags and constants."""
+    """What a compiled update depends on beside its numbers: the groups, their flags and constants, and whether there is a
+    momentum."""
     numbers = {(n.group, n.key) for n in numbers_of(optimizer)}
     return tuple(
         (
             tuple(id(p) for p in group["params"]),
+            type(optimizer) is torch.optim.SGD and group["momentum"] != 0,
             tuple(
                 (k, str(v)) for k, v in group.items() if k != "params" and (i, k) not in numbers and not _scheduled(k)
             ),

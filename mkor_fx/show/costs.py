@@ -78,13 +78,14 @@ def count_costs(work: Work) -> Costs:
         gradient = torch.empty(shape.O, shape.I, dtype=work.dtype)
         bias = torch.empty(shape.O, dtype=work.dtype) if shape.bias else None
         uses = [layout.shape_of_use(kind) for kind in layout.kinds]
-        read = {"state": state} if rule.reads_state else {}
+        read: dict[str, Any] = {"state": state} if rule.reads_state else {}
+        read |= {"key": torch.empty((), dtype=torch.int64)} if rule.draws else {}
         summaries = [rule.summarize(use, torch.empty(1, use.I), torch.empty(1, use.O), **read) for use in uses]
         counts, step = [torch.empty(()) for _ in uses], torch.empty((), dtype=torch.int64)
     refresh = _count(_refresh, rule, state, summaries, counts, gradient, bias, step)
     precondition = _count(_precondition, rule, state, gradient, bias, step)
     left, right = (side is not None for side in layout.sides)
-    known = rows is not None and not shape.lookup and not rule.overrides("precondition")
+    known = rows is not None and not shape.lookup and not (rule.overrides("precondition") or rule.overrides("moment"))
     macs = orders(shape, rows, left, right) if known else {}  # type: ignore[arg-type]
     return Costs(
         rows,
@@ -168,7 +169,7 @@ def _precondition(rule: Rule, state: dict, grad: Tensor, bias: Any, step: Tensor
     gradient = Gradient(grad, bias)
     new = rule.advance(state, gradient, step) if rule.overrides("advance") else state
     changed = [t for name, t in new.items() if t is not state[name]]
-    return direction_of(rule, new, gradient).tensors(), changed
+    return direction_of(rule, new, gradient, rule.graft).tensors(), changed
 
 
 def _count(function: Callable, *args: Any) -> tuple[int, int]:

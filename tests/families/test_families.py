@@ -51,7 +51,7 @@ def test_lockstep(name):
     twin = copy.deepcopy(model)
     family.plain(twin)
     own, other = (torch.optim.SGD(m.parameters(), lr=0.05, momentum=0.9) for m in (model, twin))
-    rule = MKOR(factor_dtype=torch.float64)
+    rule = MKOR.published(factor_dtype=torch.float64)
     reference = reference_for(twin, rule, other)
     step = mkor_fx.compile_step(model, None, own, rule, skip=family.hidden, backend="eager")
     for _ in range(3):

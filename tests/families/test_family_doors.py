@@ -36,7 +36,7 @@ def test_both_doors_agree(name):
     family = FAMILIES[name]
     model, batch = made(family, torch.float64)
     twin, keys, examples = copy.deepcopy(model), list(model.state_dict()), batch()
-    rule = MKOR(factor_dtype=torch.float64)
+    rule = MKOR.published(factor_dtype=torch.float64)
     compiled = mkor_fx.compile(model, rule, backend="eager", fullgraph=True)
     own, other = (torch.optim.AdamW(m.parameters(), lr=1e-3) for m in (model, twin))
     step = mkor_fx.compile_step(twin, None, other, rule, backend="eager")

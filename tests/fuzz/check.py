@@ -104,7 +104,7 @@ def check(plan: Plan, backend: str = "eager") -> Outcome:
 def _agree(plan: Plan, model: Program, batches: list, outcome: Outcome, backend: str) -> None:
     """Loss, outputs, parameters, buffers and factors, step by step."""
     tolerance = 0.1 if plan.autocast else 1e-7
-    rule = MKOR(**{**plan.rule, **({"form": "forgetful"} if plan.autocast else {})}, factor_dtype=torch.float64)
+    rule = MKOR.published(**{**plan.rule, **({"form": "forgetful"} if plan.autocast else {})}, factor_dtype=torch.float64)
     own, twin = copy.deepcopy(model), copy.deepcopy(model)
     other = torch.optim.SGD(twin.parameters(), lr=LEARNING_RATE)
     reference = Recorded(twin, other, rule, plan.refresh_every, tolerance)

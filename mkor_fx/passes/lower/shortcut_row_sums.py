@@ -13,7 +13,8 @@ from .expand import between
 
 @graph_pass(stage="lower")
 def shortcut_row_sums(step: StepGraph) -> None:
-    """``column_sum(unfold_rows(x))`` -> ``patch_sum(x)``; ``column_sum(one_hot_rows(i))`` -> ``histogram(i)``."""
+    """``column_sum(unfold_rows(x))`` -> ``patch_sum(x)``; ``column_sum(one_hot_rows(i))`` -> ``histogram(i)``; so are
+    sketches of rows."""
     left = list(step.graph.nodes)
     while left:
         node = left.pop()
@@ -21,7 +22,8 @@ def shortcut_row_sums(step: StepGraph) -> None:
         if isinstance(rows, fx.Node) and (shortcut := ROW_SUMS.get((node.target, rows.target))) is not None:
             before = node.prev
             with step.graph.inserting_before(node):
-                replacement = insert(step.graph, shortcut, *rows.args, label=node.meta.get("mkor_fx", ""))
+                args = *rows.args, *node.args[1:]
+                replacement = insert(step.graph, shortcut, *args, label=node.meta.get("mkor_fx", ""))
             left += between(before, node)  # rows of rows
             node.replace_all_uses_with(replacement)
     step.graph.eliminate_dead_code()

@@ -46,5 +46,5 @@ def _decline(step: StepGraph, index: int, decline: Decline) -> None:
 
 def _has_a_direction(site: Site, rule: Rule) -> bool:
     """Whether a rule makes anything of a bias: of one with a right side alone there is nothing to multiply it by."""
-    own = rule.joint_bias or rule.overrides("precondition") or rule.overrides("momentum")
+    own = rule.joint_bias or rule.overrides("precondition") or rule.overrides("moment")
     return own or Layout.of(site).sides[0] is not None

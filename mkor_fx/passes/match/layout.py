@@ -116,8 +116,9 @@ class Layout:
         shape, rule = self.shape_of_use(kind), self.rule.at_first_step
         with torch.device("meta"):
             rows = torch.empty(1, shape.I), torch.empty(1, shape.O)
-            state = {"state": rule.init(self.shape, torch.device("meta"))} if rule.reads_state else {}
-            return [s.shape for s in rule.summarize(shape, *rows, **state)]
+            also: dict[str, Any] = {"state": rule.init(self.shape, torch.device("meta"))} if rule.reads_state else {}
+            also |= {"key": torch.empty((), dtype=torch.int64)} if rule.draws else {}
+            return [s.shape for s in rule.summarize(shape, *rows, **also)]
 
     def vector_size(self, kind: int) -> int:
         """Numbers in the statistics of one orientation: each member's flat summary and the number of rows behind it."""

@@ -15,6 +15,7 @@ from ...rules.hyper import changing
 from ..order.collectives import Network
 from ..torch_api.tracing import insert
 from ..match.layout import Layout
+from .sizing import Sizing
 from .vectors import Scales
 
 
@@ -24,7 +25,8 @@ class Item:
 
     ``grad`` and ``bias`` are gradients, of all ranks together once they are reduced; ``vectors`` statistics by orientation.
     ``state`` is as it stands at this point of the program, ``stored`` the inputs that it is kept in. ``key`` and
-    ``bias_key`` are under which directions are found. ``scale``: what sizes directions that are made in the backward.
+    ``bias_key`` are under which directions are found. ``sizing`` is how long these are; ``scale`` what sizes those that are made in
+    the backward.
     """
 
     name: str
@@ -38,15 +40,18 @@ class Item:
     stored: dict[str, fx.Node] = field(default_factory=dict)
     vectors: dict[int, fx.Node] = field(default_factory=dict)
     scale: fx.Node | None = None
+    sizing: Sizing = Sizing(None, False)
 
 
 class Rate(NamedTuple):
-    """Where the learning rate and the weight decay of a parameter lie in the optimizer's packed ``numbers``."""
+    """Where the learning rate and the weight decay of a parameter lie in the optimizer's packed ``numbers``; ``trust``: whether
+    a step is brought to the size of the weight."""
 
     numbers: fx.Node
     rate_at: int
     decay_at: int | None
     sign: float
+    trust: bool = False
 
 
 class Draft:
@@ -73,6 +78,7 @@ class Draft:
         self.settled: dict[fx.Node, fx.Node] = {}
         self.scales: Scales | None = None
         self._numbers: dict[Rule, dict[str, fx.Node]] = {}
+        self._momenta: dict[int, fx.Node] = {}
 
     @property
     def graph(self) -> fx.Graph:
@@ -90,6 +96,10 @@ class Draft:
 
     def clock(self, label: str) -> fx.Node:
         """The step count that statistics belong to, 0-dim int64."""
+        raise NotImplementedError
+
+    def draw(self) -> fx.Node:
+        """What random signs are drawn by, 0-dim int64: another one in each step, micro-batch and rank."""
         raise NotImplementedError
 
     def packed_numbers(self) -> fx.Node:
@@ -127,6 +137,10 @@ class Draft:
         """Give the graph its outputs; what nothing reads goes."""
         raise NotImplementedError
 
+    def optimizer_numbers(self) -> fx.Node:
+        """The optimizer's numbers, packed."""
+        raise NotImplementedError
+
     # ---- what changes over time ---------------------------------------------------------------------------------------
 
     def numbers(self, rule: Rule) -> dict[str, fx.Node]:
@@ -142,9 +156,23 @@ class Draft:
         return self._numbers[rule]
 
 
+    def numbers_of(self, item: Item) -> dict[str, fx.Node]:
+        """As ``numbers``, of an item's rule where it is used; its momentum maybe the optimizer's."""
+        found, at = self.numbers(item.layout.rule), item.sizing.momentum_at
+        if at is None:
+            return found
+        if at not in self._momenta:
+            self._momenta[at] = self.insert(_entry, self.optimizer_numbers(), at, label="numbers of the optimizer")
+        return {**found, "momentum": self._momenta[at]}
+
+
 def changing_of(rules: Sequence[Rule]) -> list[tuple[Rule, str]]:
     """Every field that changes over time, in order."""
     return [(rule, name) for rule in rules for name in changing(rule)]
+
+
+def _entry(packed: Tensor, at: int) -> Tensor:
+    return packed[at]
 
 
 def _each(packed: Tensor, size: int) -> list[Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import fx
 
@@ -28,18 +28,30 @@ class Added:
         return {name: self.carrier + 1 + i for i, name in enumerate(self.state)}
 
 
+class Shared(NamedTuple):
+    """Where a graph is passed, once for all sites, what changes over time in the rules and what random signs are drawn by;
+    None: not at all."""
+
+    numbers: int | None = None
+    draw: int | None = None
+
+
 class JointDraft(Draft):
-    """``added`` are the further inputs of each site; ``numbers_at`` is where what changes over time in the rules is passed.
+    """``added`` are the further inputs of each site, ``shared`` those of all.
 
     ``outputs`` are what the graph returns, gradients among them, at the ``positions`` of the inputs that they belong to;
     ``norms`` what sizes the directions of the next step.
     """
 
     def __init__(
-        self, step: StepGraph, rules: Sequence[Rule], added: Mapping[int, Added], numbers_at: int | None = None
+        self,
+        step: StepGraph,
+        rules: Sequence[Rule],
+        added: Mapping[int, Added],
+        shared: Shared = Shared(),  # noqa: B008  (a tuple)
     ) -> None:
         super().__init__(step, rules)
-        self.added, self.numbers_at = added, numbers_at
+        self.added, self.shared = added, shared
         self.norms: dict[Any, fx.Node] = {}
         self.outputs = list(step.output.args[0])
         self.positions = described_gradients(step.graph)
@@ -53,8 +65,12 @@ class JointDraft(Draft):
             self.items[index] = item
 
     def packed_numbers(self) -> fx.Node:
-        assert self.numbers_at is not None
-        return self.step.inputs[self.numbers_at]
+        assert self.shared.numbers is not None
+        return self.step.inputs[self.shared.numbers]
+
+    def draw(self) -> fx.Node:
+        assert self.shared.draw is not None
+        return self.step.inputs[self.shared.draw]
 
     def hand_out(self) -> None:
         for index, item in self.items.items():

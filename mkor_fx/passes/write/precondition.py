@@ -13,6 +13,7 @@ from ..core import graph_pass
 from .draft import Draft
 from ..match.layout import Layout
 from .refresh import all_finite, select
+from .sizing import Sizing
 from .vectors import Numbers, Scales
 
 
@@ -23,7 +24,8 @@ def precondition(draft: Draft) -> None:
         direction, bias, new = draft.insert(
             direct_one,
             item.layout,
-            draft.numbers(item.layout.rule),
+            draft.numbers_of(item),
+            item.sizing,
             item.grad,
             item.bias,
             item.state,
@@ -34,7 +36,7 @@ def precondition(draft: Draft) -> None:
         draft.advanced(item, new)
         found = {item.key: direction} if bias is None else {item.key: direction, item.bias_key: bias}
         draft.directions |= found
-        if item.layout.rule.applies == "update":
+        if item.sizing.final:
             draft.final |= found.keys()
     draft.spread_directions()
 
@@ -45,6 +47,7 @@ def precondition(draft: Draft) -> None:
 def direct_one(
     layout: Layout,
     numbers: Numbers,
+    sizing: Sizing,
     grad: Tensor,
     bias_grad: Tensor | None,
     state: dict[str, Tensor],
@@ -56,10 +59,10 @@ def direct_one(
     A rule that only multiplies may be given a gradient that is still scaled; whatever keeps moments, makes its direction
     otherwise, or sizes it by itself, sees it unscaled, and the base optimizer gets it back in the scale that it expects.
     """
-    rule = bind(layout.rule, numbers)
-    advances, is_step = rule.overrides("advance"), rule.applies == "update"
+    rule = bind(layout.rule, {**numbers, **dict(sizing.fields)})
+    advances, is_step = rule.overrides("advance"), sizing.final
     gradient = layout.orient(grad, bias_grad)
-    scale_matters = rule.graft == "rms" or rule.overrides("precondition") or rule.overrides("momentum")
+    scale_matters = sizing.graft == "rms" or rule.overrides("precondition") or rule.overrides("moment")
     unscaled = scales is not None and (advances or is_step or scale_matters)
     if scales is not None and unscaled:
         gradient = Gradient(*(None if g is None else g / scales.gradient.to(g.dtype) for g in gradient))
@@ -73,7 +76,7 @@ def direct_one(
             advanced = rule.advance(state, one, step)
             check_state(rule, "advance", advanced, state)
             state = select(finite, advanced, state)
-        return direction_of(rule, state, one).tensors(), state
+        return direction_of(rule, state, one, sizing.graft).tensors(), state
 
     directions, new = layout.each(member)(state, gradient.tensors())
     if scales is not None and unscaled and not is_step:

@@ -21,7 +21,8 @@ def statistics(draft: Draft) -> None:
         numbers = draft.numbers(site.rule)
         state = draft.items[index].state if index in draft.items else {}
         with graph.inserting_before(draft.step.output):
-            vectors = write_vectors(graph, site, numbers, state, dtype)
+            key = draft.draw() if site.rule.draws else None
+            vectors = write_vectors(graph, site, numbers, state, key, dtype)
             if draft.network is not None and not draft.sends_late:
                 vectors = {k: draft.network.sum(vector, "statistics", name) for k, vector in vectors.items()}
         draft.statistics[index] = vectors

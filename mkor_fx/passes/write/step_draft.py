@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from ...rules import Rule
 from ...runtime import inputs
+from ...runtime.base_step import base_step_of
 from ...runtime.optimizer_state import numbers_of, place_of_rate
 from ..order.collectives import Network
 from ..torch_api.backend import FakeTensorMode
@@ -21,6 +22,7 @@ from .draft import Draft, Item, Rate, changing_of
 from .finite import absolute, all_finite, count_skip, is_taken, norm, total
 from .late_statistics import Buffer
 from ..match.layout import Layout
+from .sizing import Sizing
 from .traced_optimizer import Update, trace_update
 
 
@@ -84,6 +86,7 @@ class StepDraft(Draft):
         item = Item(name, Layout.of(site), label, index, bias)
         item.state = {key: self.input(inputs.Factor(index, key), example) for key, example in state.items()}
         item.stored = dict(item.state)
+        item.sizing = self._sizing(index)
         self.items[index] = item
         self.hand_out()
 
@@ -132,6 +135,9 @@ class StepDraft(Draft):
         steps = self.scalar(inputs.Steps(), torch.int64)
         return steps if self.taken is None else self.insert(torch.sub, steps, 1, label=label)
 
+    def draw(self) -> fx.Node:
+        return self.scalar(inputs.Draw(), torch.int64)
+
     def packed_numbers(self) -> fx.Node:
         return self.scalar(inputs.RuleNumbers(), torch.float64, len(changing_of(self.rules)))
 
@@ -148,12 +154,17 @@ class StepDraft(Draft):
         item.state = new
         return None
 
+    def _sizing(self, index: int) -> Sizing:
+        rule = self.step.sites[index].rule
+        assert rule is not None
+        return Sizing.of(rule, base_step_of(self.plan.optimizer, self.plan.params[index]))
+
     def spread_directions(self) -> None:
         if self.delivery is None:
             return
         self.directions |= self.delivery.from_owners(self.directions)
         for index, site in self.step.sites.items():
-            if site.rule is not None and site.rule.applies == "update":
+            if site.rule is not None and self._sizing(index).final:
                 self.final |= {index, *([] if site.bias is None else [site.bias.index])}
 
     # ---- the optimizer ------------------------------------------------------------------------------------------------
@@ -161,11 +172,19 @@ class StepDraft(Draft):
     def weight(self, key: Any) -> fx.Node:
         return self.step.parameters[key].node
 
-    def _optimizer_numbers(self) -> fx.Node:
+    def optimizer_numbers(self) -> fx.Node:
         return self.scalar(inputs.Numbers(), torch.float64, len(numbers_of(self.plan.optimizer)))
 
     def rate(self, key: Any) -> Rate:
-        return Rate(self._optimizer_numbers(), *place_of_rate(self.plan.optimizer, self.plan.params[key]))
+        optimizer, param = self.plan.optimizer, self.plan.params[key]
+        trust = base_step_of(optimizer, param).kind == "trust" and self._follows(key)
+        return Rate(self.optimizer_numbers(), *place_of_rate(optimizer, param), trust)
+
+    def _follows(self, key: Any) -> bool:
+        """Whether the rule of a parameter follows the optimizer."""
+        sites = self.step.sites.items()
+        of = next(site for index, site in sites if index == key or (site.bias is not None and site.bias.index == key))
+        return of.rule is not None and of.rule.follows_optimizer
 
     def apply_optimizer(self) -> None:
         order = [i for i in self.plan.trained if i not in self.final]
@@ -176,7 +195,7 @@ class StepDraft(Draft):
         state = [self.input(inputs.Optimizer(i, key), example) for i, key, example in states]
         params = [self.weight(i) for i in order]
         directions = [self.directions[i] if i in self.directions else self.gradients[i] for i in order]
-        packed = self._optimizer_numbers()
+        packed = self.optimizer_numbers()
         with self.graph.inserting_before(self.step.output):
             new = splice(self.graph, update.module, [*params, *directions, *state, packed], "optimizer")
         self.writes |= dict(zip([*params, *state], new))

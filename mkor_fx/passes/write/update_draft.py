@@ -12,12 +12,14 @@ from torch import Tensor, fx
 
 from ...ir import StepGraph
 from ...rules import Rule
+from ...runtime.base_step import BaseStep
 from ...runtime.given import Given
 from ..order.collectives import Group, Network
 from ..torch_api.backend import new_fake_mode
 from ..torch_api.tracing import add_input
 from .draft import Draft, Item, Rate
 from ..match.layout import Layout
+from .sizing import Sizing
 from .vectors import Scales
 
 #: where the rate and the weight decay of a parameter lie in its optimizer's numbers, and the sign of its steps
@@ -27,17 +29,23 @@ Place = tuple[int, int | None, float]
 @dataclass(frozen=True)
 class Job:
     """One weight in an update program: its layout, and whether its state is refreshed. ``places`` are those of the weight's
-    and its bias's rates, where their direction is the step itself."""
+    and its bias's rates, where their direction is the step itself; ``base`` is what the optimizer would do with its gradient.
+    """
 
     name: str
     layout: Layout
     refresh: bool
     places: tuple[Place | None, Place | None] = (None, None)
+    base: BaseStep | None = None
+
+    @property
+    def sizing(self) -> Sizing:
+        return Sizing.of(self.layout.rule, self.base)
 
     @property
     def final(self) -> bool:
         """Whether its direction is the step itself."""
-        return self.layout.rule.applies == "update"
+        return self.sizing.final
 
 
 class UpdateDraft(Draft):
@@ -71,6 +79,7 @@ class UpdateDraft(Draft):
             item = Item(job.name, job.layout, f"{job.name}: update", ("weight", i), bias, own.grad, own.bias)
             item.state, item.scale = dict(own.state), own.scale
             item.stored = dict(item.state)
+            item.sizing = job.sizing
             self.items[item.key] = item
             self.refreshes |= {item.key} if job.refresh else set()
             if own.carrier is not None:
@@ -91,7 +100,10 @@ class UpdateDraft(Draft):
         part, i = key
         place = self.jobs[i].places[part == "bias"]
         assert place is not None
-        return Rate(self.given.rates, *place)
+        return Rate(self.given.rates, *place, trust=self.jobs[i].sizing.trust)
+
+    def optimizer_numbers(self) -> fx.Node:
+        return self.given.rates
 
     def guard(self) -> fx.Node | None:
         """Where a scaler has found an inf, a direction that is the step itself is no step."""

@@ -30,18 +30,25 @@ class Scales(NamedTuple):
 
 
 def write_vectors(
-    graph: fx.Graph, site: Site, numbers: Numbers, state: Mapping[str, fx.Node], dtype: torch.dtype
+    graph: fx.Graph,
+    site: Site,
+    numbers: Numbers,
+    state: Mapping[str, fx.Node],
+    key: fx.Node | None,
+    dtype: torch.dtype,
 ) -> dict[int, fx.Node]:
-    """Insert the statistics vector of each orientation in which the site's weight is used."""
+    """Insert the statistics vector of each orientation in which the site's weight is used. ``key`` is what random signs are
+    drawn by, for a rule that draws any."""
     vectors: dict[int, fx.Node] = {}
     layout, label = Layout.of(site), f"{site.parameter.name}: statistics"
-    read = dict(state) if layout.rule.reads_state else None
+    also: dict[str, Any] = {"state": dict(state)} if layout.rule.reads_state else {}
+    also |= {"key": key} if layout.rule.draws else {}
     for taps in _together(site.taps):
         a, g = ([_reading(operand) for operand in operands] for operands in zip(*((tap.a, tap.g) for tap in taps)))
         count = None if taps[0].count is None else _reading(taps[0].count)
         kind = taps[0].inputs
         assert kind is not None
-        args = (layout, dict(numbers), kind, a, g, count, read, dtype)
+        args = (layout, dict(numbers), kind, a, g, count, also, dtype)
         vector = insert(graph, summarize_uses, *args, label=label, pure=True)
         known = vectors.get(kind)
         vectors[kind] = vector if known is None else insert(graph, torch.add, known, vector, label=label)
@@ -71,11 +78,11 @@ def summarize_uses(
     a: list[Reading],
     g: list[Reading],
     count: Reading | None,
-    state: dict[str, Tensor] | None,
+    also: dict[str, Any],
     dtype: torch.dtype,
 ) -> Tensor:
     """The statistics vector of uses whose rows are put one behind the other, ``[S]``: of each member the flat summary,
-    then the number of rows."""
+    then the number of rows. ``also`` is what ``summarize`` reads beside them."""
     a_NI, g_NO = (_behind_each_other([view(*arguments) for view, *arguments in readings]) for readings in (a, g))
     if count is None:
         rows = torch.ones_like(g_NO[..., 0], dtype=dtype).sum(-1)
@@ -84,15 +91,15 @@ def summarize_uses(
     rule: Any = bind(layout.rule, numbers)
     shapes = layout.summary_shapes(kind)
 
-    def summarize(*rows: Tensor, **read: Any) -> tuple[Tensor, ...]:
-        made = rule.summarize(layout.shape_of_use(kind), *rows, **read)
+    shared = {"key": also["key"]} if "key" in also else {}
+
+    def summarize(a_NI: Tensor, g_NO: Tensor, *state: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        read: dict[str, Any] = {"state": state[0], **shared} if state else shared
+        made = rule.summarize(layout.shape_of_use(kind), a_NI, g_NO, **read)
         check_summary(rule, made, shapes)
         return made
 
-    if state is None:
-        summary = layout.each(summarize)(a_NI, g_NO)
-    else:
-        summary = layout.each(lambda a, g, own: summarize(a, g, state=own))(a_NI, g_NO, state)
+    summary = layout.each(summarize)(a_NI, g_NO, *([also["state"]] if "state" in also else []))
     flat = [s.reshape([*rows.shape, -1]).to(dtype) for s in summary]
     return torch.cat([*flat, rows.unsqueeze(-1)], -1).flatten()
 

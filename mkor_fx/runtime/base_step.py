@@ -1,0 +1,42 @@
+"""What an optimizer would do with a gradient, as far as the size of a step that takes its place follows from it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from .optimizer_state import Number, numbers_of
+
+
+class BaseStep(NamedTuple):
+    """``kind``: ``"adam"``: a step of Adam's size whatever the gradient's; ``"sgd"``: the momentum, or the gradient where there
+    is none; ``"trust"``: the weight's own size; ``"other"``: what nobody here knows. ``momentum_at`` is where SGD's momentum
+    lies among the optimizer's numbers, None where it has none; ``nesterov`` is its flag."""
+
+    kind: str
+    momentum_at: int | None = None
+    nesterov: bool = False
+
+
+def base_step_of(optimizer: Optimizer, param: nn.Parameter) -> BaseStep:
+    """What ``optimizer`` does with ``param``. Optimizers of other libraries are known by their names: Adam's relatives have
+    its name in theirs, as ``FusedAdam`` and ``AdamW8bit``; so have LAMB and LARS."""
+    at, group = next(
+        (at, group) for at, group in enumerate(optimizer.param_groups) if any(p is param for p in group["params"])
+    )
+    names = [cls.__name__.lower() for cls in type(optimizer).__mro__]
+    if any("lamb" in name or "lars" in name for name in names):
+        return BaseStep("trust")
+    if any("adam" in name for name in names) or group.get("adjust_lr_fn") == "match_rms_adamw":
+        return BaseStep("adam")
+    if isinstance(optimizer, torch.optim.SGD):
+        momentum, plain = Number(at, "momentum"), not group["dampening"]
+        if not group["momentum"]:
+            return BaseStep("sgd")
+        numbers = numbers_of(optimizer)
+        if plain and momentum in numbers:
+            return BaseStep("sgd", numbers.index(momentum), bool(group["nesterov"]))
+    return BaseStep("other")

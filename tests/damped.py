@@ -1,0 +1,78 @@
+"""Eager MKOR in its damped form, on hooks, from the equations alone: S is kept whole and inverted at every step.
+
+    S <- gamma S + (1 - gamma) (identity + kappa d C / tr C), the identity as unit vectors, coordinates in turn
+    B <- mu B + G, M = G + mu B, D = S_L^-1 M S_R^-1, W <- W (1 - lr wd) - lr 0.2 sqrt(O I) / |D| D
+
+N rows, O outputs, I inputs, d either; of modules Linear, Conv2d, and Embedding as the table of a Linear.
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def mixed(h):
+    for _ in range(2):
+        h = (((h >> 16) ^ h) * 0x45D9F3B) % 2**31
+    return (h >> 16) ^ h
+
+
+def signs(key, side, rows, count):
+    seed = mixed(mixed(mixed(key % 2**31) ^ (key >> 31) % 2**31) ^ (side + 1))
+    words = [mixed(mixed(seed ^ word) ^ torch.arange(rows)) for word in range(-(-count // 24))]
+    return torch.stack([1.0 - 2 * (words[j // 24] >> (j % 24 + 4) & 1) for j in range(count)], 1).double()
+
+
+class Damped:
+    def __init__(self, model, optimizer, *, statistic="rows", rank=8, momentum=0.95, nesterov=True, gamma=0.99, kappa=10.0):
+        vars(self).update(locals(), steps=0, rows={}, sites={}, S={}, B={})
+        for use in sorted(model.modules(), key=lambda m: isinstance(m, nn.Embedding)):  # embeddings after heads
+            if isinstance(use, nn.Linear | nn.Conv2d):
+                self.sites[use.weight] = use.weight.flatten(1).shape
+            if getattr(use, "weight", None) in self.sites:
+                use.register_forward_hook(lambda use, x, y: self.watch(use, x[0].detach(), y))
+
+    def watch(self, use, x, y):
+        def record(g, x=x):
+            if isinstance(use, nn.Conv2d):
+                x, g = F.unfold(x, use.kernel_size, use.dilation, use.padding, use.stride).mT, g.movedim(1, -1)
+            x = F.one_hot(x, len(use.weight)).to(g) if isinstance(use, nn.Embedding) else x
+            uses = self.rows.setdefault(use.weight, {}).setdefault(isinstance(use, nn.Embedding), [])
+            uses.append((x.flatten(0, -2), g.flatten(0, -2)))
+        y.requires_grad and y.register_hook(record)
+
+    def blocks(self, weight, G_OI):  # pairs of [R, O] and [R, I]
+        for turned, uses in sorted(self.rows[weight].items()):
+            a, g = (torch.cat(rows) for rows in zip(*uses, strict=True))
+            if "mean" in self.statistic:
+                yield (g.sum(0)[None], a.mean(0)[None])[:: -1 if turned else 1]
+            if "rows" in self.statistic:
+                s = [signs(self.steps << 32, side, len(a), self.rank).to(a) for side in (0, 1)]
+                yield (s[1].T @ g, s[0].T @ a)[:: -1 if turned else 1]
+        if "gradient" in self.statistic:
+            s = [signs(self.steps, 2 + i, n, self.rank).to(G_OI) for i, n in enumerate(G_OI.shape[::-1])]
+            yield (G_OI @ s[0]).T, s[1].T @ G_OI
+
+    def moved(self, S, blocks):
+        d, gamma = len(S), self.gamma
+        m = min(d, max(8, math.ceil((1 - gamma) * d)))
+        visited = F.one_hot((torch.arange(m) + self.steps * m) % d, d).sum(0).to(S) * d / m
+        C = sum(V.T @ V / V.norm() ** 2 for V in blocks) / len(blocks)
+        return gamma * S + (1 - gamma) * (visited.diag() + self.kappa * d * C)
+
+    @torch.no_grad()
+    def step(self):
+        for W, shape in self.sites.items():
+            G = W.grad.flatten(1)
+            L, R = self.S.get(W, [torch.eye(n).to(G) for n in G.shape])
+            left, right = zip(*self.blocks(W, G), strict=True)
+            L, R = self.S[W] = self.moved(L, left), self.moved(R, right)
+            B = self.B[W] = self.momentum * self.B.get(W, torch.zeros_like(G)) + G
+            D = L.inverse() @ (G + self.momentum * B if self.nesterov else B) @ R.inverse()
+            group = next(g for g in self.optimizer.param_groups if any(p is W for p in g["params"]))
+            D *= 0.2 * shape.numel() ** 0.5 / D.norm()
+            W.mul_(1 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * D.view_as(W))
+            W.grad = None
+        self.rows, self.steps = {}, self.steps + 1
+        self.optimizer.step(), self.optimizer.zero_grad()
