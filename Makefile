@@ -62,7 +62,7 @@ check: $(READY_DEV)  ## lint and type-check
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy -p mkor_fx -p benchmarks
 
-bench: $(READY)  ## time a compiled step of a small GPT with and without MKOR
+bench: $(READY)  ## time a compiled step of a small GPT under AdamW, Muon and MKOR
 	$(RUN) -m benchmarks.step_time $(ARGS)
 
 overlap: $(READY)  ## how much communication hides under compute, and weak scaling

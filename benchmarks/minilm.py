@@ -175,7 +175,7 @@ def main() -> None:
             print(f"  step {done:4}  loss {loss:.3f}", flush=True)
 
     rows = []
-    for name, rule, lr in zip(("AdamW", "AdamW + mkor_fx"), (None, mkor_fx.MKOR()), options.lr):
+    for name, rule, lr in zip(("AdamW", "AdamW + mkor_fx"), (None, mkor_fx.MKOR.published()), options.lr):
         print(name, flush=True)
         outcome = fine_tune(rule, lr, data, options, report)
         if rule:

@@ -1,45 +1,90 @@
-"""`make bench`: what MKOR adds to a compiled training step of a small GPT, measured side by side and counted.
+"""What a compiled step costs: AdamW, torch's Muon and MKOR, side by side in one process.
 
-The sides take turns within one process, a few steps each, so that what else the machine does hits them alike. CPU time
-is that of all threads together; a ratio is the median over the rounds of a side's time over the baseline's in that
-round.
+    python -m benchmarks.step_time --width 256 --depth 4
+    python -m benchmarks.step_time --model mlp
 
-N rows of a layer (batch x positions), I inputs, O outputs, T positions, D width.
+Prints medians over rounds of CPU and wall milliseconds a step, their ratios to the first side, and the counted floor. Muon
+steps the weights of linear layers and nothing else, so its side is a little cheaper than a whole optimizer.
 """
 
 import argparse
+import itertools
 import statistics
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from tabulate import tabulate
 from torch import nn
+from torch.nn import functional
 
 import mkor_fx
 from benchmarks.models import GPT
 from benchmarks.tasks import symbol_entropy
 
-VOCABULARY, CONTEXT, WIDTH, DEPTH, HEADS, BATCH = 256, 128, 256, 2, 4, 16
-SIDES = {"AdamW": 0, "AdamW + MKOR, refresh every step": 1, "AdamW + MKOR, refresh every 10": 10}
+VOCABULARY, CONTEXT, HEADS, BATCH = 256, 128, 4, 16
+ADAMW, MUON = "AdamW", "Muon, matrices alone"
+RULES: dict[str, tuple[Any, int]] = {
+    "MKOR": (mkor_fx.MKOR(), 1),
+    "MKOR, products in float32": (mkor_fx.MKOR(product_dtype=None), 1),
+    "MKOR, refresh every 10": (mkor_fx.MKOR(), 10),
+    "MKOR.published()": (mkor_fx.MKOR.published(), 1),
+}
 
 
-def build(refresh_every: int, batch: tuple[torch.Tensor, torch.Tensor], backend: str) -> tuple[Any, float]:
-    """A compiled step, plain where `refresh_every` is 0, and the seconds its compilation took."""
+class Case(NamedTuple):
+    """What is trained, and on what; ``rows`` is how many its layers see, ``attention`` multiply-adds without weights."""
+
+    title: str
+    model: Callable[[], nn.Module]
+    loss_fn: Callable[..., torch.Tensor]
+    batch: tuple[torch.Tensor, torch.Tensor]
+    rows: int
+    attention: int = 0
+
+
+def gpt(width: int, depth: int) -> Case:
+    text = torch.randint(VOCABULARY, (BATCH, CONTEXT + 1), generator=torch.Generator().manual_seed(0))
+    batch = (text[:, :-1].contiguous(), text[:, 1:].contiguous())
+    rows = BATCH * CONTEXT
+    attention = 3 * 2 * depth * rows * CONTEXT * width  # forward and twice that backward, of scores and mixtures
+    title = f"GPT, {depth} blocks, width {width}, {BATCH} x {CONTEXT} symbols"
+    return Case(title, lambda: GPT(VOCABULARY, CONTEXT, width, depth, HEADS), symbol_entropy, batch, rows, attention)
+
+
+def mlp() -> Case:
+    generator = torch.Generator().manual_seed(0)
+    sizes, batch = (784, 1024, 1024, 1024, 10), 256
+
+    def layers() -> list[nn.Module]:
+        found: list[nn.Module] = []
+        for inputs, outputs in itertools.pairwise(sizes):
+            found += [nn.Linear(inputs, outputs), nn.ReLU()]
+        return found[:-1]
+
+    data = torch.randn(batch, 784, generator=generator), torch.randint(10, (batch,), generator=generator)
+    title = f"MLP {'-'.join(map(str, sizes))}, {batch} rows"
+    return Case(title, lambda: nn.Sequential(*layers()), functional.cross_entropy, data, batch)
+
+
+def build(side: str, case: Case, backend: str) -> tuple[Any, float]:
+    """A compiled step and the seconds its compilation took."""
     torch.manual_seed(0)
-    model = GPT(VOCABULARY, CONTEXT, WIDTH, DEPTH, HEADS)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    rule = mkor_fx.MKOR() if refresh_every else None
-    step = mkor_fx.compile_step(
-        model, symbol_entropy, optimizer, rule=rule, refresh_every=refresh_every or 1, backend=backend
-    )
+    model = case.model()
+    optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    if side == MUON:
+        matrices = [layer.weight for layer in model.modules() if isinstance(layer, nn.Linear)]
+        optimizer = torch.optim.Muon(matrices, lr=1e-3, adjust_lr_fn="match_rms_adamw")
+    rule, every = RULES.get(side, (None, 1))
+    step = mkor_fx.compile_step(model, case.loss_fn, optimizer, rule=rule, refresh_every=every, backend=backend)
     started = time.perf_counter()
     for _ in range(2):  # both variants
-        step(*batch)
+        step(*case.batch)
     return step, time.perf_counter() - started
 
 
-def measure(steps: dict[str, Any], batch: tuple[torch.Tensor, torch.Tensor], rounds: int, length: int) -> list[dict]:
+def measure(steps: dict[str, Any], case: Case, rounds: int, length: int) -> list[dict]:
     """(CPU, wall) seconds a step of every side, for each round of `length` steps a side."""
     records = []
     for _ in range(rounds):
@@ -47,7 +92,7 @@ def measure(steps: dict[str, Any], batch: tuple[torch.Tensor, torch.Tensor], rou
         for name, step in steps.items():
             cpu, wall = time.process_time(), time.perf_counter()
             for _ in range(length):
-                loss = step(*batch)
+                loss = step(*case.batch)
             loss.item()  # waits for the device, where there is one
             record[name] = ((time.process_time() - cpu) / length, (time.perf_counter() - wall) / length)
         records.append(record)
@@ -69,57 +114,44 @@ def timings(records: list[dict], compile_seconds: dict[str, float]) -> str:
     return tabulate(rows, headers, disable_numparse=True, colalign=("left",) + ("right",) * 5)
 
 
-def counts() -> str:
-    """Multiply-adds a step of every layer, its preconditioning in the cheaper order, and its factors' size."""
-    n = BATCH * CONTEXT
-    attention = 3 * 2 * DEPTH * n * CONTEXT * WIDTH  # forward and twice that backward, of scores and mixtures
-    shapes, training, preconditioning, factors = {"attention": ""}, [attention], [0], [0]
-    for name, layer in GPT(VOCABULARY, CONTEXT, WIDTH, DEPTH, HEADS).named_modules():
+def counts(case: Case) -> str:
+    """Multiply-adds a step of every layer, what MKOR and Muon add to them, and the size of MKOR's factors."""
+    table: list[tuple[str, str, int, int, int, int]] = [("attention", "", case.attention, 0, 0, 0)]
+    for name, layer in case.model().named_modules():
         if isinstance(layer, nn.Linear):
             o, i = layer.weight.shape
-            product_first = o * i * (o + i)  # L (g'a) R
-            operands_first = n * (o * o + i * i)  # (g L)'(a R); the last product replaces the gradient's
-            shapes[name] = f"{o} x {i}"
-            training.append(3 * n * o * i)
-            preconditioning.append(min(product_first, operands_first))
-            factors.append(4 * (o * o + i * i))
-        elif isinstance(layer, nn.Embedding):  # looked up, and with one factor
-            rows_of_table, width = layer.weight.shape
-            shapes[name] = f"{width} x {rows_of_table}"
-            training.append(0)
-            preconditioning.append(rows_of_table * width**2)
-            factors.append(4 * width**2)
-    shapes["total"] = ""
-    for column in (training, preconditioning, factors):
-        column.append(sum(column))
-    rows = [
-        (name, shape, f"{train / 1e6:,.0f}", f"{extra / 1e6:,.0f}", f"{size / 2**20:.2f}")
-        for (name, shape), train, extra, size in zip(shapes.items(), training, preconditioning, factors)
-    ]
-    headers = ("layer", "O x I", "forward + backward, M", "preconditioning, M", "factors, MiB")
-    counted = tabulate(rows, headers, disable_numparse=True, colalign=("left",) + ("right",) * 4)
+            small, large = sorted((o, i))
+            muon = 5 * (2 * small * small * large + small**3)  # X X^T, its square, and a product with X, five times
+            table.append((name, f"{o} x {i}", 3 * case.rows * o * i, o * i * (o + i), muon, 4 * (o * o + i * i)))
+    totals = [sum(column) for column in zip(*(row[2:] for row in table))]
+    table.append(("total", "", totals[0], totals[1], totals[2], totals[3]))
+    rows = [(*row[:2], *(f"{n / 1e6:,.0f}" for n in row[2:5]), f"{row[5] / 2**20:.2f}") for row in table]
+    headers = ("layer", "O x I", "forward + backward, M", "MKOR, M", "Muon, M", "factors, MiB")
+    counted = tabulate(rows, headers, disable_numparse=True, colalign=("left", "left") + ("right",) * 4)
     return (
-        f"{counted}\n\nCounted floor of the ratio: {1 + preconditioning[-1] / training[-1]:.3f} in multiply-adds. "
-        f"A refresh also reads the factors twice and writes them once: {3 * factors[-1] / 2**20:.0f} MiB of traffic."
+        f"{counted}\n\nCounted floor of the ratio, in multiply-adds: MKOR {1 + totals[1] / totals[0]:.3f}, Muon "
+        f"{1 + totals[2] / totals[0]:.3f}. A refresh also reads the factors twice and writes them once: "
+        f"{3 * totals[3] / 2**20:.0f} MiB of traffic."
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=("gpt", "mlp"), default="gpt")
+    parser.add_argument("--width", type=int, default=256, help="of the GPT")
+    parser.add_argument("--depth", type=int, default=2, help="blocks of the GPT")
+    parser.add_argument("--side", action="append", choices=(MUON, *RULES), help="beside AdamW (default: all)")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--length", type=int, default=10, help="steps a side and round; a multiple of 10 is fair")
     parser.add_argument("--backend", default="inductor", choices=("inductor", "eager"))
     options = parser.parse_args()
 
-    generator = torch.Generator().manual_seed(0)
-    text = torch.randint(VOCABULARY, (BATCH, CONTEXT + 1), generator=generator)
-    batch = (text[:, :-1].contiguous(), text[:, 1:].contiguous())
-    print(f"GPT, {DEPTH} blocks, width {WIDTH}, {BATCH} x {CONTEXT} symbols, {torch.get_num_threads()} threads\n")
-    print(counts(), flush=True)
+    case = gpt(options.width, options.depth) if options.model == "gpt" else mlp()
+    print(f"{case.title}, {torch.get_num_threads()} threads\n\n{counts(case)}", flush=True)
     steps, compile_seconds = {}, {}
-    for name, refresh_every in SIDES.items():
-        steps[name], compile_seconds[name] = build(refresh_every, batch, options.backend)
-    print(f"\n{timings(measure(steps, batch, options.rounds, options.length), compile_seconds)}")
+    for name in (ADAMW, *(options.side or (MUON, *RULES))):
+        steps[name], compile_seconds[name] = build(name, case, options.backend)
+    print(f"\n{timings(measure(steps, case, options.rounds, options.length), compile_seconds)}")
 
 
 if __name__ == "__main__":

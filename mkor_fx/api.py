@@ -33,7 +33,7 @@ from .runtime.compiled_step import CompiledStep
 
 def compile(
     model: nn.Module,
-    rule: RuleChoice = MKOR.published(),  # noqa: B008  (frozen)
+    rule: RuleChoice = MKOR(),  # noqa: B008  (frozen)
     *,
     refresh_every: int = 1,
     skip: Sequence[str] = (),
@@ -68,7 +68,8 @@ def compile(
         skip: glob patterns of parameter names that keep their raw gradient.
         precondition: ``"step"``: at the optimizer's step, on gradients that are accumulated, averaged and clipped.
             ``"backward"``: inside the backward, so that ``.grad`` arrives preconditioned; for loops without a torch
-            optimizer. It uses the factors from before the step and the last step's norms for the rescale.
+            optimizer. It uses the factors from before the step and the last step's norms for the rescale, and takes rules
+            that only multiply, as ``MKOR.published()``.
         process_group: ranks that train together; None is the world where torch.distributed is initialised, or that of the
             DistributedDataParallel. Gradients are the wrapper's business (inside or outside of ``compile``) or yours;
             statistics are summed once an optimizer step, whatever number of micro-batches it has.
@@ -116,7 +117,7 @@ def compile_step(
     model: nn.Module,
     loss_fn: Callable[..., Tensor] | None,
     optimizer: Optimizer,
-    rule: RuleChoice = MKOR.published(),  # noqa: B008  (frozen)
+    rule: RuleChoice = MKOR(),  # noqa: B008  (frozen)
     *,
     refresh_every: int = 1,
     skip: Sequence[str] = (),

@@ -71,7 +71,7 @@ class Options:
     ``without`` names passes that are left out of the programs: for tests and benchmarks of what a pass is worth.
     """
 
-    rule: RuleChoice = MKOR.published()  # noqa: RUF009  (frozen)
+    rule: RuleChoice = MKOR()  # noqa: RUF009  (frozen)
     refresh_every: int = 1
     skip: Sequence[str] = ()
     precondition: str = "step"

@@ -144,8 +144,7 @@ def rademacher(step: Tensor, side: int, size: int, dtype: torch.dtype) -> Tensor
     return (1 - 2 * ((((h >> 16) ^ h) >> 7) & 1)).to(dtype)
 
 
-@prim("signs(Tensor key, int side, SymInt rows, int sketches, ScalarType dtype) -> Tensor")
-def signs(key: Tensor, side: int, rows: int, sketches: int, dtype: torch.dtype) -> Tensor:
+def signs(key: Tensor, side: int, rows: int, sketches: int) -> Tensor:
     """``[rows, sketches]`` signs, a hash of (key, side, row, sketch): the same on every backend and device. Other keys and
     sides give independent ones."""
     key = key.to(torch.int64)
@@ -156,7 +155,7 @@ def signs(key: Tensor, side: int, rows: int, sketches: int, dtype: torch.dtype) 
         hashed = _mixed(_mixed(seed ^ (at // _WORD)) ^ torch.arange(rows, device=key.device))
         places = torch.arange(min(_WORD, sketches - at), device=key.device)
         bits.append((hashed.unsqueeze(-1) >> (places + 4)) & 1)
-    return (1 - 2 * (bits[0] if len(bits) == 1 else torch.cat(bits, -1))).to(dtype)
+    return (1 - 2 * (bits[0] if len(bits) == 1 else torch.cat(bits, -1))).to(torch.int8)
 
 
 def _mixed(h: Tensor) -> Tensor:
@@ -167,9 +166,10 @@ def _mixed(h: Tensor) -> Tensor:
     return stored((h >> 16) ^ h)
 
 
-@prim("sketch(Tensor rows, Tensor signs) -> Tensor", shared=(1,))
-def sketch(rows_NM: Tensor, signs_NR: Tensor) -> Tensor:
-    """``signs^T rows``, ``[R, M]``: each is an unbiased sketch, ``E[v v^T] = rows^T rows``. One skinny product, of what has
-    the range of float32 in its own dtype."""
+@prim("sketch(Tensor rows, Tensor key, int side, int sketches) -> Tensor", shared=(1,))
+def sketch(rows_NM: Tensor, key: Tensor, side: int, sketches: int) -> Tensor:
+    """``signs(key, side, N, R)^T rows``, ``[R, M]``: each is an unbiased sketch, ``E[v v^T] = rows^T rows``. One skinny
+    product, of what has the range of float32 in its own dtype. Members of a batch share their signs."""
     dtype = torch.float32 if rows_NM.dtype == torch.float16 else rows_NM.dtype
+    signs_NR = signs(key, side, rows_NM.shape[-2], sketches)
     return (signs_NR.to(dtype).mT @ rows_NM.to(dtype)).to(accumulation_dtype(rows_NM.dtype))

@@ -174,7 +174,7 @@ def test_experts_see_their_own_tokens_and_keep_their_factors_without_any(routing
 def test_dense_experts_count_the_tokens_that_a_gate_lets_through():
     """As one product ``[E * O, I]``: every expert's weight has the same inputs, so they are one matrix."""
     torch.manual_seed(0)
-    coverage = mkor_fx.explain(Stacked(dense, bias=False), torch.randn(7, I))
+    coverage = mkor_fx.explain(Stacked(dense, bias=False), torch.randn(7, I), rule=mkor_fx.MKOR.published())
     assert coverage["weight"].factors == {"L": (E * O, E * O), "R": (I, I)}
 
 

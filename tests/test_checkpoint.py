@@ -10,13 +10,16 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 import mkor_fx
 
+PUBLISHED = mkor_fx.MKOR.published()
+
 ROWS, STEPS = 8, 9
 
 
 def prepare():
     model, loss_fn, batches = whole.batches_of("mlp", ROWS, STEPS)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    return model, optimizer, batches, mkor_fx.compile_step(model, loss_fn, optimizer, refresh_every=2, backend="eager")
+    step = mkor_fx.compile_step(model, loss_fn, optimizer, PUBLISHED, refresh_every=2, backend="eager")
+    return model, optimizer, batches, step
 
 
 def resume(rank, size, first, last, load, save):

@@ -65,7 +65,7 @@ def test_from_a_shell(tmp_path):
         cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "0.weight" in done.stdout and "2 of 4 trainable parameters" in done.stdout
+    assert "0.weight" in done.stdout and "1 of 4 trainable parameters" in done.stdout
     assert (tmp_path / "report.html").stat().st_size > 10_000
 
 
@@ -79,7 +79,7 @@ def test_table_costs_and_json(call):
 
 def test_a_loss_function_takes_the_target(call):
     status, output, _ = call("models:with_loss")
-    assert status == 0 and "2 of 2 trainable parameters" in output
+    assert status == 0 and "1 of 2 trainable parameters" in output
 
 
 def test_assert_full(call):

@@ -64,7 +64,7 @@ def test_dynamic_needs_no_second_compilation():
 
 def test_drop_in_compiles_each_graph_and_each_update_once():
     model, data = mlp(), loader()
-    compiled = mkor_fx.compile(model, backend="eager", refresh_every=2)
+    compiled = mkor_fx.compile(model, backend="eager", refresh_every=2, rule=mkor_fx.MKOR.published())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     schedule = lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=18)
     for _ in range(3):

@@ -220,7 +220,7 @@ def test_fast_products_are_bfloat16_where_that_is_native():
 
 def test_signs_are_independent_of_each_other():
     drawn = [
-        signs(draw_of(step, use, None, torch.device("cpu")) + rank, side, 4000, 30, torch.float64)
+        signs(draw_of(step, use, None, torch.device("cpu")) + rank, side, 4000, 30).double()
         for step, use, rank, side in ((0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1))
     ]
     together = torch.cat(drawn, 1)

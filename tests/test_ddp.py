@@ -15,6 +15,7 @@ STEPS, ROWS = 4, 8
 
 
 def wrap(model, how, **options):
+    options = {"rule": MKOR.published(), **options}
     if how == "outside":
         return DistributedDataParallel(mkor_fx.compile(model, backend="eager", **options))
     if how == "inside":
@@ -91,7 +92,7 @@ def train_whole_step(rank, size):
     model, loss_fn, batches = whole.batches_of("mlp", ROWS, STEPS)
     ddp = DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(ddp.parameters(), lr=1e-2)
-    step = mkor_fx.compile_step(ddp, loss_fn, optimizer, backend="eager")
+    step = mkor_fx.compile_step(ddp, loss_fn, optimizer, MKOR.published(), backend="eager")
     for batch in batches:
         step(*whole.share(batch, whole.even(ROWS, size), rank))
     return {**model.state_dict(), **{f"factor {k}": v for k, v in step.mkor.state_dict().items()}}

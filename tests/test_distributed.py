@@ -103,7 +103,9 @@ def train_on_changing_batches(rank, size):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
     communication = Communication(average="rows")
-    step = mkor_fx.compile_step(model, loss_fn, optimizer, communication=communication, backend="eager")
+    step = mkor_fx.compile_step(
+        model, loss_fn, optimizer, MKOR.published(), communication=communication, backend="eager"
+    )
     for i, batch in enumerate(batches):
         first = (4, 4, 3, 3, 4, 2, 5, 5)[i]
         step(*share(batch, [0, first, 8] if size > 1 else [0, 8], rank))

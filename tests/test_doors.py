@@ -191,7 +191,7 @@ def test_skipped_parameters_keep_their_raw_gradient():
     model, loss_fn, batches = zoo.build("mlp")
     step = mkor_fx.compile_step(
         model, loss_fn, torch.optim.SGD(model.parameters(), lr=0.1), backend="eager", skip=["head.*"]
-    )
+    , rule=mkor_fx.MKOR.published())
     step(*batches[0])
     declined = {e.name: e.declined.reason for e in step.coverage.declined}
     assert set(declined) == {n for n, _ in model.named_parameters() if n.startswith("head.")}

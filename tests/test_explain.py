@@ -15,12 +15,14 @@ from mkor_fx import MKOR
 from mkor_fx.rules import Shape
 from mkor_fx.show.costs import count_costs, orders, short
 
+PUBLISHED = mkor_fx.MKOR.published()
+
 
 @pytest.fixture(scope="module")
 def gpt():
     """Coverage of the GPT; its position embedding is the one matrix that may be declined."""
     model, loss_fn, batches = zoo.build("gpt")
-    return mkor_fx.explain(model, *batches[0], loss_fn=loss_fn, skip=["blocks.1.up.weight"])
+    return mkor_fx.explain(model, *batches[0], loss_fn=loss_fn, skip=["blocks.1.up.weight"], rule=PUBLISHED)
 
 
 def test_fractions_count_matrices_apart(gpt):
@@ -34,7 +36,7 @@ def test_fractions_count_matrices_apart(gpt):
 
 
 def test_a_row_of_ones_is_no_matrix():
-    coverage = mkor_fx.explain(nn.Sequential(nn.Linear(4, 1), nn.PReLU()), torch.randn(3, 4))
+    coverage = mkor_fx.explain(nn.Sequential(nn.Linear(4, 1), nn.PReLU()), torch.randn(3, 4), rule=PUBLISHED)
     assert [e.matrix for e in coverage] == [False, False, False]
     assert coverage.coverage.matrix_parameters == 1.0  # of nothing, nothing is missing
     coverage.assert_full()
@@ -90,7 +92,7 @@ def test_json_holds_what_the_table_shows(gpt):
 
 
 def test_costs_are_those_of_the_two_products():
-    costs = mkor_fx.explain(nn.Linear(300, 200, bias=False), torch.randn(50, 300)).costs("weight")
+    costs = mkor_fx.explain(nn.Linear(300, 200, bias=False), torch.randn(50, 300), rule=PUBLISHED).costs("weight")
     products = 2 * 200 * 300 * (200 + 300)
     assert products < costs.precondition_flops < 1.05 * products  # the rest is the rescale
     assert costs.layer_flops == 6 * 50 * 300 * 200
@@ -103,7 +105,7 @@ def test_costs_are_those_of_the_two_products():
 
 def test_costs_follow_the_rule():
     model, x = nn.Linear(64, 32, bias=False), torch.randn(8, 64)
-    both = mkor_fx.explain(model, x).costs("weight")
+    both = mkor_fx.explain(model, x, rule=PUBLISHED).costs("weight")
     one = mkor_fx.explain(model, x, rule=MKOR.published(max_factor=40)).costs("weight")
     half = mkor_fx.explain(model, x, rule=MKOR.published(factor_dtype=torch.bfloat16)).costs("weight")
     assert one.precondition_flops < 0.5 * both.precondition_flops
@@ -130,7 +132,7 @@ def test_no_factor_no_order():
 
 
 def test_convolutions_count_positions():
-    coverage = mkor_fx.explain(nn.Conv2d(2, 3, 3, padding=1), torch.randn(4, 2, 5, 6))
+    coverage = mkor_fx.explain(nn.Conv2d(2, 3, 3, padding=1), torch.randn(4, 2, 5, 6), rule=PUBLISHED)
     assert coverage.costs("weight").rows == 4 * 5 * 6
     assert coverage.costs("bias") is None
 
@@ -145,24 +147,24 @@ class Experts(nn.Module):
 
 
 def test_members_of_a_batched_weight_count_each():
-    one = mkor_fx.explain(Experts(1, 6, 5), torch.randn(1, 7, 6)).costs("stack")
-    many = mkor_fx.explain(Experts(4, 6, 5), torch.randn(4, 7, 6)).costs("stack")
+    one = mkor_fx.explain(Experts(1, 6, 5), torch.randn(1, 7, 6), rule=PUBLISHED).costs("stack")
+    many = mkor_fx.explain(Experts(4, 6, 5), torch.randn(4, 7, 6), rule=PUBLISHED).costs("stack")
     assert many.rows == one.rows == 7
     for count in ("layer_flops", "refresh_flops", "precondition_flops", "refresh_bytes", "precondition_bytes"):
         assert getattr(many, count) == 4 * getattr(one, count), count
-    coverage = mkor_fx.explain(nn.Conv2d(4, 6, 3, groups=2, bias=False), torch.randn(2, 4, 5, 5))
+    coverage = mkor_fx.explain(nn.Conv2d(4, 6, 3, groups=2, bias=False), torch.randn(2, 4, 5, 5), rule=PUBLISHED)
     assert coverage.costs("weight").rows == 2 * 3 * 3
     assert coverage.costs("weight").layer_flops == 2 * 6 * 18 * 3 * 18
 
 
 def test_a_lookup_has_no_order_to_choose():
-    costs = mkor_fx.explain(nn.Embedding(50, 4), torch.randint(0, 50, (7,))).costs("weight")
+    costs = mkor_fx.explain(nn.Embedding(50, 4), torch.randint(0, 50, (7,)), rule=PUBLISHED).costs("weight")
     assert costs.rows == 7 and costs.layer_flops == 0 and costs.cheapest == "" and costs.precondition_flops > 0
 
 
 def test_a_dynamic_batch_leaves_the_row_count_open():
     model = nn.Linear(6, 5)
-    compiled = mkor_fx.compile(model, backend="eager", dynamic=True)
+    compiled = mkor_fx.compile(model, backend="eager", dynamic=True, rule=PUBLISHED)
     compiled(torch.randn(7, 6)).sum().backward()
     costs = compiled.coverage.costs("weight")
     assert costs.rows is None and costs.layer_flops is None and costs.cheapest == "" and costs.precondition_flops > 0
@@ -170,7 +172,7 @@ def test_a_dynamic_batch_leaves_the_row_count_open():
 
 
 def test_the_cost_table_adds_up():
-    coverage = mkor_fx.explain(nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)), torch.randn(7, 6))
+    coverage = mkor_fx.explain(nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)), torch.randn(7, 6), rule=PUBLISHED)
     text = coverage.table(costs=True)
     total = sum(coverage.costs(f"{i}.weight").precondition_flops for i in (0, 2))
     assert f"preconditioning {short(total)} flops a step" in text
@@ -185,7 +187,7 @@ def test_short_numbers(value, text):
 
 
 def test_costs_are_counted_once_per_shape():
-    coverage = mkor_fx.explain(nn.Sequential(*(nn.Linear(7, 7) for _ in range(3))), torch.randn(4, 7))
+    coverage = mkor_fx.explain(nn.Sequential(*(nn.Linear(7, 7) for _ in range(3))), torch.randn(4, 7), rule=PUBLISHED)
     counted = count_costs.cache_info().misses
     assert len({id(coverage.costs(f"{i}.weight")) for i in range(3)}) == 1
     assert count_costs.cache_info().misses == counted + 1
@@ -194,7 +196,7 @@ def test_costs_are_counted_once_per_shape():
 def test_graphs_need_no_training(tmp_path):
     model = nn.Linear(6, 5)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    coverage = mkor_fx.explain(model, torch.randn(7, 6), torch.randn(7, 5), loss_fn=F.mse_loss)
+    coverage = mkor_fx.explain(model, torch.randn(7, 6), torch.randn(7, 5), loss_fn=F.mse_loss, rule=PUBLISHED)
     assert "mm" in str(coverage.graphs.op_counts("match")) and len(list(coverage.graphs)) == 1
     coverage.to_html(tmp_path / "report.html")
     assert (tmp_path / "report.html").stat().st_size > 10_000
@@ -206,7 +208,7 @@ def test_a_steps_coverage_has_every_variant():
     model = nn.Linear(6, 5)
     step = mkor_fx.compile_step(
         model, F.mse_loss, torch.optim.SGD(model.parameters(), lr=0.1), backend="eager", refresh_every=2
-    )
+    , rule=PUBLISHED)
     for _ in range(2):
         step(torch.randn(7, 6), torch.randn(7, 5))
     titles = [graphs.title for graphs in mkor_fx.explain(step).graphs]

@@ -16,10 +16,10 @@ from torch import nn
 model = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Linear(5, 4))
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 if {step}:
-    step = mkor_fx.compile_step(model, nn.functional.mse_loss, optimizer, backend="eager")
+    step = mkor_fx.compile_step(model, nn.functional.mse_loss, optimizer, mkor_fx.MKOR.published(), backend="eager")
     step(torch.randn(7, 6), torch.randn(7, 4))
 else:
-    compiled = mkor_fx.compile(model, backend="eager")
+    compiled = mkor_fx.compile(model, mkor_fx.MKOR.published(), backend="eager")
     compiled(torch.randn(7, 6)).sum().backward()
     optimizer.step()
 """

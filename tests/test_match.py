@@ -24,7 +24,7 @@ def roles(coverage):
 @pytest.mark.parametrize("name", zoo.MODELS)
 def test_roles_are_the_hand_made_labels(name):
     model, _, batches = zoo.build(name, steps=1)
-    coverage = explain(model, batches[0][0])
+    coverage = explain(model, batches[0][0], rule=MKOR.published())
     assert roles(coverage) == zoo.EXPECTED[name]
     assert all(entry.declined is None or entry.declined.reason for entry in coverage)
 
@@ -71,7 +71,7 @@ def test_decline_carries_reason_op_and_source_line(case):
     torch.manual_seed(0)
     function, parts, shape, name, reason, op = DECLINED[case]
     model = Calls(function, **{part: make() for part, make in parts.items()})
-    decline = explain(model, 3 * torch.randn(shape))[name].declined
+    decline = explain(model, 3 * torch.randn(shape), rule=MKOR.published())[name].declined
     assert decline is not None
     assert decline.reason and reason in decline.reason
     assert op in decline.op and "built-in" not in decline.op
@@ -84,7 +84,7 @@ def test_decline_carries_reason_op_and_source_line(case):
 
 def test_source_line_is_never_the_library_s_own():
     """In a model made of torch's modules alone no line of the user's code makes the node."""
-    decline = explain(nn.Sequential(nn.LayerNorm(5)), torch.randn(2, 4, 5))["0.weight"].declined
+    decline = explain(nn.Sequential(nn.LayerNorm(5)), torch.randn(2, 4, 5), rule=MKOR.published())["0.weight"].declined
     assert not decline.source.startswith(("explain.py", "drop_in.py", "whole_step.py"))
 
 
@@ -92,7 +92,7 @@ def test_excluded_frozen_and_unused_parameters_are_told_apart():
     model = Calls(lambda m, x: m.taken(m.left(m.frozen(x))), frozen=nn.Linear(4, 4), left=nn.Linear(4, 4),
                   taken=nn.Linear(4, 4), unused=nn.Linear(4, 4))
     model.frozen.requires_grad_(False)
-    coverage = explain(model, torch.randn(3, 4), skip=["left.*"])
+    coverage = explain(model, torch.randn(3, 4), skip=["left.*"], rule=MKOR.published())
     assert roles(coverage) == {
         "left.weight": "declined", "left.bias": "declined",
         "taken.weight": "site", "taken.bias": "bias of taken.weight",
@@ -104,7 +104,7 @@ def test_excluded_frozen_and_unused_parameters_are_told_apart():
     assert "frozen" not in text and all(name in text for name in roles(coverage))
     assert coverage.share() == (2 / 6, 20 / 60)
     with pytest.raises(ValueError, match=r"right\.\*.*left\.weight"):
-        explain(model, torch.randn(3, 4), skip=["right.*"])
+        explain(model, torch.randn(3, 4), skip=["right.*"], rule=MKOR.published())
 
 
 def test_max_factor_is_the_reason_where_it_leaves_nothing():
@@ -119,7 +119,7 @@ def test_tied_weight_is_one_site_of_two_opposite_uses():
     (joint,) = capture(model, batches[0][0])
     site = joint.site("token.weight")
     assert sorted((tap.op, tap.inputs) for tap in site.taps) == [("embedding", 1), ("linear", 0)]
-    assert explain(model, batches[0][0])["token.weight"].uses == 2
+    assert explain(model, batches[0][0], rule=MKOR.published())["token.weight"].uses == 2
 
 
 def test_reused_layer_is_one_site_with_a_bias():
@@ -140,7 +140,7 @@ SHARED_BIAS = {
 @pytest.mark.parametrize("case", SHARED_BIAS)
 def test_shared_bias_is_not_claimed_by_one_weight(case):
     model = Calls(SHARED_BIAS[case], v=weight(4, 4), w=weight(4, 4), b=weight(4))
-    coverage = explain(model, torch.randn(4, 4))
+    coverage = explain(model, torch.randn(4, 4), rule=MKOR.published())
     expected = {"two weights": "declined", "one of two uses": "bias of w", "and elementwise": "declined"}[case]
     assert role(coverage["b"]) == expected
     assert role(coverage["w"]) == "site"
@@ -181,8 +181,8 @@ def test_explain_changes_nothing():
     attributes = {name: list(vars(module)) for name, module in model.named_modules()}
     for training in (True, False):
         model.train(training)
-        explain(model, x)
-        explain(model, x, target, loss_fn=F.cross_entropy)
+        explain(model, x, rule=MKOR.published())
+        explain(model, x, target, loss_fn=F.cross_entropy, rule=MKOR.published())
         assert model.training is training
     after = model.state_dict()
     assert list(after) == list(before) and all(torch.equal(after[key], before[key]) for key in before)
@@ -208,4 +208,4 @@ def test_a_recurrence_of_many_steps_is_one_site():
         return h
 
     model = Calls(unrolled, w=weight(3, 3))
-    assert explain(model, torch.randn(2, 3))["w"].uses == 400
+    assert explain(model, torch.randn(2, 3), rule=MKOR.published())["w"].uses == 400

@@ -27,6 +27,8 @@ from mkor_fx.passes.torch_api import tracing
 from mkor_fx.rules import Rules
 from mkor_fx.runtime import ranks, steps
 
+PUBLISHED = mkor_fx.MKOR.published()
+
 
 @pytest.fixture(autouse=True)
 def real_collector():
@@ -46,7 +48,7 @@ def batch():
 class Trained:
     """A model in training behind one of the doors; ``graph`` is what Dynamo was given in the place of its own."""
 
-    def __init__(self, door, model=None, rule=MKOR.published(), optimizer=torch.optim.AdamW, backend="eager", **options):  # noqa: B008
+    def __init__(self, door, model=None, rule=PUBLISHED, optimizer=torch.optim.AdamW, backend="eager", **options):
         self.model = network() if model is None else model
         self.optimizer = optimizer(self.model.parameters(), lr=0.01)
         if door == "compile_step":
@@ -307,7 +309,7 @@ def test_the_cache_key_holds_options_passes_and_names(monkeypatch):
     monkeypatch.setattr(StatisticsPass, "__init__", noted)
     for options in ({}, {"rule": MKOR.published(gamma=0.9)}, {"skip": ["2.bias"]}, {"without": ["store_scalars"]},
                     {"precondition": "backward"}, {}):  # fmt: skip
-        compiled_model(network(), Options(backend="eager", **options))(batch()[0])
+        compiled_model(network(), Options(backend="eager", **{"rule": MKOR.published(), **options}))(batch()[0])
     assert len(keys) == 6 and len(set(keys)) == 5 and keys[0] == keys[-1]
 
 

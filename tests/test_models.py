@@ -16,12 +16,12 @@ def train(door, model, batch, loss_fn, around=torch.enable_grad, steps=3):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     x, y = batch
     if door == "step":
-        step = mkor_fx.compile_step(model, loss_fn, optimizer, backend="eager")
+        step = mkor_fx.compile_step(model, loss_fn, optimizer, backend="eager", rule=mkor_fx.MKOR.published())
         for _ in range(steps):
             with around():
                 loss = step(x, y)
         return step.coverage, loss
-    compiled = mkor_fx.compile(model, backend="eager")
+    compiled = mkor_fx.compile(model, backend="eager", rule=mkor_fx.MKOR.published())
     for _ in range(steps):
         optimizer.zero_grad()
         with around():

@@ -115,7 +115,7 @@ def train_deep(rank, size, placement):
     model = nn.Sequential(*(m for _ in range(8) for m in (nn.Linear(24, 24), nn.Tanh())), nn.LayerNorm(24))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     options = {"communication": Communication(gradient_bytes=6000), "backend": "eager", "placement": placement}
-    step = mkor_fx.compile_step(model, functional.mse_loss, optimizer, **options)
+    step = mkor_fx.compile_step(model, functional.mse_loss, optimizer, MKOR.published(), **options)
     x = torch.randn(8, 24, generator=torch.Generator().manual_seed(rank))
     step(x, x)
     program = step.graphs["schedule"].graph

@@ -18,6 +18,7 @@ def new_step(placement, **options):
     model, loss_fn, batches = batches_of("mlp", 8, STEPS)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     options = {"communication": Communication(padding=9.0), "refresh_every": 2, "backend": "eager", **options}
+    options = {"rule": mkor_fx.MKOR.published(), **options}
     return mkor_fx.compile_step(model, loss_fn, optimizer, placement=placement, **options), batches
 
 

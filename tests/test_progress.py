@@ -17,7 +17,7 @@ X, Y = torch.randn(7, 6), torch.randn(7, 4)
 def make_step(**options):
     model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    return mkor_fx.compile_step(model, F.mse_loss, optimizer, backend="eager", **options)
+    return mkor_fx.compile_step(model, F.mse_loss, optimizer, backend="eager", **{"rule": MKOR.published(), **options})
 
 
 def test_metrics_of_a_step():
@@ -49,7 +49,7 @@ def test_metrics_count_skipped_steps():
 @pytest.mark.parametrize("mode", ["step", "backward"])
 def test_metrics_of_a_drop_in_model_change_nothing(mode):
     model = nn.Linear(6, 4)
-    compiled = mkor_fx.compile(model, backend="eager", precondition=mode)
+    compiled = mkor_fx.compile(model, backend="eager", precondition=mode, rule=MKOR.published())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     F.mse_loss(compiled(X), Y).backward()
     compiled.mkor.metrics()
@@ -92,7 +92,7 @@ def test_a_terminal_has_one_line():
             return True
 
     model = nn.Linear(6, 4)
-    compiled, out = mkor_fx.compile(model, backend="eager"), Terminal()
+    compiled, out = mkor_fx.compile(model, backend="eager", rule=MKOR.published()), Terminal()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for x, y in mkor_fx.progress(iter([(X, Y)] * 3), compiled, total=4, every=0, file=out):
         F.mse_loss(compiled(x), y).backward()

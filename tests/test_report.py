@@ -16,6 +16,8 @@ import mkor_fx
 from mkor_fx.show.drawing import neighbourhood
 from mkor_fx.show.report import report_data
 
+PUBLISHED = mkor_fx.MKOR.published()
+
 
 class Page(HTMLParser):
     """Rows of the two tables and of the graph view of a rendered page, as text."""
@@ -59,7 +61,7 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def step():
     model, loss_fn, batches = zoo.build("mlp")
-    step = mkor_fx.compile_step(model, loss_fn, torch.optim.SGD(model.parameters(), lr=0.1), backend="eager")
+    step = mkor_fx.compile_step(model, loss_fn, torch.optim.SGD(model.parameters(), lr=0.1), backend="eager", rule=PUBLISHED)
     step(*batches[0])
     return step
 
@@ -104,7 +106,7 @@ def test_the_page_stands_alone(page):
 
 
 def test_nothing_embedded_ends_the_script(tmp_path):
-    graphs = mkor_fx.explain(nn.Linear(3, 2), torch.randn(4, 3)).graphs
+    graphs = mkor_fx.explain(nn.Linear(3, 2), torch.randn(4, 3), rule=PUBLISHED).graphs
     graphs.captured[0].title = graphs.title = "</script><script>alert(1)</script>"
     graphs.to_html(tmp_path / "report.html")
     assert (tmp_path / "report.html").read_text().count("</script>") == 2
@@ -159,7 +161,7 @@ def test_a_browser_shows_one_stage_alone(step, page):
 
 def test_a_drop_in_model_shows_both_programs(tmp_path):
     model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
-    compiled = mkor_fx.compile(model, backend="eager")
+    compiled = mkor_fx.compile(model, backend="eager", rule=PUBLISHED)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(RuntimeError, match="nothing is compiled yet"):
         compiled.graphs.to_html(tmp_path / "report.html")
@@ -173,7 +175,7 @@ def test_a_drop_in_model_shows_both_programs(tmp_path):
 
 def test_generated_code_is_on_the_page(tmp_path):
     model = nn.Linear(6, 5)
-    step = mkor_fx.compile_step(model, F.mse_loss, torch.optim.SGD(model.parameters(), lr=0.1))
+    step = mkor_fx.compile_step(model, F.mse_loss, torch.optim.SGD(model.parameters(), lr=0.1), rule=PUBLISHED)
     step(torch.randn(7, 6), torch.randn(7, 5))
     (code,) = step.graphs.code
     assert "cpp_fused" in code and "def call(" in code
@@ -186,7 +188,7 @@ def test_generated_code_of_both_halves_is_kept_from_inductors_cache_too():
     for _ in range(2):
         torch._dynamo.reset()
         model = nn.Linear(6, 5)
-        compiled = mkor_fx.compile(model)
+        compiled = mkor_fx.compile(model, rule=PUBLISHED)
         compiled(torch.randn(7, 6)).sum().backward()
         assert len(compiled.graphs.captured[0].code) == 2
 
@@ -214,7 +216,7 @@ def test_a_drawing_has_product_operands_statistics_and_update(step, tmp_path):
 
 
 def test_explains_graphs_can_be_drawn():
-    graphs = mkor_fx.explain(nn.Linear(3, 2), torch.randn(4, 3)).graphs
+    graphs = mkor_fx.explain(nn.Linear(3, 2), torch.randn(4, 3), rule=PUBLISHED).graphs
     assert graphs.captured[0].products["weight"][0] in neighbourhood("weight", list(graphs))
 
 
@@ -235,6 +237,6 @@ def test_dot_accepts_odd_names():
         def forward(self, x):
             return F.linear(x, getattr(self, 'a"b\\c'))
 
-    graphs = mkor_fx.explain(Odd(), torch.randn(4, 2)).graphs
+    graphs = mkor_fx.explain(Odd(), torch.randn(4, 2), rule=PUBLISHED).graphs
     source = neighbourhood('a"b\\c', list(graphs))
     subprocess.run([tool("dot"), "-Tsvg"], input=source.encode(), check=True, capture_output=True)

@@ -15,7 +15,7 @@ import mkor_fx
 def compiled(model=None, **options):
     torch.manual_seed(0)
     model = model or nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
-    return model, mkor_fx.compile(model, backend="eager", **options)
+    return model, mkor_fx.compile(model, backend="eager", **{"rule": mkor_fx.MKOR.published(), **options})
 
 
 def listen(train, steps=9):

@@ -25,6 +25,8 @@ from mkor_fx.passes.order.estimate import DEVICES
 from mkor_fx.passes.torch_api.tracing import insert
 from mkor_fx.show.timeline import COMMUNICATION, COMPUTE, Simulation
 
+PUBLISHED = mkor_fx.MKOR.published()
+
 H100 = DEVICES["h100"]
 
 
@@ -178,11 +180,11 @@ def test_collectives_are_those_of_compile_step(one_rank, sizes):
     """Beside an initialised process group, which it neither uses nor changes."""
     before = dist.group.WORLD
     communication = Communication(**sizes)
-    simulated = simulate(communication=communication)
+    simulated = simulate(communication=communication, rule=PUBLISHED)
     assert dist.group.WORLD is before and dist.get_world_size() == 1
     model, loss_fn, batches = zoo.build("mlp", steps=1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    step = mkor_fx.compile_step(model, loss_fn, optimizer, communication=communication, backend="eager")
+    step = mkor_fx.compile_step(model, loss_fn, optimizer, communication=communication, backend="eager", rule=PUBLISHED)
     step(*batches[0])
     issued = [line.partition(": ")[2] for line in describe(step.graphs["schedule"].graph)]
     assert [", ".join(e.messages) for e in simulated.lane(COMMUNICATION)] == issued

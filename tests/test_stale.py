@@ -19,6 +19,8 @@ import mkor_fx
 from mkor_fx import MKOR, Communication
 from mkor_fx.passes.order.collectives import describe, is_start, is_wait
 
+PUBLISHED = mkor_fx.MKOR.published()
+
 
 class LateReference(reference.Reference):
     """Refreshes from the rows of the step before."""
@@ -80,7 +82,8 @@ def test_a_looked_at_state_is_what_the_next_step_refreshes_to():
     model, loss_fn, (batch, *_) = batches_of("mlp", 8, 1)
     twin, _, _ = batches_of("mlp", 8, 0)
     late = new_step(model, loss_fn)
-    prompt = mkor_fx.compile_step(twin, loss_fn, torch.optim.AdamW(twin.parameters(), lr=1e-2), backend="eager")
+    optimizer = torch.optim.AdamW(twin.parameters(), lr=1e-2)
+    prompt = mkor_fx.compile_step(twin, loss_fn, optimizer, PUBLISHED, backend="eager")
     late(*batch)
     prompt(*batch)
     first, second = late.mkor.state_dict(), late.mkor.state_dict()

@@ -221,7 +221,8 @@ def check_sharding(model: nn.Module, precondition: str, *, whole_step: bool = Fa
         if precondition != "backward":
             raise ValueError(
                 "fully_shard leaves each rank a part of every gradient, and preconditioning needs whole ones: use "
-                "mkor_fx.compile(model, precondition='backward'), which sees them before they are scattered"
+                "mkor_fx.compile(model, MKOR.published(), precondition='backward'), which sees them before they are "
+                "scattered"
             )
         return
     parts = [name for name, p in model.named_parameters() if isinstance(p, DTensor)]

@@ -25,7 +25,7 @@ def explain(
     subject: nn.Module | CompiledStep,
     *args: Any,
     loss_fn: Callable[..., Tensor] | None = None,
-    rule: RuleChoice = MKOR.published(),  # noqa: B008  (frozen)
+    rule: RuleChoice = MKOR(),  # noqa: B008  (frozen)
     skip: Sequence[str] = (),
     **kwargs: Any,
 ) -> Coverage:

@@ -42,7 +42,7 @@ def simulate(
     optimizer: Optimizer,
     world_size: int = 64,
     device: str = "h100",
-    rule: RuleChoice = MKOR.published(),  # noqa: B008  (frozen)
+    rule: RuleChoice = MKOR(),  # noqa: B008  (frozen)
     refresh: bool = True,
     skip: Sequence[str] = (),
     skip_nonfinite: bool = True,

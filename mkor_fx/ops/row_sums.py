@@ -5,12 +5,14 @@ Shape suffixes: ``N`` rows, ``M`` columns, ``R`` sketches, ``B`` images.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..prims import accumulation_dtype, column_square_sum, column_sum, sketch
+from ..ir import product
+from ..prims import accumulation_dtype, column_square_sum, column_sum, signs, sketch
 from .rows import batch_axes, histogram, member_rows, one_hot_rows, padded, patch_sum, place, place_rows, unfold_rows
 
 
@@ -21,44 +23,40 @@ def _member_sum(rows_NM: Tensor, members_N: Tensor, size: int) -> Tensor:
     return sums.index_add(0, members_N, wide)[:size]
 
 
-def _patch_sketch(
-    images_BCX: Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    surplus: Sequence[int],
-    groups: int,
-    signs_NR: Tensor,
-) -> Tensor:
-    """``sketch(unfold_rows(images), signs)`` without the patches: the weight gradient of a convolution whose ``R`` output
+def _patch_sketch(images_BCX: Tensor, *arguments: Any) -> Tensor:
+    """``sketch(unfold_rows(images), ...)`` without the patches: the weight gradient of a convolution whose ``R`` output
     channels got the signs as gradients."""
+    kernel, stride, padding, dilation, surplus, groups, key, side, sketches = arguments
     images = images_BCX.to(torch.float32 if images_BCX.dtype == torch.float16 else images_BCX.dtype)
     axes = zip(images.shape[2:], kernel, stride, padding, dilation, surplus)
     positions = [(x + 2 * p - d * (k - 1) - 1) // s + 1 - last for x, k, s, p, d, last in axes]
+    signs_NR = signs(key, side, product([images.shape[0], *positions]), sketches)
     grads = signs_NR.to(images.dtype).reshape(images.shape[0], *positions, -1).movedim(-1, 1)
     for dim, last in enumerate(surplus, 2):
         grads = padded(grads, dim, 0, last)
-    weight_RCK = images.new_zeros(signs_NR.shape[1], images.shape[1], *kernel)
+    weight_RCK = images.new_zeros(sketches, images.shape[1], *kernel)
     flags = [False, True, False]
-    sketches = torch.ops.aten.convolution_backward.default(
+    found = torch.ops.aten.convolution_backward.default(
         grads, images, weight_RCK, None, stride, padding, dilation, False, [0] * len(kernel), 1, flags
     )[1]
-    sketches = sketches.to(accumulation_dtype(images_BCX.dtype))
-    return sketches.flatten(1) if groups == 1 else sketches.reshape(len(sketches), groups, -1).movedim(1, 0).contiguous()
+    found = found.to(accumulation_dtype(images_BCX.dtype))
+    return found.flatten(1) if groups == 1 else found.reshape(sketches, groups, -1).movedim(1, 0).contiguous()
 
 
-def _one_hot_sketch(indices: Tensor, size: int, padding_idx: int, dtype: torch.dtype, signs_NR: Tensor) -> Tensor:
+def _one_hot_sketch(
+    indices: Tensor, size: int, padding_idx: int, dtype: torch.dtype, key: Tensor, side: int, sketches: int
+) -> Tensor:
     flat = indices.reshape(-1)
-    kept = signs_NR.to(accumulation_dtype(dtype)) * (flat != padding_idx).unsqueeze(-1)
-    return torch.zeros(size, kept.shape[1], dtype=kept.dtype, device=kept.device).index_add(0, flat, kept).mT.contiguous()
+    signs_NR = signs(key, side, flat.shape[0], sketches).to(accumulation_dtype(dtype))
+    kept = signs_NR * (flat != padding_idx).unsqueeze(-1)
+    return torch.zeros(size, sketches, dtype=kept.dtype, device=kept.device).index_add(0, flat, kept).mT.contiguous()
 
 
-def _member_sketch(rows_NM: Tensor, members_N: Tensor, size: int, signs_NR: Tensor) -> Tensor:
+def _member_sketch(rows_NM: Tensor, members_N: Tensor, size: int, key: Tensor, side: int, sketches: int) -> Tensor:
     """``[size, R, M]``, a sketch at a time: rows times signs are never made for all of them."""
     wide = rows_NM.to(accumulation_dtype(rows_NM.dtype))
-    each = [_member_sum(wide * column.unsqueeze(-1), members_N, size) for column in signs_NR.to(wide.dtype).unbind(-1)]
-    return torch.stack(each, -2)
+    signs_NR = signs(key, side, rows_NM.shape[0], sketches).to(wide.dtype)
+    return torch.stack([_member_sum(wide * s.unsqueeze(-1), members_N, size) for s in signs_NR.unbind(-1)], -2)
 
 
 def _squared(x: Tensor) -> Tensor:
@@ -82,5 +80,5 @@ ROW_SUMS: dict[tuple, Callable] = {
     (sketch, unfold_rows): _patch_sketch,
     (sketch, one_hot_rows): _one_hot_sketch,
     (sketch, member_rows): _member_sketch,
-    (sketch, place_rows): lambda rows, members, columns, signs: place_rows(sketch(rows, signs), members, columns),
+    (sketch, place_rows): lambda rows, members, columns, *drawn: place_rows(sketch(rows, *drawn), members, columns),
 }

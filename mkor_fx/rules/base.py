@@ -65,7 +65,7 @@ class Rule(ABC):
     #: whether ``summarize`` reads the state: it is called with ``state=`` as well
     reads_state: bool = False
     #: whether ``summarize`` draws random signs: it is called with ``key=`` as well, 0-dim int64, another one in each step,
-    #: micro-batch and rank, for ``mkor_fx.prims.signs(key, ...)``
+    #: micro-batch and rank, for ``mkor_fx.prims.sketch(rows, key, ...)``
     draws: bool = False
     #: what sizes a direction D: "gradient": the norm of the raw gradient; "rms": a root mean square of 0.2, so
     #: ``0.2 sqrt(O I) / |D| * D``, the size of Adam's updates; None: nothing. A bias alike, by its own norm.

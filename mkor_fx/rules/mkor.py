@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..kinds import Kind
-from ..prims import accumulation_dtype, column_square_sum, column_sum, rademacher, signs, sketch
+from ..prims import accumulation_dtype, column_square_sum, column_sum, rademacher, sketch
 from .base import Shape, State, Use
 from .direction import Gradient, Sides, joined
 from .inverse_updates import (
@@ -162,7 +162,7 @@ class MKOR(MKOROptions):
                 if rows is None:
                     found.append(torch.zeros(0, device=device))
                 else:
-                    found.append(sketch(rows, signs(key, side, rows.shape[-2], self.rank, torch.int8)))
+                    found.append(sketch(rows, key, side, self.rank))
         return tuple(found)
 
     def unscale(self, summary: tuple[Tensor, ...], scale: Tensor) -> tuple[Tensor, ...]:
@@ -208,9 +208,7 @@ class MKOR(MKOROptions):
         dtype = accumulation_dtype(self.factor_dtype)
         grad_OI = raw_OI.to(dtype)
         if self.form == "damped":
-            sizes = (raw_OI.shape[1], raw_OI.shape[0])
-            sign_I, sign_O = (signs(step, 2 + i, size, self.rank, torch.int8) for i, size in enumerate(sizes))
-            return sketch(grad_OI.mT, sign_I), sketch(grad_OI, sign_O)
+            return sketch(grad_OI.mT, step, 2, self.rank), sketch(grad_OI, step, 3, self.rank)
         signs_I = rademacher(step, 0, grad_OI.shape[1], dtype)
         signs_O = rademacher(step, 1, grad_OI.shape[0], dtype)
         sketches = (grad_OI * signs_I).sum(1), (grad_OI * signs_O[:, None]).sum(0)

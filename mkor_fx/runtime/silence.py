@@ -32,7 +32,7 @@ class Seen:
         if self.inside:
             return (
                 "the optimizer stepped inside of the backward, before they had arrived. Step behind it, or use "
-                "mkor_fx.compile(model, precondition='backward')"
+                "mkor_fx.compile(model, MKOR.published(), precondition='backward')"
             )
         if self.ran and not shown:
             return (

@@ -182,13 +182,18 @@ def _count(function: Callable, *args: Any) -> tuple[int, int]:
 
 
 def _flops(node: fx.Node) -> int:
-    operands = [fake_value(n).numel() for n in node.all_input_nodes]
+    operands = [_numel(n) for n in node.all_input_nodes]
     if not operands or not isinstance(node.target, torch._ops.OpOverload) or node.target.is_view:
         return 0
     if (formula := flop_registry.get(node.target.overloadpacket)) is not None:
         args, kwargs = fx.map_arg((node.args, node.kwargs), fake_value)
         return formula(*args, **kwargs, out_val=fake_value(node))
-    return max([*operands, fake_value(node).numel()])
+    return max([*operands, _numel(node)])
+
+
+def _numel(node: fx.Node) -> int:
+    """Elements of the largest of its values."""
+    return max((value.numel() for value in pytree.tree_leaves(fake_value(node)) if isinstance(value, Tensor)), default=1)
 
 
 def _row_count(operand: Operand) -> Any:

@@ -25,7 +25,7 @@ def test_coverage_and_training(name):
     model, batch = made(family)
     expected = family.expected(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    step = mkor_fx.compile_step(model, None, optimizer, backend="eager")
+    step = mkor_fx.compile_step(model, None, optimizer, backend="eager", rule=mkor_fx.MKOR.published())
     examples = batch()
     losses = [step(**examples).item() for _ in range(20)]
     print(f"\n{summary(family, model, step.coverage)}; loss {losses[0]:.3g} -> {losses[-1]:.3g}")

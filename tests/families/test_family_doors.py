@@ -52,7 +52,7 @@ def test_both_doors_agree(name):
 
 def test_generation_and_evaluation_beside_training():
     model, batch = made(FAMILIES["GPT-2"])
-    compiled = mkor_fx.compile(model, backend="eager")
+    compiled = mkor_fx.compile(model, backend="eager", rule=mkor_fx.MKOR.published())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     examples = batch()
     before = train(compiled, examples, optimizer)
@@ -73,7 +73,7 @@ def test_settings_hold_during_a_call_alone():
     settings = torch._dynamo.config
     before = settings.allow_rnn, set(settings.ignore_logging_functions)
     model, batch = made(FAMILIES["nn.GRU"])
-    compiled = mkor_fx.compile(model, backend="eager")
+    compiled = mkor_fx.compile(model, backend="eager", rule=mkor_fx.MKOR.published())
     compiled(**batch()).backward()
     assert (settings.allow_rnn, set(settings.ignore_logging_functions)) == before
 
@@ -83,12 +83,16 @@ def test_a_sequence_that_needs_no_gradient():
     model = torch.nn.Sequential(torch.nn.LSTM(5, 7, batch_first=True))
     x = torch.randn(3, 4, 5)
     expected = torch.autograd.grad(model(x)[0].square().sum(), list(model.parameters()))
-    compiled = mkor_fx.compile(model, backend="eager")
+    compiled = mkor_fx.compile(model, backend="eager", rule=mkor_fx.MKOR.published())
     compiled(x)[0].square().sum().backward()
     for p, grad in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(p.grad, grad)
     step = mkor_fx.compile_step(
-        model, lambda out, y: (out[0] - y).square().mean(), torch.optim.SGD(model.parameters(), lr=0.1), backend="eager"
+        model,
+        lambda out, y: (out[0] - y).square().mean(),
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        mkor_fx.MKOR.published(),
+        backend="eager",
     )
     losses = [step(x, torch.ones(3, 4, 7)).item() for _ in range(3)]
     assert losses[-1] < losses[0] and not step.coverage.declined
@@ -105,6 +109,6 @@ def test_inductor(build):
     losses = []
     for each, backend in ((model, "inductor"), (twin, "eager")):
         optimizer = torch.optim.AdamW(each.parameters(), lr=1e-3)
-        step = mkor_fx.compile_step(each, None, optimizer, backend=backend)
+        step = mkor_fx.compile_step(each, None, optimizer, backend=backend, rule=mkor_fx.MKOR.published())
         losses.append([step(**examples).item() for _ in range(4)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
