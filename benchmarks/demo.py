@@ -91,8 +91,9 @@ def plot(runs: dict[str, Run], task: Task, path: Path) -> None:
     if crossing:
         by_step.plot([crossing, runs[BASELINE].evaluated[-1]], [target] * 2, color="black", linewidth=1, dashes=(4, 3))
         by_step.plot(crossing, target, "o", color="black", markersize=5)
-        note = f"AdamW's final loss\nafter {crossing} of {runs[BASELINE].evaluated[-1]} steps"
-        by_step.annotate(note, (crossing, target), (-6, -8), textcoords="offset points", ha="right", va="top")
+        last = runs[BASELINE].evaluated[-1]
+        note = f"mkor_fx: AdamW's final loss after {crossing} of {last} steps"
+        by_step.annotate(note, (last, target), (0, -3), textcoords="offset points", ha="right", va="top", fontsize=8)
     by_step.set(xlabel="steps", ylabel=task.loss_name, yscale="log", xlim=(0, None))
     by_time.set(xlabel="seconds of training (compilation and evaluation left out)", xlim=(0, None))
     for axes in (by_step, by_time):

@@ -208,7 +208,7 @@ TASKS = {
             steps=300,
             evaluate_every=5,
             evaluation_size=2000,
-            rates={"baseline": 8e-3, "mkor": 8e-3},
+            rates={"baseline": 8e-3, "muon": 1e-2, "mkor": 1e-2},
         ),
         Task(
             name="fashion-ae",
@@ -221,7 +221,7 @@ TASKS = {
             steps=300,
             evaluate_every=5,
             evaluation_size=1000,
-            rates={"baseline": 4e-3, "mkor": 8e-3},
+            rates={"baseline": 4e-3, "muon": 1.6e-2, "mkor": 1.6e-2},
         ),
         Task(
             name="lm",

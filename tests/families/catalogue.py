@@ -14,7 +14,8 @@ FAMILIES = {family.name: family for part in (encoders, decoders, vision) for fam
 
 TEXT = """# Families of models
 
-What is preconditioned of the models people train, at tiny sizes. A matrix is a parameter with two dimensions larger than
+What `MKOR.published()` preconditions of the models people train, at tiny sizes; `MKOR()` leaves embeddings and biases to the
+base optimizer. A matrix is a parameter with two dimensions larger than
 one whose gradient is made by a product; which ones those are is written down by hand in `tests/families`. Written by
 `python tests/families/catalogue.py`, and checked by the tests.
 
