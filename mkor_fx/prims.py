@@ -139,9 +139,7 @@ _WORD = 24
 def rademacher(step: Tensor, side: int, size: int, dtype: torch.dtype) -> Tensor:
     """``size`` signs, a hash of (step, side, index): the same on every rank, backend and device, and after a resume."""
     h = (torch.arange(size, device=step.device) + 1 + 7919 * step.to(torch.int64) + 104729 * side) & 0x7FFFFFFF
-    for _ in range(2):
-        h = (((h >> 16) ^ h) * 0x45D9F3B) & 0x7FFFFFFF
-    return (1 - 2 * ((((h >> 16) ^ h) >> 7) & 1)).to(dtype)
+    return (1 - 2 * ((_mixed(h) >> 7) & 1)).to(dtype)
 
 
 def signs(key: Tensor, side: int, rows: int, sketches: int) -> Tensor:

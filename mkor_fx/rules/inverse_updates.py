@@ -72,7 +72,7 @@ def _damped_update(
     gamma_2, kappa_2 = (for_each(x, 2, dtype) for x in (gamma, kappa))
     fresh = 1 - gamma_2
     squared = fresh * kappa_2 * (size / len(blocks))
-    columns_RD = torch.cat([_brought_to(block, squared) for block in blocks], -2)
+    columns_RD = torch.cat([_to_length(block, squared, (-2, -1)) for block in blocks], -2)
     index = (torch.arange(probes, device=factor.device) + visits.unsqueeze(-1) * probes) % size
     length = fresh * (size / probes)
     length = length.sqrt() if isinstance(length, Tensor) else length**0.5
@@ -93,11 +93,12 @@ def _damped_update(
     return updated.to(factor_DD.dtype)
 
 
-def _brought_to(block_RD: Tensor, squared: float | Tensor) -> Tensor:
-    """A block of statistics with ``|V|^2 = squared``; zero stays zero. The largest entry is divided out first."""
-    largest = block_RD.abs().amax((-2, -1), keepdim=True)
-    scaled = block_RD / torch.where(largest > 0, largest, torch.ones_like(largest))
-    found = (scaled * scaled).sum((-2, -1), keepdim=True)
+def _to_length(x: Tensor, squared: float | Tensor, dims: tuple[int, ...]) -> Tensor:
+    """``x`` brought to ``|x|^2 = squared`` over ``dims``; zero stays zero. The largest entry is divided out first: no
+    underflow."""
+    largest = x.abs().amax(dims, keepdim=True)
+    scaled = x / torch.where(largest > 0, largest, torch.ones_like(largest))
+    found = (scaled * scaled).sum(dims, keepdim=True)
     return scaled * torch.where(found > 0, (squared / found).sqrt(), found)
 
 
@@ -121,23 +122,15 @@ def unless_noise(v_D: Tensor, noise: Tensor) -> Tensor:
     return torch.where(((v_D * v_D).sum(-1) > noise).unsqueeze(-1), v_D, torch.zeros_like(v_D))
 
 
-def _scale_to(v_D: Tensor, squared_length: float | Tensor) -> Tensor:
-    """``v`` brought to ``|v|^2 = squared_length``; zero stays zero. The largest entry is divided out first: no underflow."""
-    largest = v_D.abs().amax(-1, keepdim=True)
-    scaled = v_D / torch.where(largest > 0, largest, torch.ones_like(largest))
-    squared = (scaled * scaled).sum(-1, keepdim=True)
-    length = for_each(squared_length, 1, v_D.dtype)
-    return scaled * torch.where(squared > 0, (length / squared).sqrt(), squared)
-
-
 @prim("scale_to(Tensor vector, float squared_length) -> Tensor")
 def scale_to(v_D: Tensor, squared_length: float) -> Tensor:
-    return _scale_to(v_D, squared_length)
+    """``v`` brought to ``|v|^2 = squared_length``; zero stays zero."""
+    return _to_length(v_D, squared_length, (-1,))
 
 
 @prim("scale_to_by(Tensor vector, Tensor squared_length) -> Tensor")
 def scale_to_by(v_D: Tensor, squared_length: Tensor) -> Tensor:
-    return _scale_to(v_D, squared_length)
+    return _to_length(v_D, for_each(squared_length, 1, v_D.dtype), (-1,))
 
 
 def as_printed(factor_DD: Tensor, vectors: list[Tensor], gamma: Any) -> Tensor:

@@ -15,7 +15,7 @@ from .factors import FactorState, state_of
 from .followed import Followed, Maker
 from .given import Given, WeightTensors
 from .loss_scale import loss_scales
-from .optimizer_state import OptimizerNumbers, place_of_rate
+from .optimizer_state import OptimizerNumbers, groups_of, place_of_rate
 from .ranks import Ranks, Replicas
 from .steps import Step
 
@@ -161,8 +161,9 @@ class AtStep(Followed):
         device = next(iter(sites.values())).param.device
         scales = loss_scales(step.optimizer, device) or None
         jobs, weights, biases = [], [], []
+        groups = groups_of(step.optimizer)
         for name, known in sites.items():
-            base = base_step_of(step.optimizer, known.param)
+            base = base_step_of(step.optimizer, groups[id(known.param)])
             jobs.append(self.maker.job(name, known.layout, name in refreshed, base=base))
             biases.append(self._bias_to_take(name, known, step))
             carrier = self._statistics(known, others) if name in refreshed else None
@@ -214,8 +215,10 @@ class AtStep(Followed):
     def _take_steps(self, optimizer: Optimizer, own: list[Any], scales: Any) -> None:
         """``W <- W (1 - lr wd) - lr D`` for the weights whose direction is the step itself."""
         jobs, weights = [], []
+        groups = groups_of(optimizer)
         for job, known, bias, direction, of_bias in own:
-            places = place_of_rate(optimizer, known.param), None if bias is None else place_of_rate(optimizer, bias)
+            stepped = (known.param, bias)
+            places = tuple(None if p is None else place_of_rate(optimizer, groups[id(p)]) for p in stepped)
             jobs.append(self.maker.job(job.name, job.layout, False, places, job.base))
             parameters = known.param.detach(), None if bias is None else bias.detach()
             weights.append(WeightTensors({}, direction, of_bias, None, None, *parameters))

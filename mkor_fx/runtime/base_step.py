@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import nn
 from torch.optim import Optimizer
 
 from .optimizer_state import Number, numbers_of
@@ -21,12 +20,10 @@ class BaseStep(NamedTuple):
     nesterov: bool = False
 
 
-def base_step_of(optimizer: Optimizer, param: nn.Parameter) -> BaseStep:
-    """What ``optimizer`` does with ``param``. Optimizers of other libraries are known by their names: Adam's relatives have
+def base_step_of(optimizer: Optimizer, at: int) -> BaseStep:
+    """What ``optimizer`` does with the parameters of group ``at``. Optimizers of other libraries are known by their names: Adam's relatives have
     its name in theirs, as ``FusedAdam`` and ``AdamW8bit``; so have LAMB and LARS."""
-    at, group = next(
-        (at, group) for at, group in enumerate(optimizer.param_groups) if any(p is param for p in group["params"])
-    )
+    group = optimizer.param_groups[at]
     names = [cls.__name__.lower() for cls in type(optimizer).__mro__]
     if any("lamb" in name or "lars" in name for name in names):
         return BaseStep("trust")

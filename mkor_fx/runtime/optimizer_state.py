@@ -144,17 +144,19 @@ class OptimizerNumbers:
         )
 
 
-def place_of_rate(optimizer: Optimizer, param: nn.Parameter) -> tuple[int, int | None, float]:
-    """Where a parameter's learning rate and weight decay lie among the optimizer's numbers, and the sign of its steps."""
-    numbers = numbers_of(optimizer)
-    for at, group in enumerate(optimizer.param_groups):
-        if any(p is param for p in group["params"]):
-            rate, decay = Number(at, "lr"), Number(at, "weight_decay")
-            if rate not in numbers:
-                raise ValueError(
-                    f"a rule whose direction is the step itself needs a learning rate, and group {at} of "
-                    f"{type(optimizer).__name__} has no 'lr'"
-                )
-            sign = -1.0 if group.get("maximize") else 1.0
-            return numbers.index(rate), numbers.index(decay) if decay in numbers else None, sign
-    raise AssertionError("the optimizer does not hold this parameter")
+def groups_of(optimizer: Optimizer) -> dict[int, int]:
+    """The group of each parameter, by identity."""
+    return {id(p): at for at, group in enumerate(optimizer.param_groups) for p in group["params"]}
+
+
+def place_of_rate(optimizer: Optimizer, at: int) -> tuple[int, int | None, float]:
+    """Where a group's learning rate and weight decay lie among the optimizer's numbers, and the sign of its steps."""
+    numbers, group = numbers_of(optimizer), optimizer.param_groups[at]
+    rate, decay = Number(at, "lr"), Number(at, "weight_decay")
+    if rate not in numbers:
+        raise ValueError(
+            f"a rule whose direction is the step itself needs a learning rate, and group {at} of "
+            f"{type(optimizer).__name__} has no 'lr'"
+        )
+    sign = -1.0 if group.get("maximize") else 1.0
+    return numbers.index(rate), numbers.index(decay) if decay in numbers else None, sign

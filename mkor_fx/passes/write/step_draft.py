@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from ...rules import Rule
 from ...runtime import inputs
 from ...runtime.base_step import base_step_of
-from ...runtime.optimizer_state import numbers_of, place_of_rate
+from ...runtime.optimizer_state import groups_of, numbers_of, place_of_rate
 from ..order.collectives import Network
 from ..torch_api.backend import FakeTensorMode
 from ..torch_api.capture import WholeStep
@@ -76,6 +76,7 @@ class StepDraft(Draft):
         self.update: Update | None = None
         self.writes |= {target: step.returned(at) for target, at in step.mutations}
         self._keep: fx.Node | None = None
+        self._groups = groups_of(plan.optimizer)
         for index, state in plan.states.items():
             self._add_item(index, state)
 
@@ -154,10 +155,13 @@ class StepDraft(Draft):
         item.state = new
         return None
 
+    def _group(self, index: int) -> int:
+        return self._groups[id(self.plan.params[index])]
+
     def _sizing(self, index: int) -> Sizing:
         rule = self.step.sites[index].rule
         assert rule is not None
-        return Sizing.of(rule, base_step_of(self.plan.optimizer, self.plan.params[index]))
+        return Sizing.of(rule, base_step_of(self.plan.optimizer, self._group(index)))
 
     def spread_directions(self) -> None:
         if self.delivery is None:
@@ -176,15 +180,10 @@ class StepDraft(Draft):
         return self.scalar(inputs.Numbers(), torch.float64, len(numbers_of(self.plan.optimizer)))
 
     def rate(self, key: Any) -> Rate:
-        optimizer, param = self.plan.optimizer, self.plan.params[key]
-        trust = base_step_of(optimizer, param).kind == "trust" and self._follows(key)
-        return Rate(self.optimizer_numbers(), *place_of_rate(optimizer, param), trust)
-
-    def _follows(self, key: Any) -> bool:
-        """Whether the rule of a parameter follows the optimizer."""
+        place = place_of_rate(self.plan.optimizer, self._group(key))
         sites = self.step.sites.items()
-        of = next(site for index, site in sites if index == key or (site.bias is not None and site.bias.index == key))
-        return of.rule is not None and of.rule.follows_optimizer
+        own = next(index for index, site in sites if key == index or (site.bias is not None and key == site.bias.index))
+        return Rate(self.optimizer_numbers(), *place, trust=self._sizing(own).trust)
 
     def apply_optimizer(self) -> None:
         order = [i for i in self.plan.trained if i not in self.final]
