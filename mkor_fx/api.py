@@ -116,7 +116,7 @@ def compiled_model(model: nn.Module, options: Options) -> nn.Module:
 def compile_step(
     model: nn.Module,
     loss_fn: Callable[..., Tensor] | None,
-    optimizer: Optimizer,
+    optimizer: Optimizer | Sequence[Optimizer],
     rule: RuleChoice = MKOR(),  # noqa: B008  (frozen)
     *,
     refresh_every: int = 1,
@@ -145,7 +145,8 @@ def compile_step(
         loss_fn: ``loss_fn(outputs, target) -> scalar``; the last positional argument of the step is the target, the rest
             goes to the model. ``None`` passes everything to a model that returns its own loss (a scalar, an object with
             ``.loss``, or a tuple that begins with it).
-        optimizer: a torch.optim optimizer over parameters of ``model``.
+        optimizer: a torch.optim optimizer over parameters of ``model``, or several, each with its own, as
+            ``[Muon(...), AdamW(...)]``.
         rule: as in :func:`compile`; ``None`` is the plain compiled step.
         refresh_every: steps per factor refresh; the first step refreshes.
         skip: glob patterns of parameter names that keep their raw gradient.
@@ -185,7 +186,7 @@ def compile_step(
 
 
 def compiled_step(
-    model: nn.Module, loss_fn: Callable[..., Tensor] | None, optimizer: Optimizer, options: Options
+    model: nn.Module, loss_fn: Callable[..., Tensor] | None, optimizer: Optimizer | Sequence[Optimizer], options: Options
 ) -> CompiledStep:
     """As :func:`compile_step`, by the doors' options."""
     if not options.fullgraph:

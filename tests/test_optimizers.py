@@ -9,6 +9,7 @@ from torch.nn import functional
 
 import mkor_fx
 from mkor_fx.runtime.optimizer_state import initialise_state, tensor_state
+from mkor_fx.runtime.optimizers import Optimizers
 
 OPTIMIZERS = {
     "SGD": (torch.optim.SGD, {"lr": 0.05}),
@@ -119,7 +120,7 @@ def test_a_learning_rate_scheduler_sees_that_the_optimizer_has_stepped(recwarn):
 def test_step_counts_live_where_the_parameters_are():
     """AdamW keeps them on the host; a step that skips what is not finite would then write to the host, and wait."""
     model = nn.Linear(3, 2, device="meta")
-    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer = Optimizers.of(torch.optim.AdamW(model.parameters()))
     initialise_state(optimizer, list(model.parameters()))
     for p in model.parameters():
         assert {key: t.device.type for key, t in tensor_state(optimizer, p).items()} == {

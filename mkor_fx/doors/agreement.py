@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import fx, nn
-from torch.optim import Optimizer
 
 from ..ir import Site, StepGraph, fake_value
 from ..options import Options
@@ -18,6 +17,7 @@ from ..passes.torch_api.dynamo import dynamo_tensors
 from ..passes.write.placement import Load, assign
 from ..passes.write.update_draft import Job
 from ..runtime.optimizer_state import numbers_of, read_number, tensor_state
+from ..runtime.optimizers import Optimizers
 from ..runtime.ranks import Ranks
 from ..show.recorder import Recording
 
@@ -70,7 +70,7 @@ def buffer_names(gm: fx.GraphModule, model: nn.Module) -> dict[int, str]:
 # ---- plans ------------------------------------------------------------------------------------------------------------
 
 
-def present_numbers(optimizer: Optimizer) -> str:
+def present_numbers(optimizer: Optimizers) -> str:
     """The optimizer's numbers as they are, a line each: equal on all ranks, but not for ever."""
     numbers = ((number, float(read_number(optimizer, number))) for number in numbers_of(optimizer))
     return "\n".join(f"{number.key} of group {number.group}: {value}" for number, value in numbers)
@@ -94,14 +94,14 @@ def _chosen(options: Options) -> list[str]:
 
 def plan_of(
     step: StepGraph,
-    optimizer: Optimizer,
+    optimizer: Optimizers,
     params: Sequence[nn.Parameter],
     options: Options,
     **more: Any,
 ) -> str:
     """What all ranks must have in common, a line each: options, parameters and their roles, collectives in order."""
     lines = [*_chosen(options), *(f"{key} {value}" for key, value in more.items())]
-    lines += [f"optimizer {type(optimizer).__name__}, numbers {[*map(tuple, numbers_of(optimizer))]}"]
+    lines += [f"optimizer {optimizer.names}, numbers {[*map(tuple, numbers_of(optimizer))]}"]
     lines += [f"optimizer state {[*map(list, (tensor_state(optimizer, p) for p in params))]}"]
     for index, parameter in step.parameters.items():
         role = step.role(index).value

@@ -39,7 +39,7 @@ def simulate(
     model: nn.Module,
     *batch: Any,
     loss_fn: Callable[..., Tensor] | None = None,
-    optimizer: Optimizer,
+    optimizer: Optimizer | Sequence[Optimizer],
     world_size: int = 64,
     device: str = "h100",
     rule: RuleChoice = MKOR(),  # noqa: B008  (frozen)
@@ -92,7 +92,7 @@ def simulate_step(
     batch: tuple,
     kwargs: dict[str, Any],
     loss_fn: Callable[..., Tensor] | None,
-    optimizer: Optimizer,
+    optimizer: Optimizer | Sequence[Optimizer],
     options: Options,
     machines: Machines,
 ) -> Simulation:
@@ -128,7 +128,7 @@ def trace_step(
     batch: tuple,
     kwargs: dict[str, Any],
     loss_fn: Callable[..., Tensor] | None,
-    optimizer: Optimizer,
+    optimizer: Optimizer | Sequence[Optimizer],
     options: Options,
     group: Group,
     refresh: bool = True,

@@ -72,7 +72,11 @@ def loss_function(model: nn.Module, loss_fn: Callable | None, return_outputs: bo
 
 
 def new_step(
-    model: nn.Module, loss_fn: Callable | None, optimizer: Optimizer, options: Options, ranks: Ranks | None
+    model: nn.Module,
+    loss_fn: Callable | None,
+    optimizer: Optimizer | Sequence[Optimizer],
+    options: Options,
+    ranks: Ranks | None,
 ) -> CompiledStep:
     """A compiled step over a model and an optimizer that have been checked."""
     clock, rule = RuleClock(options.rules), bool(options.rules)
@@ -126,7 +130,7 @@ def write_whole_step(
 ) -> Written:
     """capture -> canonicalize -> match -> rewrite -> schedule -> lower, of Dynamo's graph ``gm``. Changes nothing."""
     naming = Naming.of(step.model, options.skip, options.rules)
-    held = {id(p) for group in step.optimizer.param_groups for p in group["params"]}
+    held = {id(p) for group in step.optimizers.param_groups for p in group["params"]}
     params = {index: p for index, (_, p) in dynamo_parameters(gm, naming).items()}
     coverage = Coverage(step.model)
     graphs = Graphs(f"{type(step.model).__name__}: {variant.name} step", coverage, variant.has("refresh"))
@@ -152,7 +156,7 @@ def write_whole_step(
         uses_state = variant.has("precondition") or variant.has("refresh")
         meta = torch.device("meta")
         plan = Plan(
-            step.optimizer,
+            step.optimizers,
             list(options.rules),
             params,
             trained,
@@ -204,7 +208,7 @@ class StepProgram:
         if group is not None:
             owners = written.draft.plan.owners if options.placement == "owner" else options.placement
             about = {"variant": self.variant.name, "owners": owners}
-            plan = plan_of(written.whole, step.optimizer, written.trained, options, **about)
+            plan = plan_of(written.whole, step.optimizers, written.trained, options, **about)
         self._owned.append(Run(step, self.clock, written, compiled, plan))
         return held_weakly(self._owned[-1])
 
@@ -249,7 +253,7 @@ class Run:
 
     def _check_anew(self, step: CompiledStep, args: Sequence[Any]) -> None:
         """What can have happened since the last step without a parameter's being replaced."""
-        check_step_hooks(step.optimizer)
+        check_step_hooks(step.optimizers)
         check_gradient_hooks((name, args[index]) for index, name in self._names.items())
         memory = [args[index].data_ptr() for index in self._names]
         if memory != self._memory:

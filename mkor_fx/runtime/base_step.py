@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch.optim import Optimizer
 
 from .optimizer_state import Number, numbers_of
+from .optimizers import Groups, owner_of
 
 
 class BaseStep(NamedTuple):
@@ -20,16 +20,16 @@ class BaseStep(NamedTuple):
     nesterov: bool = False
 
 
-def base_step_of(optimizer: Optimizer, at: int) -> BaseStep:
-    """What ``optimizer`` does with the parameters of group ``at``. Optimizers of other libraries are known by their names: Adam's relatives have
-    its name in theirs, as ``FusedAdam`` and ``AdamW8bit``; so have LAMB and LARS."""
-    group = optimizer.param_groups[at]
-    names = [cls.__name__.lower() for cls in type(optimizer).__mro__]
+def base_step_of(optimizer: Groups, at: int) -> BaseStep:
+    """What ``optimizer`` does with the parameters of group ``at``. Optimizers of other libraries are known by their names:
+    Adam's relatives have its name in theirs, as ``FusedAdam`` and ``AdamW8bit``; so have LAMB and LARS."""
+    group, owner = optimizer.param_groups[at], owner_of(optimizer, at)
+    names = [cls.__name__.lower() for cls in type(owner).__mro__]
     if any("lamb" in name or "lars" in name for name in names):
         return BaseStep("trust")
     if any("adam" in name for name in names) or group.get("adjust_lr_fn") == "match_rms_adamw":
         return BaseStep("adam")
-    if isinstance(optimizer, torch.optim.SGD):
+    if isinstance(owner, torch.optim.SGD):
         momentum, plain = Number(at, "momentum"), not group["dampening"]
         if not group["momentum"]:
             return BaseStep("sgd")

@@ -16,6 +16,7 @@ from .census import Census
 from .factors import FactorState, state_of
 from .in_flight import Late
 from .optimizer_state import OptimizerNumbers, initialise_state, structure_of, tensor_state
+from .optimizers import Optimizers
 from .ranks import Ranks, Replicas
 from .windows import Windows
 
@@ -60,10 +61,11 @@ class CompiledStep:
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: Optimizer, mkor: FactorState, maker: StepMaker, ranks: Ranks | None = None,
-        check_replicas_every: int = 0,
+        self, model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], mkor: FactorState, maker: StepMaker,
+        ranks: Ranks | None = None, check_replicas_every: int = 0,
     ) -> None:  # fmt: skip
         self._model, self._optimizer, self.mkor, self.ranks = model, optimizer, mkor, ranks
+        self.optimizers = Optimizers.of(optimizer)
         self.mkor.ranks = ranks
         self.late = Late(self.mkor)
         self.variants: dict[str, Any] = {}
@@ -92,8 +94,8 @@ class CompiledStep:
         return self._model
 
     @property
-    def optimizer(self) -> Optimizer:
-        """The user's own, live."""
+    def optimizer(self) -> Optimizer | Sequence[Optimizer]:
+        """The user's own, live; as it was passed, where there are several."""
         return self._optimizer
 
     def __deepcopy__(self, memo: dict) -> CompiledStep:
@@ -146,7 +148,8 @@ class CompiledStep:
         self._loss = result[0] if isinstance(result, tuple) else result
         self.mkor.advance()
         self._fresh_groups.clear()
-        self.optimizer._opt_called = True  # type: ignore[attr-defined]  # what learning-rate schedulers look at
+        for optimizer in self.optimizers.members:
+            optimizer._opt_called = True  # type: ignore[attr-defined]  # what learning-rate schedulers look at
         self._derive(step, counted)
         return result
 
@@ -194,14 +197,14 @@ class CompiledStep:
 
     def _follow_optimizer(self) -> None:
         """Groups, flags or branches of the optimizer that have changed ask for another compilation; numbers do not."""
-        structure = structure_of(self.optimizer)
-        if structure != self._structure or not all(branch.holds(self.optimizer) for branch in self._branches):
+        structure = structure_of(self.optimizers)
+        if structure != self._structure or not all(branch.holds(self.optimizers) for branch in self._branches):
             self._structure, self._branches, self._numbers = structure, (), None
             self._programs.clear()
 
     # ---- several ranks ------------------------------------------------------------------------------------------------
 
-    def begin(self, variant: str, plan: str, present: Callable[[Optimizer], str]) -> None:
+    def begin(self, variant: str, plan: str, present: Callable[[Optimizers], str]) -> None:
         """What ranks have to settle before a program runs: the first time, that they run the same from the same state.
 
         A program that is compiled again for another batch, perhaps on this rank alone, has the plan that was agreed upon.
@@ -209,7 +212,7 @@ class CompiledStep:
         if self.ranks is None:
             return
         if self._plans.get(variant) != plan:
-            self.ranks.agree(f"{plan}\nsteps taken {self.mkor.step}\n{present(self.optimizer)}")
+            self.ranks.agree(f"{plan}\nsteps taken {self.mkor.step}\n{present(self.optimizers)}")
             self._plans[variant] = plan
         self._replicas.check()
 
@@ -217,7 +220,7 @@ class CompiledStep:
         """All that a step changes, by name."""
         tensors = state_of(self.model, self.mkor)
         for name, param in self.model.named_parameters():
-            state = tensor_state(self.optimizer, param)
+            state = tensor_state(self.optimizers, param)
             tensors |= {f"optimizer state {key} of {name}": tensor for key, tensor in state.items()}
         return tensors
 
@@ -241,11 +244,11 @@ class CompiledStep:
 
     def prepare_optimizer(self, params: Sequence[nn.Parameter]) -> None:
         """Create missing optimizer state of ``params``."""
-        missing = {id(p) for p in params if not self.optimizer.state.get(p)}
-        for index, group in enumerate(self.optimizer.param_groups):
+        missing = {id(p) for p in params if not self.optimizers.state_of(p)}
+        for index, group in enumerate(self.optimizers.param_groups):
             if any(id(p) in missing for p in group["params"]):
                 self._fresh_groups.add(index)
-        initialise_state(self.optimizer, list(params))
+        initialise_state(self.optimizers, list(params))
 
     def follow_branches(self, branches: tuple) -> None:
         self._branches = (*self._branches, *branches)
@@ -259,7 +262,7 @@ class CompiledStep:
 
     def numbers(self, device: torch.device) -> Tensor:
         if self._numbers is None:
-            self._numbers = OptimizerNumbers(self.optimizer, device)
+            self._numbers = OptimizerNumbers(self.optimizers, device)
         return self._numbers.update(self._fresh_groups)
 
     def rule_numbers(self, device: torch.device) -> Tensor:

@@ -63,11 +63,11 @@ class Optimizer(Input):
         return f"mkor_optimizer_{self.index}_{self.key}"
 
     def fetch(self, call: Call) -> Tensor:
-        param, optimizer = call.args[self.index], call.step.optimizer
-        held = optimizer.state[param].get(self.key)
+        param, optimizers = call.args[self.index], call.step.optimizers
+        held = optimizers.state_of(param).get(self.key)
         if held is None or held.device != param.device:  # emptied or put on the host by load_state_dict, say
             call.step.prepare_optimizer([param])
-        return optimizer.state[param][self.key]
+        return optimizers.state_of(param)[self.key]
 
 
 @dataclass(frozen=True)

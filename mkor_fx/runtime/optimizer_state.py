@@ -1,4 +1,4 @@
-"""The user's torch optimizer as the compiled step sees it: its numbers in one tensor, its state tensors by name."""
+"""The user's torch optimizers as the compiled step sees them: their numbers in one tensor, their state tensors by name."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .optimizers import Groups, Optimizers, owner_of
 from .packed_numbers import PackedNumbers
 
 #: numbers that torch takes as Python floats only (Muon's polynomial); a change of one compiles again
@@ -25,7 +26,7 @@ class Number(NamedTuple):
     position: int | None = None
 
 
-def numbers_of(optimizer: Optimizer) -> list[Number]:
+def numbers_of(optimizer: Groups) -> list[Number]:
     """Every number of the optimizer that may change between steps: floats, tensors and the learning rate."""
     found = []
     for i, group in enumerate(optimizer.param_groups):
@@ -43,19 +44,19 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, float) or (isinstance(value, Tensor) and value.numel() == 1)
 
 
-def read_number(optimizer: Optimizer, number: Number) -> float | Tensor:
+def read_number(optimizer: Groups, number: Number) -> float | Tensor:
     value = optimizer.param_groups[number.group][number.key]
     return value if number.position is None else value[number.position]
 
 
-def structure_of(optimizer: Optimizer) -> tuple:
+def structure_of(optimizer: Optimizers) -> tuple:
     """What a compiled update depends on beside its numbers: the groups, their flags and constants, and whether there is a
     momentum."""
     numbers = {(n.group, n.key) for n in numbers_of(optimizer)}
     return tuple(
         (
             tuple(id(p) for p in group["params"]),
-            type(optimizer) is torch.optim.SGD and group["momentum"] != 0,
+            type(owner_of(optimizer, i)) is torch.optim.SGD and group["momentum"] != 0,
             tuple(
                 (k, str(v)) for k, v in group.items() if k != "params" and (i, k) not in numbers and not _scheduled(k)
             ),
@@ -69,14 +70,14 @@ def _scheduled(key: str) -> bool:
     return key in ("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr")
 
 
-def tensor_state(optimizer: Optimizer, param: nn.Parameter) -> dict[str, Tensor]:
-    """The tensors of ``optimizer.state[param]`` by name, in a fixed order."""
-    state = optimizer.state.get(param, {})
+def tensor_state(optimizer: Optimizers, param: nn.Parameter) -> dict[str, Tensor]:
+    """The tensors of the state that is kept for ``param`` by name, in a fixed order."""
+    state = optimizer.state_of(param)
     return {key: state[key] for key in sorted(state) if isinstance(state[key], Tensor)}
 
 
-def initialise_state(optimizer: Optimizer, params: list[nn.Parameter]) -> None:
-    """Create the state of ``params`` as the optimizer's first step would, without stepping.
+def initialise_state(optimizers: Optimizers, params: list[nn.Parameter]) -> None:
+    """Create the state of ``params`` as the first step of the optimizer that holds each would, without stepping.
 
     Every torch.optim optimizer does so in ``_init_group`` for parameters that have a gradient. SGD makes its momentum
     buffer in the first update; a zero buffer is that update's starting point (see ``OptimizerNumbers.update``). Step counts,
@@ -86,6 +87,12 @@ def initialise_state(optimizer: Optimizer, params: list[nn.Parameter]) -> None:
     Raises:
         ValueError: the state holds Python numbers.
     """
+    for optimizer in optimizers.members:
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        _initialise(optimizer, [p for p in params if id(p) in held])
+
+
+def _initialise(optimizer: Optimizer, params: list[nn.Parameter]) -> None:
     missing = [p for p in params if not optimizer.state.get(p)] if hasattr(optimizer, "_init_group") else []
     chosen = {id(p) for p in missing}
     for group in optimizer.param_groups:
@@ -120,14 +127,14 @@ def _init_group(optimizer: Optimizer, group: dict) -> None:
 
 
 class OptimizerNumbers:
-    """All numbers of an optimizer in one tensor on a device."""
+    """All numbers of an optimizer, or of several, in one tensor on a device."""
 
-    def __init__(self, optimizer: Optimizer, device: torch.device) -> None:
+    def __init__(self, optimizer: Groups, device: torch.device) -> None:
         self._optimizer = weakref.ref(optimizer)
         self._numbers = numbers_of(optimizer)
         self._packed = PackedNumbers(len(self._numbers), device)
 
-    def stale(self, optimizer: Optimizer, device: torch.device) -> bool:
+    def stale(self, optimizer: Groups, device: torch.device) -> bool:
         """Whether the groups have changed since."""
         return numbers_of(optimizer) != self._numbers or self._packed.tensor.device != device
 
@@ -144,19 +151,19 @@ class OptimizerNumbers:
         )
 
 
-def groups_of(optimizer: Optimizer) -> dict[int, int]:
+def groups_of(optimizer: Groups) -> dict[int, int]:
     """The group of each parameter, by identity."""
     return {id(p): at for at, group in enumerate(optimizer.param_groups) for p in group["params"]}
 
 
-def place_of_rate(optimizer: Optimizer, at: int) -> tuple[int, int | None, float]:
+def place_of_rate(optimizer: Groups, at: int) -> tuple[int, int | None, float]:
     """Where a group's learning rate and weight decay lie among the optimizer's numbers, and the sign of its steps."""
     numbers, group = numbers_of(optimizer), optimizer.param_groups[at]
     rate, decay = Number(at, "lr"), Number(at, "weight_decay")
     if rate not in numbers:
         raise ValueError(
             f"a rule whose direction is the step itself needs a learning rate, and group {at} of "
-            f"{type(optimizer).__name__} has no 'lr'"
+            f"{type(owner_of(optimizer, at)).__name__} has no 'lr'"
         )
     sign = -1.0 if group.get("maximize") else 1.0
     return numbers.index(rate), numbers.index(decay) if decay in numbers else None, sign

@@ -13,6 +13,7 @@ from ...rules import Rule
 from ...runtime import inputs
 from ...runtime.base_step import base_step_of
 from ...runtime.optimizer_state import groups_of, numbers_of, place_of_rate
+from ...runtime.optimizers import Optimizers
 from ..order.collectives import Network
 from ..torch_api.backend import FakeTensorMode
 from ..torch_api.capture import WholeStep
@@ -37,7 +38,7 @@ class Plan:
     labels.
     """
 
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizers
     rules: Sequence[Rule]
     params: Mapping[int, nn.Parameter]
     trained: Sequence[int]

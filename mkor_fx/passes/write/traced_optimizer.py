@@ -1,4 +1,4 @@
-"""A torch optimizer's own step as a graph: traced from the live object, with its numbers as inputs.
+"""The step of torch optimizers as a graph: traced from the live objects, with their numbers as inputs.
 
 Every number of ``param_groups`` (learning rate, betas, momentum, weight decay, ...) becomes an entry of one packed
 tensor, so that schedulers compile nothing again. Comparisons such as ``weight_decay != 0`` are answered from the value at
@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
 from ...runtime.optimizer_state import Number, initialise_state, numbers_of, read_number, tensor_state
+from ...runtime.optimizers import Optimizers
 from ..torch_api.backend import new_fake_mode
 from ..torch_api.dynamo import compiling, outside_dynamo
 from ..torch_api.tracing import forget_values, shaped_like, trace
@@ -36,7 +37,7 @@ class Branch:
     other: float
     answer: bool
 
-    def holds(self, optimizer: Optimizer) -> bool:
+    def holds(self, optimizer: Optimizers) -> bool:
         return bool(getattr(float(read_number(optimizer, self.number)), self.operator)(self.other)) == self.answer
 
 
@@ -102,70 +103,87 @@ def _scaled(name: str, args: tuple, scale: Tensor) -> Tensor:
     return target.add_(terms[kind](*operands)) if name.endswith("_") else target.add(terms[kind](*operands))
 
 
-def planned(optimizer: Optimizer, params: Sequence[nn.Parameter]) -> tuple[Optimizer, list[Tensor]]:
-    """A copy of the optimizer over stand-ins for ``params``, with the state that its first step would begin from: fake
+def planned(optimizers: Optimizers, params: Sequence[nn.Parameter]) -> tuple[Optimizers, list[Tensor]]:
+    """Copies of the optimizers over stand-ins for ``params``, with the state that their first step would begin from: fake
     tensors, so that nothing is allocated, and nothing of the user's is changed."""
     with torch.no_grad(), outside_dynamo(), new_fake_mode():
         stands_for = {id(p): shaped_like(p) for p in params}
-        clone = object.__new__(type(optimizer))
-        clone.__dict__.update(vars(optimizer))
-        clone.param_groups = [
-            {key: _without_memory(value) for key, value in group.items() if key != "params"}
-            | {"params": [stands_for[id(p)] for p in group["params"] if id(p) in stands_for]}
-            for group in optimizer.param_groups
-        ]
-        clone.state = defaultdict(dict)
-        for p in params:
-            held = optimizer.state.get(p, {})
+        clones = Optimizers([_stand_in(member, params, stands_for) for member in optimizers.members])
+        initialise_state(clones, list(stands_for.values()))  # type: ignore[arg-type]
+    return clones, list(stands_for.values())
+
+
+def _stand_in(optimizer: Optimizer, params: Sequence[nn.Parameter], stands_for: dict[int, Tensor]) -> Optimizer:
+    clone = _bare(optimizer)
+    clone.param_groups = [
+        {key: _without_memory(value) for key, value in group.items() if key != "params"}
+        | {"params": [stands_for[id(p)] for p in group["params"] if id(p) in stands_for]}
+        for group in optimizer.param_groups
+    ]
+    for p in params:
+        if p in optimizer.state:
+            held = optimizer.state[p]
             clone.state[stands_for[id(p)]] = {key: _without_memory(value) for key, value in held.items()}
-        initialise_state(clone, list(stands_for.values()))  # type: ignore[arg-type]
-    return clone, list(stands_for.values())
+    return clone
+
+
+def _bare(optimizer: Optimizer) -> Optimizer:
+    """An optimizer of the same class and attributes, whose state is empty."""
+    clone = object.__new__(type(optimizer))
+    clone.__dict__.update(vars(optimizer))
+    clone.state = defaultdict(dict)
+    return clone
 
 
 def _without_memory(value: Any) -> Any:
     return shaped_like(value) if isinstance(value, Tensor) else value
 
 
-def trace_update(optimizer: Optimizer, params: Sequence[nn.Parameter]) -> Update:
-    """Trace one step of ``optimizer`` over ``params``, those with a gradient. Allocates nothing, changes nothing.
+def trace_update(optimizers: Optimizers, params: Sequence[nn.Parameter]) -> Update:
+    """Trace one step of every optimizer over ``params``, those with a gradient. Allocates nothing, changes nothing.
 
     Raises:
-        ValueError: the optimizer cannot be traced; says what stood in the way.
+        ValueError: an optimizer cannot be traced; says what stood in the way.
     """
-    step, name = inspect.unwrap(type(optimizer).step), type(optimizer).__name__
     if len(params) != len({id(p) for p in params}):
         raise AssertionError("a parameter is listed twice")
-    numbers = numbers_of(optimizer)
-    start, stand_ins = planned(optimizer, params)
+    numbers = numbers_of(optimizers)
+    start, stand_ins = planned(optimizers, params)
     states = [tensor_state(start, p) for p in stand_ins]  # type: ignore[arg-type]
     positions = {id(p): i for i, p in enumerate(params)}
     branches: list[Branch] = []
-    made: set[str] = set()
-    hidden: list[str] = []
+    made: dict[str, set[str]] = defaultdict(set)
+    hidden: dict[str, list[str]] = defaultdict(list)
+    name = ""
 
     def run(ps: list[Tensor], gs: list[Tensor], ss: list[dict[str, Tensor]], packed: Tensor) -> tuple[list, list]:
+        nonlocal name
         ps, ss = [p.clone() for p in ps], [{k: v.clone() for k, v in s.items()} for s in ss]
         entries = {number: packed[i] for i, number in enumerate(numbers)}
-        clone = object.__new__(type(optimizer))
-        clone.__dict__.update(vars(start))
-        clone.param_groups = [
-            _group_on_tensors(group, i, entries, [ps[positions[id(p)]] for p in group["params"] if id(p) in positions])
-            for i, group in enumerate(optimizer.param_groups)
-        ]
-        clone.state = defaultdict(dict)
-        for p, g, tensors, original in zip(ps, gs, ss, stand_ins):
-            clone.state[p] = {**start.state[original], **tensors}
+        known = {id(t): (n, float(read_number(optimizers, n))) for n, t in entries.items()}
+        for p, g in zip(ps, gs):
             p.grad = g
-        known = {id(t): (n, float(read_number(optimizer, n))) for n, t in entries.items()}
-        before = _numbers_on_the_host(clone)
-        with compiling(), _TensorNumbers(known) as mode:
-            step(clone)
-        branches.extend(mode.branches)
-        after = _numbers_on_the_host(clone)
-        hidden.extend(key for key in after if before.get(key) != after[key])
-        hidden.extend(f"param_groups[{n.group}][{n.key!r}]" for n in mode.written)
-        made.update(key for p, s in zip(ps, ss) for key in clone.state[p].keys() - s if _is_tensor(clone.state[p][key]))
-        return ps, [clone.state[p][k] for p, s in zip(ps, ss) for k in s]
+        kept = dict[int, dict[str, Any]]()
+        for (optimizer, begin), begun in zip(optimizers.begins(), start.members):
+            name, clone = type(optimizer).__name__, _bare(begun)
+            own = [[positions[id(p)] for p in group["params"] if id(p) in positions] for group in optimizer.param_groups]
+            clone.param_groups = [
+                _group_on_tensors(group, begin + i, entries, [ps[at] for at in own[i]])
+                for i, group in enumerate(optimizer.param_groups)
+            ]
+            for at in (at for members in own for at in members):
+                clone.state[ps[at]] = {**begun.state.get(stand_ins[at], {}), **ss[at]}
+            before = _numbers_on_the_host(clone)
+            with compiling(), _TensorNumbers(known) as mode:
+                inspect.unwrap(type(optimizer).step)(clone)
+            branches.extend(mode.branches)
+            after = _numbers_on_the_host(clone)
+            hidden[name] += [key for key in after if before.get(key) != after[key]]
+            hidden[name] += [f"param_groups[{n.group - begin}][{n.key!r}]" for n in mode.written]
+            for at in (at for members in own for at in members):
+                kept[at] = state = clone.state[ps[at]]
+                made[name].update(key for key in state.keys() - ss[at] if isinstance(state[key], Tensor))
+        return ps, [kept[at][key] for at, s in enumerate(ss) for key in s]
 
     with torch.no_grad(), stand_ins[0].fake_mode:  # type: ignore[attr-defined]
         packed = torch.empty(len(numbers), dtype=torch.float64, device=params[0].device)
@@ -179,22 +197,20 @@ def trace_update(optimizer: Optimizer, params: Sequence[nn.Parameter]) -> Update
             f"{name}.step() cannot be traced into the compiled step: {str(error).splitlines()[0]}\n"
             "Use mkor_fx.compile(model) with your own loop: it works with every torch optimizer."
         ) from error
-    if made:
-        raise ValueError(
-            f"{name} creates its state ({', '.join(sorted(made))}) inside step(), where it cannot be compiled. Call "
-            "optimizer.step() once before compile_step, or use mkor_fx.compile(model) with your own loop."
-        )
-    if hidden:
-        raise ValueError(
-            f"{name}.step() changes {', '.join(dict.fromkeys(hidden))}, which a compiled step would never see change: keep "
-            "it as a tensor in optimizer.state, or use mkor_fx.compile(model) with your own loop."
-        )
+    for name, keys in made.items():
+        if keys:
+            raise ValueError(
+                f"{name} creates its state ({', '.join(sorted(keys))}) inside step(), where it cannot be compiled. Call "
+                "optimizer.step() once before compile_step, or use mkor_fx.compile(model) with your own loop."
+            )
+    for name, changed in hidden.items():
+        if changed:
+            raise ValueError(
+                f"{name}.step() changes {', '.join(dict.fromkeys(changed))}, which a compiled step would never see change: "
+                "keep it as a tensor in optimizer.state, or use mkor_fx.compile(model) with your own loop."
+            )
     forget_values(traced.module)
     return Update(traced.module, states, tuple(dict.fromkeys(branches)))
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor)
 
 
 def _numbers_on_the_host(optimizer: Optimizer) -> dict[str, Any]:
