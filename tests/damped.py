@@ -1,8 +1,8 @@
 """Eager MKOR in its damped form, on hooks, from the equations alone: S is kept whole and inverted at every step.
 
     S <- gamma S + (1 - gamma) (identity + kappa d C / tr C), the identity as unit vectors, coordinates in turn
-    B <- mu B + G, M = G + mu B, D = S_L^-1 M S_R^-1, W <- W (1 - lr wd) - lr 0.2 sqrt(O I) / |D| D
-
+    B <- mu B + G, M = G + mu B, D = S_L^-1 M S_R^-1, r and c its mean squares over columns, rows and steps,
+    W <- W (1 - lr wd) - lr 0.2 sqrt(O I) / |D| D with D / sqrt(r c) in the place of D
 N rows, O outputs, I inputs, d either; of modules Linear, Conv2d, and Embedding as the table of a Linear.
 """
 import math
@@ -25,8 +25,9 @@ def signs(key, side, rows, count):
 
 
 class Damped:
-    def __init__(self, model, optimizer, *, statistic="rows", rank=8, momentum=0.95, nesterov=True, gamma=0.99, kappa=10.0):
-        vars(self).update(locals(), steps=0, rows={}, sites={}, S={}, B={})
+    def __init__(self, model, optimizer, *, statistic="rows", rank=8, momentum=0.95, nesterov=True, beta2=0.95, gamma=0.99,
+                 kappa=10.0):
+        vars(self).update(locals(), steps=0, rows={}, sites={}, S={}, B={}, Q={})
         for use in sorted(model.modules(), key=lambda m: isinstance(m, nn.Embedding)):  # embeddings after heads
             if isinstance(use, nn.Linear | nn.Conv2d):
                 self.sites[use.weight] = use.weight.flatten(1).shape
@@ -64,15 +65,16 @@ class Damped:
     @torch.no_grad()
     def step(self):
         for W, shape in self.sites.items():
-            G = W.grad.flatten(1)
-            L, R = self.S.get(W, [torch.eye(n).to(G) for n in G.shape])
+            G, (L, R) = W.grad.flatten(1), self.S.get(W, [torch.eye(n).to(W) for n in shape])
             left, right = zip(*self.blocks(W, G), strict=True)
             L, R = self.S[W] = self.moved(L, left), self.moved(R, right)
             B = self.B[W] = self.momentum * self.B.get(W, torch.zeros_like(G)) + G
             D = L.inverse() @ (G + self.momentum * B if self.nesterov else B) @ R.inverse()
+            q = self.Q[W] = [self.beta2 * old + (1 - self.beta2) * (D * D).mean(dim, keepdim=True) / (D * D).mean()
+                             for old, dim in zip(self.Q.get(W, (0, 0)), (1, 0), strict=True)]
+            D = D / (q[0] * q[1]).sqrt() if self.beta2 else D
             group = next(g for g in self.optimizer.param_groups if any(p is W for p in g["params"]))
             D *= 0.2 * shape.numel() ** 0.5 / D.norm()
-            W.mul_(1 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * D.view_as(W))
-            W.grad = None
+            W.mul_(1 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * D.view_as(W)).grad = None
         self.rows, self.steps = {}, self.steps + 1
         self.optimizer.step(), self.optimizer.zero_grad()

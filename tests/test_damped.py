@@ -67,8 +67,9 @@ def test_the_reference_goes_the_same_way(name, door):
     "name, options",
     [("gpt", {"statistic": "mean+rows+gradient", "rank": 30, "nesterov": False}),
      ("cnn", {"statistic": "gradient", "rank": 2}),
-     ("mlp", {"statistic": "mean", "gamma": 0.9, "kappa": 3.0, "momentum": 0.5})],
-    ids=["sums", "gradient", "mean"],
+     ("mlp", {"statistic": "mean", "gamma": 0.9, "kappa": 3.0, "momentum": 0.5, "beta2": 0}),
+     ("mlp", {"momentum": 0.9, "beta2": 0.8, "nesterov": False})],
+    ids=["sums", "gradient", "mean", "rows"],
 )  # fmt: skip
 @pytest.mark.parametrize("door", DOORS)
 def test_so_it_does_with_other_options(name, options, door):
@@ -215,6 +216,33 @@ def test_fast_products_are_bfloat16_where_that_is_native():
         assert product.meta["val"].dtype == (torch.bfloat16 if native else gradient)
 
 
+@pytest.mark.parametrize("door", DOORS)
+def test_a_gradient_that_is_not_finite_changes_no_moment(door):
+    model = nn.Linear(6, 5)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    step, mkor = trainer(door, model, nn.functional.mse_loss, optimizer, MKOR(), backend="eager")
+    for _ in range(3):
+        step(torch.randn(8, 6), torch.randn(8, 5))
+    before = copy.deepcopy(mkor.state_dict())
+    step(torch.randn(8, 6) * torch.inf, torch.randn(8, 5))
+    after = mkor.state_dict()
+    kept = [key for key in before if key.split(".")[-1] in ("momentum", "row_squares", "column_squares", "L", "R")]
+    assert len(kept) == 5 and all(torch.equal(before[key], after[key]) for key in kept)
+    assert all(before[key].abs().min() > 0 for key in kept if "squares" in key)
+
+
+def test_rows_and_columns_of_a_direction_come_to_one_size():
+    torch.manual_seed(0)
+    state = {"row_squares": torch.zeros(5), "column_squares": torch.zeros(7)}
+    sizes = torch.logspace(-3, 3, 5)[:, None] * torch.logspace(-2, 2, 7)
+    made, new = MKOR().normalize(state, torch.randn(5, 7).sign() * sizes)
+    torch.testing.assert_close(made.abs() / made.abs().mean(), torch.ones(5, 7), rtol=1e-4, atol=0)
+    made, _ = MKOR().normalize(state, torch.zeros(5, 7))
+    assert torch.equal(made, torch.zeros(5, 7))
+    made, _ = MKOR().normalize(new, torch.full((5, 7), 1e-30))
+    assert torch.isfinite(made).all()
+
+
 # ---- signs ------------------------------------------------------------------------------------------------------------
 
 
@@ -273,6 +301,8 @@ def test_micro_batches_and_a_resumed_run_draw_as_one_run():
         ({"rank": 0}, r"MKOR\(rank=0\): must be an integer of at least 1"),
         ({"form": "paper", "rank": 2}, r"MKOR\(rank=2\): must be 1 with form='paper'"),
         ({"momentum": 1.0}, r"MKOR\(momentum=1.0\): must be a number in \[0, 1\)"),
+        ({"beta2": -0.1}, r"MKOR\(beta2=-0.1\): must be a number in \[0, 1\)"),
+        ({"beta2": 0.9, "momentum": 0}, r"MKOR\(beta2=0.9\): divides what becomes of a momentum"),
         ({"bias": "joint"}, r"MKOR\(bias='joint'\): has no meaning for form='damped'"),
         ({"epsilon": 3.0}, r"MKOR\(epsilon\): has no meaning for form='damped'"),
     ],

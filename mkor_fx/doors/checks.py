@@ -179,6 +179,7 @@ def check_in_backward(options: Options) -> None:
         reasons = {
             "reads the gradient at its refresh (reads_gradient)": rule.reads_gradient,
             "keeps moments of the whole gradient (advance)": rule.overrides("advance"),
+            "keeps moments of its directions (normalize)": rule.overrides("normalize"),
             "makes steps of its own (applies='update')": rule.applies == "update",
             "sizes each direction by itself (graft='rms')": rule.graft == "rms",
         }

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.optim import Optimizer
 
 from .. import reasons
 from ..ir import Decline
@@ -62,6 +63,7 @@ class DropIn:
         self._census = Census(model)
         self._graphs_seen = 0
         self._owned: list[Callable[..., Any]] = []
+        self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._plain, self._compiled = _call_of(model), self._make_compiled()
         mkor = self.runtime.mkor
         self.handle = compiled_handle(model, self.run, mkor=mkor, graphs=self.coverage.graphs, coverage=self.coverage)
@@ -71,7 +73,8 @@ class DropIn:
         mkor = FactorState(self.model, every, possible_states(self.rules, self.mode.sizes_later))
         clock = self.clock
         maker = Maker(
-            self._build, Job, merge_layouts, clock.derive, clock.derive_every, clock.numbers, self._left_alone, self._part
+            self._build, Job, merge_layouts, clock.derive, clock.derive_every, clock.numbers, self._left_alone, self._part,
+            self._is_stepped_by,
         )  # fmt: skip
         checked = self.options.communication.check_replicas_every
         return self.mode.runtime(self.model, mkor, every, maker, self.ranks, checked)
@@ -89,6 +92,11 @@ class DropIn:
                 f"with skip=[{bias!r}]",
                 stacklevel=2,
             )
+
+    def _is_stepped_by(self, optimizer: Optimizer) -> None:
+        if optimizer not in self._optimizers:
+            self._optimizers.add(optimizer)
+            self.coverage.trained_by(optimizer, self.model.named_parameters())
 
     # ---- calls --------------------------------------------------------------------------------------------------------
 
@@ -129,6 +137,7 @@ class DropIn:
             self._compiled = self._make_compiled()
         self.naming, self._census = naming, Census(self.model)
         self.coverage.forget(self.model)
+        self._optimizers.clear()
         self.runtime.forget_plan()
         self.runtime.mkor.forget_gone()
 
@@ -170,6 +179,7 @@ class DropIn:
         capture = statistics.capture
         if capture.step is None:
             return
+        self._optimizers.clear()
         self.coverage.add(capture.step, {index: self.runtime.mkor.name(param) for index, param in params.items()})
         biases = set(capture.biases.values())
         frozen = frozenset(id(p) for p in self.model.parameters() if not p.requires_grad)

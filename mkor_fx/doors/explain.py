@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.optim import Optimizer
 
 from ..options import Options
 from ..passes.naming import Naming
@@ -16,9 +17,10 @@ from ..passes.torch_api.capture import capture_joint
 from ..passes.torch_api.dynamo import dynamo_compile, dynamo_parameters
 from ..rules import MKOR, RuleChoice
 from ..runtime.compiled_step import CompiledStep
+from ..runtime.optimizers import Optimizers
 from ..show.coverage import Coverage
 from ..show.graphs import Graphs
-from .checks import check_model
+from .checks import check_model, check_optimizer
 
 
 def explain(
@@ -27,6 +29,7 @@ def explain(
     loss_fn: Callable[..., Tensor] | None = None,
     rule: RuleChoice = MKOR(),  # noqa: B008  (frozen)
     skip: Sequence[str] = (),
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
     **kwargs: Any,
 ) -> Coverage:
     """Coverage of every trainable parameter: op, uses, factor sizes, bytes, traffic and costs, or why it is declined.
@@ -37,6 +40,7 @@ def explain(
 
     Args:
         rule, skip: as in :func:`mkor_fx.compile`.
+        optimizer: that, or those, which will train the model: then a column says who trains what, and how long a step is.
 
     Returns:
         Coverage: prints as a table. ``table(costs=True)``, ``to_json()``, ``to_html(path)``; ``coverage``, ``covered`` and
@@ -46,11 +50,15 @@ def explain(
         ValueError: nothing has been compiled yet and no batch is given.
     """
     known = getattr(subject, "coverage", None)
+    if optimizer is not None:
+        check_optimizer(_model_of(subject), optimizer)
     if not args and not kwargs:
         if isinstance(known, Coverage) and known.graphs.captured:
+            if optimizer is not None:
+                known.trained_by(Optimizers.of(optimizer), _model_of(subject).named_parameters())
             return known
         raise ValueError("nothing to explain yet: pass an example batch, explain(model, *batch), or run one step first")
-    model = subject.model if isinstance(subject, CompiledStep) else subject
+    model = _model_of(subject)
     check_model(model)
     options = Options(rule=rule, skip=skip)
     look = _Look(model, options)
@@ -62,7 +70,13 @@ def explain(
 
     with torch.enable_grad():
         dynamo_compile(call, look.backend, fullgraph=False, dynamic=False)(*args, **kwargs)
+    if optimizer is not None:
+        look.coverage.trained_by(Optimizers.of(optimizer), model.named_parameters())
     return look.coverage
+
+
+def _model_of(subject: nn.Module | CompiledStep) -> nn.Module:
+    return subject.model if isinstance(subject, CompiledStep) else subject
 
 
 class _Look:

@@ -148,6 +148,7 @@ def write_whole_step(
     with plain_tracing():
         analyse(whole, options.rules, graphs)
         coverage.add(whole)
+        coverage.trained_by(step.optimizers, step.model.named_parameters())
         trace_artifact("mkor_fx_coverage", coverage.to_json)
         owners = owners_of(whole, options, group, step.mkor.owners) if options.rules else {}
         layouts = {index: Layout.of(site) for index, site in whole.sites.items()}

@@ -53,9 +53,9 @@ class Rule(ABC):
     a state of its own. Where its operands are not finite, or a member has seen no row, the library keeps the old state,
     so no function need look.
 
-    What runs when, at step ``t``: ``update`` if the step refreshes; ``advance``; then the direction, by ``sides`` or by
-    ``precondition``; and behind the step ``derive``, if ``t`` is a multiple of ``derive_every``. A field annotated ``Hyper``
-    may be a number, a 0-dim tensor or a function of the step: the rule's code then sees a 0-dim tensor.
+    What runs when, at step ``t``: ``update`` if the step refreshes; ``advance``; then the direction, by ``sides`` and
+    ``normalize`` or by ``precondition``; and behind the step ``derive``, if ``t`` is a multiple of ``derive_every``. A field
+    annotated ``Hyper`` may be a number, a 0-dim tensor or a function of the step: the rule's code then sees a 0-dim tensor.
 
     A rule has to define ``init``, ``summarize``, ``update`` and one of ``sides`` and ``precondition``.
     """
@@ -129,13 +129,18 @@ class Rule(ABC):
         """The two sides of the direction, which the library multiplies; None for a rule that has ``precondition``."""
         return None
 
+    def normalize(self, state: State, product: Tensor) -> tuple[Tensor, State]:
+        """What becomes of the product of the two sides, ``[O, I]``, before it is sized, and the new state; every step. For
+        moments of what the factors have made of the gradient."""
+        return product, state
+
     def precondition(self, state: State, grad: Gradient) -> Gradient:
         """The direction; every step. A rule whose direction is no product of two sides defines it, and the library sizes
         what it returns. The default is the product of the two sides, sized."""
         outputs, inputs = grad.weight.shape
         if grad.bias is not None and not self.preconditions_bias(Shape(outputs, inputs, bias=True)):
-            return from_sides(self, state, Gradient(grad.weight), self.graft)._replace(bias=grad.bias)
-        return from_sides(self, state, grad, self.graft)
+            return from_sides(self, state, Gradient(grad.weight), self.graft)[0]._replace(bias=grad.bias)
+        return from_sides(self, state, grad, self.graft)[0]
 
     def unscale(self, summary: tuple[Tensor, ...], scale: Tensor) -> tuple[Tensor, ...]:
         """The summary without a loss scale: what ``summarize`` would have returned for ``g_NO / scale``. Asked for under a

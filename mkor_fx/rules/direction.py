@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..prims import graft_rms, precondition, rescale
-from .results import check_direction, check_sides
+from .results import check_direction, check_sides, check_state
 
 Graft = Literal["gradient", "rms"]
 #: beside those that a rule can ask for: by what its two sides multiply
@@ -38,8 +38,10 @@ class Sides(NamedTuple):
     right: Tensor | None
 
 
-def direction_of(rule: Any, state: dict[str, Tensor], grad: Gradient, by: Size | None) -> Gradient:
-    """What a rule makes of a gradient, sized ``by``; None: as it is.
+def direction_of(
+    rule: Any, state: dict[str, Tensor], grad: Gradient, by: Size | None
+) -> tuple[Gradient, dict[str, Tensor]]:
+    """What a rule makes of a gradient, sized ``by``; None: as it is. And what its state is from then on.
 
     Raises:
         WrongResult: a function of the rule has returned what is no direction for it.
@@ -50,16 +52,18 @@ def direction_of(rule: Any, state: dict[str, Tensor], grad: Gradient, by: Size |
     check_direction(rule, "precondition", made, grad)
     weight, bias = made.weight.to(grad.weight.dtype), made.bias
     if bias is None or grad.bias is None:
-        return Gradient(_sized(weight, grad.weight, by))
+        return Gradient(_sized(weight, grad.weight, by)), state
     made = Gradient(weight, bias.to(grad.bias.dtype))
     if rule.joint_bias:
         together = _sized(joined(made), joined(grad), by)
-        return Gradient(together[:, :-1], together[:, -1])
-    return Gradient(_sized(weight, grad.weight, by), _sized(bias[:, None], grad.bias[:, None], by)[:, 0])
+        return Gradient(together[:, :-1], together[:, -1]), state
+    return Gradient(_sized(weight, grad.weight, by), _sized(bias[:, None], grad.bias[:, None], by)[:, 0]), state
 
 
-def from_sides(rule: Any, state: dict[str, Tensor], raw: Gradient, graft: Size | None) -> Gradient:
-    """``left @ moment @ right``, sized by ``graft`` and the ``raw`` gradient."""
+def from_sides(
+    rule: Any, state: dict[str, Tensor], raw: Gradient, graft: Size | None
+) -> tuple[Gradient, dict[str, Tensor]]:
+    """``left @ moment @ right``, ``normalize``d, sized by ``graft`` and the ``raw`` gradient; and the new state."""
     sides, grad = rule.sides(state), rule.moment(state, raw)
     check_direction(rule, "moment", grad, raw)
     if graft == "moment":
@@ -68,16 +72,23 @@ def from_sides(rule: Any, state: dict[str, Tensor], raw: Gradient, graft: Size |
     check_sides(rule, sides, joined(grad) if joint else grad.weight)
     left, right = sides
     dtype, bias = rule.product_dtype, grad.bias
-    if bias is None or raw.bias is None:
-        return Gradient(_sized(_product(left, grad.weight, right, dtype), raw.weight, graft))
+    product, new = _product(left, joined(grad) if joint else grad.weight, right, dtype), state
+    if rule.overrides("normalize"):
+        made, new = rule.normalize(state, product)
+        check_state(rule, "normalize", new, state)
+        check_direction(rule, "normalize", (made, None), (product, None))
+        product = made.to(product.dtype)
     if joint:
-        together = _sized(_product(left, joined(grad), right, dtype), joined(raw), graft)
-        return Gradient(together[:, :-1], together[:, -1])
+        together = _sized(product, joined(raw), graft)
+        return Gradient(together[:, :-1], together[:, -1]), new
+    weight = _sized(product, raw.weight, graft)
+    if bias is None or raw.bias is None:
+        return Gradient(weight), new
     if left is not None or bias is not raw.bias:  # without either it stays as it is
         column = bias[:, None]
         sized_by = column if raw.bias is bias else raw.bias[:, None]
         bias = _sized(column if left is None else _product(left, column, None, dtype), sized_by, graft)[:, 0]
-    return Gradient(_sized(_product(left, grad.weight, right, dtype), raw.weight, graft), bias)
+    return Gradient(weight, bias), new
 
 
 def _product(

@@ -38,11 +38,12 @@ class MKOR(MKOROptions):
     ``[O, O]`` and ``R`` of ``[I, I]`` take a step of low rank each. The default form, with momentum ``mu`` and ``G`` the
     gradient:
 
-        ``B <- mu B + G``, ``M = G + mu B``, ``D = L M R``, ``W <- W (1 - lr wd) - lr 0.2 sqrt(O I) / |D| D``
+        ``B <- mu B + G``, ``M = G + mu B``, ``D = L M R / sqrt(r c)``, ``W <- W (1 - lr wd) - lr 0.2 sqrt(O I) / |D| D``
 
-    so that a step has the root mean square of one of Adam's, with its rate and weight decay, and the base optimizer leaves
-    the weight alone. With ``momentum=0`` the base optimizer gets ``L G R |G| / |L G R|`` in place of the gradient; the forms
-    of :meth:`published` are meant for that.
+    with ``r`` and ``c`` the moving averages of the mean squares of the rows and columns of ``L M R``. A step has the root
+    mean square of one of Adam's, with its rate and weight decay, and the base optimizer leaves the weight alone. With
+    ``momentum=0`` the base optimizer gets ``L G R |G| / |L G R|`` in place of the gradient; the forms of :meth:`published`
+    are meant for that.
 
     Fields of type ``Hyper`` may change over time: a number, a 0-dim tensor, or a function of the step.
 
@@ -68,6 +69,8 @@ class MKOR(MKOROptions):
         rank: sketches a side and step, of ``"rows"`` and ``"gradient"``; None is 8, and 1 for the published forms.
         momentum: ``mu``, in [0, 1); 0 hands a direction to the base optimizer. None is 0.95, and 0 for the published forms.
         nesterov: ``M = G + mu B``, else ``M = B``.
+        beta2: decay of ``r`` and ``c``, in [0, 1); 0 leaves ``L M R`` as it is. None is 0.95, and 0 without momentum and for
+            the published forms. They are Adafactor's factored second moments (Shazeer and Stern, 2018), behind the factors.
         gamma: factor momentum, in (0, 1).
         kappa: what statistics weigh beside the identity, > 0: for ``damped`` the damping is ``1 / kappa`` of the mean
             eigenvalue, for ``scale_free`` it is the squared length to which every statistic is brought.
@@ -101,7 +104,10 @@ class MKOR(MKOROptions):
         embeddings = ", or it is an embedding, which this form leaves to the base optimizer" if self.keeps_momentum else ""
         return f"both sides exceed max_factor{embeddings}"
 
-    kinds = {"L": Kind.POSITIVE, "R": Kind.POSITIVE, "momentum": Kind.MOMENT}  # noqa: RUF012
+    kinds = {  # noqa: RUF012
+        **{"L": Kind.POSITIVE, "R": Kind.POSITIVE},
+        **dict.fromkeys(("momentum", "row_squares", "column_squares"), Kind.MOMENT),
+    }
 
     def init(self, shape: Shape, device: torch.device) -> State:
         """``{"L": eye(O), "R": eye(I)}`` in ``factor_dtype``, sides above ``max_factor`` left out; with momentum the sums
@@ -127,6 +133,9 @@ class MKOR(MKOROptions):
             state["visits"] = torch.zeros((), dtype=torch.int64, device=device)
         if self.keeps_momentum:
             state["momentum"] = torch.zeros(shape.O, shape.I, dtype=dtype, device=device)
+        if self.beta2:
+            state["row_squares"] = torch.zeros(shape.O, dtype=dtype, device=device)
+            state["column_squares"] = torch.zeros(shape.I, dtype=dtype, device=device)
         if self.keeps_momentum and shape.bias and self.bias != "off":
             state["bias_momentum"] = torch.zeros(shape.O, dtype=dtype, device=device)
         return state
@@ -263,7 +272,8 @@ class MKOR(MKOROptions):
         return {**state, **sums}
 
     def overrides(self, function: str) -> bool:
-        return super().overrides(function) and (function not in ("advance", "moment") or self.keeps_momentum)
+        optional = {"advance": self.keeps_momentum, "moment": self.keeps_momentum, "normalize": bool(self.beta2)}
+        return super().overrides(function) and optional.get(function, True)
 
     def moment(self, state: State, grad: Gradient) -> Gradient:
         if not self.keeps_momentum:
@@ -280,6 +290,21 @@ class MKOR(MKOROptions):
 
     def sides(self, state: State) -> Sides:
         return Sides(state.get("L"), state.get("R"))
+
+    def normalize(self, state: State, product: Tensor) -> tuple[Tensor, State]:
+        """``D / sqrt(r c)`` by the moving averages of its rows' and columns' mean squares, each over that of the whole. They
+        start at zero: what that costs their size is common to all, and the step is sized behind."""
+        if not self.beta2:
+            return product, state
+        beta2: Any = self.beta2
+        squares = product.to(state["row_squares"].dtype).square()
+        means = {"row_squares": squares.mean(1), "column_squares": squares.mean(0)}
+        whole = means["row_squares"].mean()
+        usable = torch.isfinite(whole) & (whole > 0)
+        relative = {k: torch.where(usable, v / whole, torch.ones_like(v)) for k, v in means.items()}
+        new = {k: beta2 * state[k] + (1 - beta2) * v for k, v in relative.items()}
+        row_scale, column_scale = (torch.where(v > 0, v.rsqrt(), torch.zeros_like(v)) for v in new.values())
+        return product * row_scale.to(product.dtype)[:, None] * column_scale.to(product.dtype), {**state, **new}
 
 
 def _rounding(rows_NM: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ class MKOROptions(Rule):
     rank: int | None = None
     momentum: float | None = None
     nesterov: bool = True
+    beta2: float | None = None
     gamma: Hyper = 0.99
     kappa: Hyper = 10.0
     epsilon: Hyper | None = None
@@ -49,14 +50,23 @@ class MKOROptions(Rule):
         for name, default in zip(("statistic", "rank", "momentum", "bias"), usual):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
+        if self.beta2 is None:
+            object.__setattr__(self, "beta2", 0.95 if self.form == "damped" and self.momentum else 0.0)
         if self.product_dtype == "fast" and self.form != "damped":
             object.__setattr__(self, "product_dtype", None)
         for name, allowed in (("form", FORMS), ("bias", BIASES), ("factor_dtype", DTYPES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"MKOR({name}={getattr(self, name)!r}): must be one of {', '.join(map(str, allowed))}")
         self._check_statistics()
-        if isinstance(self.momentum, bool) or not isinstance(self.momentum, (int, float)) or not 0 <= self.momentum < 1:
-            raise ValueError(f"MKOR(momentum={self.momentum!r}): must be a number in [0, 1), e.g. 0.95")
+        for name in ("momentum", "beta2"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+                raise ValueError(f"MKOR({name}={value!r}): must be a number in [0, 1), e.g. 0.95")
+        if self.beta2 and (self.joint_bias or not self.keeps_momentum):
+            raise ValueError(
+                f"MKOR(beta2={self.beta2!r}): divides what becomes of a momentum, of one matrix; it needs momentum > 0 and "
+                "a bias of its own"
+            )
         given = {name: getattr(self, name) for name in ("gamma", "kappa", "epsilon", "zeta", "clamp")}
         first = {name: number(value, f"MKOR({name}=") for name, value in given.items() if value is not None}
         gamma, zeta = first.get("gamma", math.nan), first.get("zeta")

@@ -133,6 +133,7 @@ class AtStep(Followed):
         fresh = {name: known for name, known in held.items() if self.carriers.gradient(known.param) is not None}
         if not fresh:
             return
+        self.maker.stepped(step.optimizer)
         sites = fresh if self.ranks is None else held
         if self._generation != self.mkor.generation:
             self._generation, self._stepped = self.mkor.generation, set()

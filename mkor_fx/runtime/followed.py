@@ -31,6 +31,7 @@ class Maker:
     ``merge(layout, other, bias)`` joins what two graphs say of one. ``derive(step, recipe, state, taken)`` makes state of
     state, every ``derive_every(recipe)`` steps; ``numbers(step, device)`` are those of the rules. ``left_alone(name)``:
     whether the user wants a parameter to be left alone. ``part(bias, weight)`` declines a bias that is stepped apart.
+    ``stepped(optimizer)`` takes note of whose step has come.
     """
 
     build: Callable[[str, Sequence[Any], Given], Program]
@@ -41,6 +42,7 @@ class Maker:
     numbers: Callable[[int, torch.device], Tensor | None]
     left_alone: Callable[[str], bool]
     part: Callable[[str, str], None]
+    stepped: Callable[[Optimizer], None]
 
 
 class Followed:

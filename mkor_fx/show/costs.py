@@ -167,9 +167,9 @@ def _refresh(rule: Rule, state: dict, summaries: list, rows: list, grad: Tensor,
 
 def _precondition(rule: Rule, state: dict, grad: Tensor, bias: Any, step: Tensor) -> Any:
     gradient = Gradient(grad, bias)
-    new = rule.advance(state, gradient, step) if rule.overrides("advance") else state
-    changed = [t for name, t in new.items() if t is not state[name]]
-    return direction_of(rule, new, gradient, rule.graft).tensors(), changed
+    advanced = rule.advance(state, gradient, step) if rule.overrides("advance") else state
+    direction, new = direction_of(rule, advanced, gradient, rule.graft)
+    return direction.tensors(), [t for name, t in new.items() if t is not state[name]]
 
 
 def _count(function: Callable, *args: Any) -> tuple[int, int]:

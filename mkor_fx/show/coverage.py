@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
@@ -15,6 +15,10 @@ from torch import nn
 from .. import reasons
 from ..ir import Decline, Site, StepGraph, product, source_line
 from ..passes.match.layout import Layout
+from ..passes.write.sizing import trainer_of
+from ..rules import Rule
+from ..runtime.optimizer_state import groups_of
+from ..runtime.optimizers import Groups
 from .costs import Costs, Work, aligned, cost_table, count_costs
 from .graphs import ModelGraphs
 from .recorder import module_path
@@ -44,6 +48,7 @@ class Entry:
     sources: tuple[str, ...] = ()
     modules: tuple[str, ...] = ()
     work: Work | None = None
+    rule: Rule | None = None
 
     @property
     def elements(self) -> int:
@@ -78,15 +83,27 @@ class Coverage:
 
     ``print(coverage)`` is a table, ``table(costs=True)`` what each weight costs, ``to_json()`` everything; ``covered`` and
     ``declined`` are lists of entries; ``graphs`` the programs seen so far and ``to_html(path)`` a page of it all.
+    ``trainers`` says by name who trains a parameter, once an optimizer is known.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.graphs = ModelGraphs(self, type(model).__name__)
         self._entries = _unseen(model)
+        self.trainers: dict[str, str] = {}
 
     def forget(self, model: nn.Module) -> None:
         """The model has changed: what its parameters are is to be seen anew."""
         self._entries = _unseen(model)
+        self.trainers.clear()
+
+    def trained_by(self, optimizer: Groups, named: Iterable[tuple[str, nn.Parameter]]) -> None:
+        """Take note of who trains what: ``optimizer`` holds those of its parameters that are ``named``."""
+        groups = groups_of(optimizer)
+        for name, param in named:
+            if id(param) in groups and name in self._entries:
+                entry = self._entries[name]
+                rule = None if entry.declined is not None else (self._entries[entry.bias_of or name].rule)
+                self.trainers[name] = trainer_of(rule, optimizer, groups[id(param)])
 
     def add(self, step: StepGraph, names: dict[int, str] | None = None) -> None:
         """Take over the roles found in one captured graph. A parameter declined in any graph is declined.
@@ -129,6 +146,7 @@ class Coverage:
             sources=tuple(filter(None, dict.fromkeys(map(source_line, nodes)))),
             modules=tuple(filter(None, dict.fromkeys(map(module_path, nodes)))),
             work=Work.of(site),
+            rule=site.rule,
         )
 
     def decline(self, name: str, decline: Decline) -> None:
@@ -200,9 +218,10 @@ class Coverage:
 
     def _entry_dict(self, entry: Entry) -> dict[str, Any]:
         costs = self.costs(entry.name)
-        plain = {key: value for key, value in vars(entry).items() if key not in ("work", "shares")}
+        plain = {key: value for key, value in vars(entry).items() if key not in ("work", "shares", "rule")}
         plain["declined"] = entry.declined and asdict(entry.declined)
         own = {"elements": entry.elements, "matrix": entry.matrix, "note": entry.note}
+        own["trained_by"] = self.trainers.get(entry.name)
         return {**plain, **own, "costs": costs and asdict(costs)}
 
     def to_json(self) -> str:
@@ -224,11 +243,13 @@ class Coverage:
         for e in self:
             numbers = [e.uses or "", f"{e.state_bytes:,}" if e.state_bytes else "", f"{e.sent:,}" if e.sent else ""]
             op = "declined" if e.declined is not None else e.op
-            rows.append([e.name, times(e.shape) or "scalar", op, *numbers, e.note])
-        headers = ["parameter", "shape", "op", "uses", "state bytes", "sent", "factors, or why not"]
+            trainer = [self.trainers.get(e.name, "nobody: no optimizer holds it")] if self.trainers else []
+            rows.append([e.name, times(e.shape) or "scalar", op, *numbers, *trainer, e.note])
+        trainers = ["trained by"] if self.trainers else []
+        headers = ["parameter", "shape", "op", "uses", "state bytes", "sent", *trainers, "factors, or why not"]
         matrices = [e for e in self if e.matrix]
         return (
-            aligned(rows, headers, "lllrrrl")
+            aligned(rows, headers, "lllrrrl" + "l" * len(trainers))
             + f"\n{len(self.covered)} of {len(self._entries)} trainable parameters preconditioned, "
             f"{sum(e.declined is None for e in matrices)} of {len(matrices)} matrices, "
             f"{self.share()[1]:.1%} of all elements;\n"

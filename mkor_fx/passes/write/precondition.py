@@ -19,7 +19,8 @@ from .vectors import Numbers, Scales
 
 @graph_pass(stage="rewrite")
 def precondition(draft: Draft) -> None:
-    """Each weight's state ``advance``d by its gradient, and the direction that it makes of it, in the size of its graft."""
+    """Each weight's state ``advance``d by its gradient, and the direction that it makes of it, ``normalize``d and in the size of
+    its graft."""
     for item in draft.items.values():
         direction, bias, new = draft.insert(
             direct_one,
@@ -60,7 +61,7 @@ def direct_one(
     otherwise, or sizes it by itself, sees it unscaled, and the base optimizer gets it back in the scale that it expects.
     """
     rule = bind(layout.rule, {**numbers, **dict(sizing.fields)})
-    advances, is_step = rule.overrides("advance"), sizing.final
+    advances, is_step = rule.overrides("advance") or rule.overrides("normalize"), sizing.final
     gradient = layout.orient(grad, bias_grad)
     scale_matters = sizing.graft == "rms" or rule.overrides("precondition") or rule.overrides("moment")
     unscaled = scales is not None and (advances or is_step or scale_matters)
@@ -76,7 +77,8 @@ def direct_one(
             advanced = rule.advance(state, one, step)
             check_state(rule, "advance", advanced, state)
             state = select(finite, advanced, state)
-        return direction_of(rule, state, one, sizing.graft).tensors(), state
+        direction, new = direction_of(rule, state, one, sizing.graft)
+        return direction.tensors(), state if finite is None else select(finite, new, state)
 
     directions, new = layout.each(member)(state, gradient.tensors())
     if scales is not None and unscaled and not is_step:

@@ -51,7 +51,7 @@ def direct_in_backward(
     def member(
         state: dict[str, Tensor], gradients: dict[str, Tensor], scale: Tensor
     ) -> tuple[dict[str, Tensor], Tensor]:
-        directions = direction_of(rule, state, Gradient(**gradients), None).tensors()
+        directions = direction_of(rule, state, Gradient(**gradients), None)[0].tensors()
         norms = [_square_sum(t.get(name), scale) for name in ("weight", "bias") for t in (gradients, directions)]
         if rule.graft is not None:
             directions = {k: d * s.to(d.dtype) for (k, d), s in zip(directions.items(), scale)}

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from ...rules import Rule
-from ...runtime.base_step import BaseStep
+from ...runtime.base_step import BaseStep, base_step_of
+from ...runtime.optimizers import Groups, owner_of
 
 
 class Sizing(NamedTuple):
@@ -31,3 +32,18 @@ class Sizing(NamedTuple):
         if base.momentum_at is None:
             return cls("gradient", True)
         return cls("moment", True, (("nesterov", base.nesterov),), base.momentum_at)
+
+
+def trainer_of(rule: Rule | None, optimizer: Groups, at: int) -> str:
+    """Who trains a weight of group ``at``, for the reader of a table: its rule, or its optimizer."""
+    name = type(owner_of(optimizer, at)).__name__
+    if rule is None:
+        return name
+    sizing, own = Sizing.of(rule, base_step_of(optimizer, at)), type(rule).__name__
+    if not sizing.final:
+        return f"{name}, on {own}'s direction"
+    if sizing.trust:
+        return f"{own}, {name}'s trust ratio"
+    if sizing.graft == "rms":
+        return f"{own}, steps of {name}'s size" if rule.follows_optimizer else f"{own}, at {name}'s rate"
+    return f"{own}, steps as long as {name}'s" if rule.follows_optimizer else f"{own}, at {name}'s rate"
