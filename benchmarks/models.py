@@ -1,4 +1,4 @@
-"""The models of the benchmarks: a chain of linear layers and a small GPT.
+"""The models of the benchmarks: a chain of linear layers, a small convolutional network and a small GPT.
 
 Shapes: B sequences or examples, T positions, D model width, V symbols.
 """
@@ -16,6 +16,14 @@ def mlp(*widths: int) -> nn.Sequential:
     for fan_in, fan_out in pairwise(widths):
         layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
+
+
+def cnn(*, channels: tuple[int, ...] = (16, 32, 64), classes: int = 10) -> nn.Sequential:
+    """Three strided 3x3 convolutions, a mean over positions and a linear layer: `[B, 784] -> [B, classes]`."""
+    layers: list[nn.Module] = [nn.Unflatten(1, (1, 28, 28))]
+    for fan_in, fan_out in pairwise((1, *channels)):
+        layers += [nn.Conv2d(fan_in, fan_out, 3, stride=1 if fan_in == 1 else 2, padding=1), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels[-1], classes))
 
 
 class Block(nn.Module):

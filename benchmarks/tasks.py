@@ -14,7 +14,7 @@ import gzip
 import os
 import sysconfig
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cache, partial
 from pathlib import Path
@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.models import GPT, mlp
+from benchmarks.models import GPT, cnn, mlp
 
 Batch = tuple[Tensor, Tensor]
 
@@ -62,9 +62,10 @@ class Text:
         return self.symbols[positions], self.symbols[positions + 1]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Task:
-    """A benchmark. `rates` holds the best learning rate of each side (benchmarks/sweep.py found them)."""
+    """A benchmark. `rates` holds the best learning rate of each side of the demo (benchmarks/convergence.py found
+    them)."""
 
     name: str
     title: str
@@ -76,8 +77,9 @@ class Task:
     steps: int
     evaluate_every: int
     evaluation_size: int
-    rates: dict[str, float]
+    rates: dict[str, float] = field(default_factory=dict)
     inner: str = "*"  # pattern of the names whose matrices Muon is for
+    grid: tuple[float, ...] = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)  # rates to begin a search with
 
     def hidden(self, model: nn.Module) -> list[nn.Parameter]:
         """The matrices that Muon is for: embeddings and heads of a language model are not."""
@@ -100,7 +102,9 @@ class Task:
     def evaluate(self, model: nn.Module) -> tuple[float, float]:
         """Losses on fixed training examples and on as many held-out ones, the same at every call."""
         parts = evaluation_batches(self.load, self.evaluation_size)
+        model.eval()
         training, held_out = (self.loss_fn(model(inputs), targets).item() for inputs, targets in parts)
+        model.train()
         return training, held_out
 
 
@@ -236,6 +240,32 @@ TASKS = {
             evaluation_size=32,
             rates={"baseline": 4e-3, "muon": 8e-3, "mkor": 8e-3},
             inner="blocks.*",
+        ),
+        Task(
+            name="cnn",
+            title="Fashion-MNIST convolutional classifier 1-16-32-64, global mean",
+            load=partial(load_fashion, False),
+            architecture=cnn,
+            loss_fn=F.cross_entropy,
+            loss_name="cross-entropy",
+            batch=128,
+            steps=400,
+            evaluate_every=10,
+            evaluation_size=1000,
+        ),
+        Task(
+            name="gpt",
+            title="character model, 4 transformer blocks of width 256, on Python's standard library",
+            load=partial(load_library_source, 64),
+            architecture=partial(GPT, vocabulary=128, context=64, width=256, depth=4, heads=4),
+            loss_fn=symbol_entropy,
+            loss_name="nats a character",
+            batch=8,
+            steps=1000,
+            evaluate_every=25,
+            evaluation_size=64,
+            inner="blocks.*",
+            grid=(1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3),
         ),
     )
 }

@@ -1,4 +1,4 @@
-"""The loop that the demo and the sweep share: one compiled step, trained many times, and how its curves compare."""
+"""A task trained many times by one compiled step, and how its curves compare."""
 
 from __future__ import annotations
 
@@ -11,17 +11,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 import mkor_fx
 from benchmarks.tasks import Task, cosine
 
 WINDOW = 5  # evaluations averaged by `smoothed`
 
+#: the optimizers of a task's model
+Optimizers = Callable[[Task, nn.Module], list[Optimizer]]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One training run: losses after each number of steps in `evaluated`, and the median milliseconds a step."""
+    """One training run: losses after each number of steps in `evaluated`, and the median milliseconds a step takes, on the
+    clock and of the processor."""
 
     lr: float
     seed: int
@@ -29,6 +34,7 @@ class Run:
     training: list[float]
     held_out: list[float]
     step_ms: float
+    cpu_ms: float = math.nan
 
     def final(self, part: str = "training") -> float:
         """Smoothed loss at the end; infinite where the run diverged."""
@@ -49,34 +55,56 @@ def smoothed(losses: list[float]) -> list[float]:
     return means
 
 
-class Trainer:
-    """A task with AdamW and one rule (None: AdamW alone), compiled at construction.
+def adamw(task: Task, model: nn.Module) -> list[Optimizer]:
+    return [torch.optim.AdamW(model.parameters())]
 
-    Every run starts afresh: weights, optimizer and factors are reset in place, and the learning rate is an input of the
+
+def sgd(task: Task, model: nn.Module) -> list[Optimizer]:
+    return [torch.optim.SGD(model.parameters(), momentum=0.9, nesterov=True)]
+
+
+def muon(task: Task, model: nn.Module) -> list[Optimizer]:
+    """Torch's Muon for the hidden matrices and AdamW for the rest. Muon's updates have the size of AdamW's
+    (`match_rms_adamw`), so that one rate serves both; so does one weight decay."""
+    hidden = task.hidden(model)
+    rest = [p for p in model.parameters() if all(p is not h for h in hidden)]
+    return [
+        torch.optim.Muon(hidden, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, weight_decay=0.01),
+    ]
+
+
+class Trainer:
+    """A task with its optimizers and one rule (None: the optimizers alone) in one compiled step.
+
+    Every run starts afresh: weights, optimizers and factors are reset in place, and the learning rate is an input of the
     compiled step, so nothing is compiled again.
     """
 
     step: Any
+    mkor: Any = None
 
-    def __init__(self, task: Task, rule: Any = None, *, refresh_every: int = 1, backend: str = "inductor") -> None:
-        self.task = task
-        self.model = task.build(seed=0)
-        optimizer = torch.optim.AdamW(self.model.parameters())
-        self.optimizers: list[torch.optim.Optimizer] = [optimizer]
-        self.step = mkor_fx.compile_step(
-            self.model, task.loss_fn, optimizer, rule=rule, refresh_every=refresh_every, backend=backend
-        )
-        self._warm_up(min(refresh_every, 2))
-
-    def _warm_up(self, steps: int) -> None:
+    def __init__(
+        self, task: Task, rule: Any = None, optimizers: Optimizers = adamw, *, refresh_every: int = 1,
+        backend: str = "inductor",
+    ) -> None:  # fmt: skip
+        self.task, self.model = task, task.build(seed=0)
+        self.optimizers = optimizers(task, self.model)
+        self.compile(rule, refresh_every, backend)
         self.initial = deepcopy(self._state())
         started = time.perf_counter()
-        for batch in self.task.batches(seed=0, steps=steps):
+        for batch in task.batches(seed=0, steps=min(refresh_every, 2)):
             self.step(*batch)
         self.compile_seconds = time.perf_counter() - started
 
+    def compile(self, rule: Any, refresh_every: int, backend: str) -> None:
+        step = mkor_fx.compile_step(
+            self.model, self.task.loss_fn, self.optimizers, rule, refresh_every=refresh_every, backend=backend
+        )
+        self.step, self.mkor = step, step.mkor
+
     def _state(self) -> tuple[Any, Any]:
-        return [optimizer.state_dict() for optimizer in self.optimizers], self.step.mkor.state_dict()
+        return [optimizer.state_dict() for optimizer in self.optimizers], self.mkor and self.mkor.state_dict()
 
     def reset(self, seed: int) -> None:
         """Back to the state before the first step, with the weights of `seed`."""
@@ -84,10 +112,9 @@ class Trainer:
         states, factors = deepcopy(self.initial)
         for optimizer, state in zip(self.optimizers, states, strict=True):
             optimizer.load_state_dict(state)
-        self._load_factors(factors)
-
-    def _load_factors(self, factors: Any) -> None:
-        self.step.mkor.load_state_dict(factors)
+        if self.mkor:
+            self.mkor.load_state_dict(factors)
+        torch.manual_seed(seed)  # of dropout
 
     def run(
         self, lr: float, seed: int, steps: int | None = None, report: Callable[[int, float], None] | None = None
@@ -95,13 +122,14 @@ class Trainer:
         """Trains from scratch; `report(step, training loss)` is called after every evaluation."""
         self.reset(seed)
         steps = steps or self.task.steps
-        evaluated, training, held_out, seconds = [], [], [], []
+        evaluated, training, held_out, seconds, busy = [], [], [], [], []
         for done, batch in enumerate(self.task.batches(seed, steps)):
             for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
                 group["lr"] = lr * cosine(done, steps)
-            started = time.perf_counter()
+            started = time.perf_counter(), time.process_time()
             self.step(*batch)
-            seconds.append(time.perf_counter() - started)
+            seconds.append(time.perf_counter() - started[0])
+            busy.append(time.process_time() - started[1])
             if (done + 1) % self.task.evaluate_every == 0 or done + 1 == steps:
                 losses = self.task.evaluate(self.model)
                 evaluated.append(done + 1)
@@ -118,25 +146,22 @@ class Trainer:
             training=training,
             held_out=held_out,
             step_ms=1e3 * statistics.median(seconds),
+            cpu_ms=1e3 * statistics.median(busy),
         )
 
 
-class MuonTrainer(Trainer):
-    """A task with torch's Muon for the hidden matrices and AdamW for the rest, on a model compiled by torch.compile.
+class EagerTrainer(Trainer):
+    """For optimizers that cannot be compiled: their step is their own, on a model compiled by torch.compile, or by
+    mkor_fx.compile where there is a rule."""
 
-    Muon's updates have the size of AdamW's (`match_rms_adamw`), so that one rate serves both.
-    """
-
-    def __init__(self, task: Task, *, backend: str = "inductor") -> None:
-        self.task, self.model = task, task.build(seed=0)
-        hidden = task.hidden(self.model)
-        rest = [p for p in self.model.parameters() if all(p is not h for h in hidden)]
-        muon = torch.optim.Muon(hidden, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
-        self.optimizers = [muon, torch.optim.AdamW(rest)]
+    def compile(self, rule: Any, refresh_every: int, backend: str) -> None:
         compiled = torch.compile(self.model, backend=backend)
+        if rule is not None:
+            compiled = mkor_fx.compile(self.model, rule, refresh_every=refresh_every, backend=backend)
+            self.mkor = compiled.mkor
 
         def step(x: Tensor, y: Tensor) -> Tensor:
-            loss = task.loss_fn(compiled(x), y)
+            loss = self.task.loss_fn(compiled(x), y)
             loss.backward()
             for optimizer in self.optimizers:
                 optimizer.step()
@@ -144,10 +169,3 @@ class MuonTrainer(Trainer):
             return loss.detach()
 
         self.step = step
-        self._warm_up(1)
-
-    def _state(self) -> tuple[Any, Any]:
-        return [optimizer.state_dict() for optimizer in self.optimizers], None
-
-    def _load_factors(self, factors: Any) -> None:
-        """Muon has none."""

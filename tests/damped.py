@@ -25,8 +25,8 @@ def signs(key, side, rows, count):
 
 
 class Damped:
-    def __init__(self, model, optimizer, *, statistic="rows", rank=8, momentum=0.95, nesterov=True, beta2=0.95, gamma=0.99,
-                 kappa=10.0):
+    def __init__(self, model, optimizer, *, statistic="rows", rank=8, momentum=0.9, nesterov=True, beta2=0.95, gamma=0.95,
+                 kappa=4.0):
         vars(self).update(locals(), steps=0, rows={}, sites={}, S={}, B={}, Q={})
         for use in sorted(model.modules(), key=lambda m: isinstance(m, nn.Embedding)):  # embeddings after heads
             if isinstance(use, nn.Linear | nn.Conv2d):

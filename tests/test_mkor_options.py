@@ -154,7 +154,7 @@ def test_layer_in_front_of_a_batch_norm_keeps_its_left_factor():
 BAD = [
     ("gamma", 0.0), ("gamma", 1.0), ("gamma", -0.1), ("gamma", 1.5), ("gamma", math.nan),
     ("zeta", 0.99), ("zeta", 1.0), ("zeta", -0.1), ("zeta", math.nan),
-    ("kappa", 0.0), ("kappa", -1.0), ("kappa", math.nan), ("kappa", math.inf), ("kappa", None),
+    ("kappa", 0.0), ("kappa", -1.0), ("kappa", math.nan), ("kappa", math.inf),
     ("epsilon", 0.0), ("epsilon", -1.0), ("clamp", 0.0), ("clamp", -1.0),
     ("max_factor", -1), ("form", "fast"), ("statistic", "median"), ("bias", True),
     ("factor_dtype", torch.int32), ("factor_dtype", "bfloat16"), ("factor_dtype", torch.complex64),

@@ -67,13 +67,14 @@ class MKOR(MKOROptions):
             ``G^T w'``, unbiased for ``G G^T`` and ``G^T G``, which need no capture and no traffic; or sums of them, as
             ``"mean+gradient"``, of equal weight. None is ``"rows"``; of the published forms, which have no rows, ``"mean"``.
         rank: sketches a side and step, of ``"rows"`` and ``"gradient"``; None is 8, and 1 for the published forms.
-        momentum: ``mu``, in [0, 1); 0 hands a direction to the base optimizer. None is 0.95, and 0 for the published forms.
+        momentum: ``mu``, in [0, 1); 0 hands a direction to the base optimizer. None is 0.9, and 0 for the published forms.
         nesterov: ``M = G + mu B``, else ``M = B``.
         beta2: decay of ``r`` and ``c``, in [0, 1); 0 leaves ``L M R`` as it is. None is 0.95, and 0 without momentum and for
             the published forms. They are Adafactor's factored second moments (Shazeer and Stern, 2018), behind the factors.
-        gamma: factor momentum, in (0, 1).
+        gamma: factor momentum, in (0, 1). None is 0.95, and 0.99 for the published forms.
         kappa: what statistics weigh beside the identity, > 0: for ``damped`` the damping is ``1 / kappa`` of the mean
-            eigenvalue, for ``scale_free`` it is the squared length to which every statistic is brought.
+            eigenvalue, for ``scale_free`` it is the squared length to which every statistic is brought. None is 4, and 10
+            for the published forms.
         epsilon, zeta: norm-based stabiliser of the published forms: where ``max |F| > epsilon``,
             ``F <- zeta F + (1 - zeta) I`` before the update. ``zeta < gamma``; None is ``gamma / 2``. ``epsilon=None`` is
             1000 for ``exact`` and ``paper`` and infinite (off) for the others, which are bounded by construction.

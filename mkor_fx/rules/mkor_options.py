@@ -15,6 +15,9 @@ from .hyper import Hyper, number
 
 PUBLISHED = ("scale_free", "forgetful", "exact", "paper")
 FORMS = ("damped", *PUBLISHED)
+#: what None stands for, in the damped form and in the published ones
+DAMPED_DEFAULTS = {"statistic": "rows", "rank": 8, "momentum": 0.9, "gamma": 0.95, "kappa": 4.0, "bias": "off"}
+PUBLISHED_DEFAULTS = {"statistic": "mean", "rank": 1, "momentum": 0.0, "gamma": 0.99, "kappa": 10.0, "bias": "left"}
 STATISTICS = ("mean", "rows", "gradient")
 BIASES = ("left", "joint", "off")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -34,8 +37,8 @@ class MKOROptions(Rule):
     momentum: float | None = None
     nesterov: bool = True
     beta2: float | None = None
-    gamma: Hyper = 0.99
-    kappa: Hyper = 10.0
+    gamma: Hyper = None  # type: ignore[assignment]
+    kappa: Hyper = None  # type: ignore[assignment]
     epsilon: Hyper | None = None
     zeta: Hyper | None = None
     rescale: bool = True
@@ -46,8 +49,8 @@ class MKOROptions(Rule):
     product_dtype: torch.dtype | Literal["fast"] | None = "fast"
 
     def __post_init__(self) -> None:
-        usual = ("rows", 8, 0.95, "off") if self.form == "damped" else ("mean", 1, 0.0, "left")
-        for name, default in zip(("statistic", "rank", "momentum", "bias"), usual):
+        usual: dict[str, Any] = DAMPED_DEFAULTS if self.form == "damped" else PUBLISHED_DEFAULTS
+        for name, default in usual.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
         if self.beta2 is None:
@@ -80,8 +83,8 @@ class MKOROptions(Rule):
         for name in ("kappa", "epsilon", "clamp"):
             if name in first and not first[name] > 0:
                 raise ValueError(f"MKOR({name}={given[name]!r}): must be positive")
-        if self.kappa is None or math.isinf(first["kappa"]):
-            raise ValueError(f"MKOR(kappa={self.kappa!r}): must be a positive, finite number, e.g. 10.0")
+        if math.isinf(first["kappa"]):
+            raise ValueError(f"MKOR(kappa={self.kappa!r}): must be a positive, finite number, e.g. 4.0")
         if not isinstance(self.max_factor, int) or self.max_factor < 0:
             raise ValueError(f"MKOR(max_factor={self.max_factor!r}): must be an integer, 0 (no factors) or more")
 

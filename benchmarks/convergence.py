@@ -1,0 +1,136 @@
+"""`make convergence`: each side of a comparison at the best rate of one grid, over seeds, on every task.
+
+    python -m benchmarks.convergence --task digits --side AdamW Muon "MKOR()" "MKOR(kappa=10.0) every 2"
+    python -m benchmarks.convergence --study --seeds 0
+
+All sides search the same grid with the first seed; where the best rate lies at its edge, the grid goes on by factors of two
+until it lies inside. The other seeds run at the best rate and its two neighbours, and the rate with the best median is
+reported. Every finished run is appended to a ledger and never repeated: what was cut goes on where it stopped, and two
+processes may work on different tasks.
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from benchmarks.minilm import MINILM
+from benchmarks.report import report
+from benchmarks.sides import build, identity
+from benchmarks.tasks import TASKS, Task
+from benchmarks.training import Run, Trainer
+
+ALL_TASKS = TASKS | {MINILM.name: MINILM}
+PROOF = ("digits", "fashion", "fashion-ae", "cnn", "gpt", "minilm")
+SIDES = (
+    *("AdamW", "SGD", "Muon", "SOAP", "Shampoo", "KFAC()"),
+    *(f"MKOR({options})" for options in ("", "rank=1", "rank=2", "rank=16", "statistic='gradient'")),
+    "MKOR.published()",
+)
+STUDY_TASKS = ("digits", "fashion", "fashion-ae")
+STUDY = (
+    *("AdamW", "Muon", "MKOR()", "MKOR() every 2", "MKOR() every 5"),
+    *(f"MKOR(kappa={kappa})" for kappa in (2.0, 10.0, 20.0)),
+    *(f"MKOR(gamma={gamma})" for gamma in (0.9, 0.98, 0.99)),
+    *(f"MKOR(momentum={momentum})" for momentum in (0.8, 0.95)),
+    *("MKOR(nesterov=False)", "MKOR(beta2=0)", "MKOR(beta2=0.99)", "MKOR(bias='left')"),
+    *("MKOR(rank=1)", "MKOR(rank=16)", "MKOR(statistic='gradient')", "MKOR(statistic='rows+gradient', rank=4)"),
+    *("MKOR(factor_dtype=torch.bfloat16)", "MKOR(product_dtype=None)"),
+)
+WIDEST = 12  # rates that a grid may grow to
+
+
+class Ledger:
+    """The finished runs, keyed by what was run, in a JSONL file with a line each."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = path.read_text().splitlines() if path.exists() else []
+        self.runs = {tuple(entry["key"]): Run(**entry["run"]) for entry in map(json.loads, lines)}
+
+    def add(self, key: tuple, run: Run) -> None:
+        self.runs[key] = run
+        with self.path.open("a") as file:
+            file.write(json.dumps({"key": key, "run": asdict(run)}) + "\n")
+
+
+class Search:
+    """The runs of one side on one task; what the ledger holds already is not run again."""
+
+    def __init__(self, ledger: Ledger, task: Task, side: str, backend: str, steps: int | None) -> None:
+        self.ledger, self.task, self.side, self.backend, self.steps = ledger, task, side, backend, steps or task.steps
+        self._trainer: Trainer | None = None
+
+    def run(self, lr: float, seed: int) -> Run:
+        key = (self.task.name, identity(self.side), self.steps, lr, seed)
+        if key not in self.ledger.runs:
+            name = f"{self.task.name} | {self.side}"
+            if self._trainer is None:
+                self._trainer = build(self.task, self.side, self.backend)
+                print(f"{name}: compiled in {self._trainer.compile_seconds:.0f} s", flush=True)
+            self.ledger.add(key, self._trainer.run(lr, seed, self.steps))
+            found = self.ledger.runs[key]
+            losses = f"{found.final():.5g} | {found.final('held_out'):.5g}"
+            print(f"{name}: lr {lr:g}, seed {seed}: {losses} ({found.cpu_ms:.1f} ms)", flush=True)
+        return self.ledger.runs[key]
+
+    def all(self, seeds: Sequence[int], grid: Sequence[float]) -> dict[float, list[Run]]:
+        """Runs by rate, those of every seed where the rate is among the three that all seeds have run."""
+        first = {lr: self.run(lr, seeds[0]) for lr in grid}
+        while len(first) < WIDEST:
+            rates = sorted(first)
+            best = min(rates, key=lambda lr: first[lr].final())
+            if best not in (rates[0], rates[-1]):
+                break
+            further = best / 2 if best == rates[0] else best * 2
+            first[further] = self.run(further, seeds[0])
+        rates = sorted(first)
+        at = rates.index(min(rates, key=lambda lr: first[lr].final()))
+        near = rates[max(0, at - 1) : at + 2]
+        return {lr: [first[lr], *(self.run(lr, seed) for seed in seeds[1:] if lr in near)] for lr in rates}
+
+
+def best(runs: dict[float, list[Run]]) -> list[Run]:
+    """The runs, one a seed, of the rate with the lowest median final loss."""
+    seeds = max(map(len, runs.values()))
+    return min((some for some in runs.values() if len(some) == seeds), key=median_final)
+
+
+def median_final(runs: Sequence[Run]) -> float:
+    return statistics.median(run.final() for run in runs)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", nargs="+", choices=ALL_TASKS, help=f"default: {', '.join(PROOF)}")
+    parser.add_argument("--side", nargs="+", help=f"AdamW, SGD, Muon, SOAP, Shampoo or Python; default: {', '.join(SIDES)}")
+    parser.add_argument("--study", action="store_true", help=f"MKOR's options on {', '.join(STUDY_TASKS)}")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--rates", type=float, nargs="+", help="grid to begin with (default: each task's own)")
+    parser.add_argument("--steps", type=int, help="training steps (default: each task's own)")
+    parser.add_argument("--backend", default="inductor", choices=("inductor", "eager"))
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("convergence-output"), help="of runs.jsonl, report.md, plots")
+    options = parser.parse_args()
+
+    torch.set_num_threads(options.threads)
+    tasks = options.task or (STUDY_TASKS if options.study else PROOF)
+    sides = options.side or (STUDY if options.study else SIDES)
+    ledger = Ledger(options.out / "runs.jsonl")
+    results = {}
+    for name in tasks:
+        task = ALL_TASKS[name]
+        searched = {side: Search(ledger, task, side, options.backend, options.steps) for side in sides}
+        runs = {side: search.all(options.seeds, options.rates or task.grid) for side, search in searched.items()}
+        results[task] = {side: best(found) for side, found in runs.items()}
+    text = report(results, options.out)
+    print(f"\n{text}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Tables and plots of a comparison: one table and one plot a task, and an overview."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from tabulate import tabulate
+
+from benchmarks.tasks import Task
+from benchmarks.training import Run, smoothed
+
+#: by whose final loss the others are timed
+TARGETS = ("AdamW", "Muon")
+COLOURS = ("#7a8290", "#2e86ab", "#d1495b", "#edae49", "#00798c", "#66a182", "#8d5a97", "#30638e", "#b56576", "#444444")
+
+Results = Mapping[Task, Mapping[str, Sequence[Run]]]
+
+
+def report(results: Results, folder: Path) -> str:
+    """Markdown of all tables; writes it to `report.md` and a plot of each task beside it."""
+    sections = [table(task, sides) for task, sides in results.items()]
+    if len(results) > 1:
+        sections.append(overview(results))
+    for task, sides in results.items():
+        plot(task, sides, folder / f"{task.name}.png")
+    text = "\n".join(sections)
+    (folder / "report.md").write_text(text)
+    return text
+
+
+def table(task: Task, sides: Mapping[str, Sequence[Run]]) -> str:
+    """One row a side at its best rate: medians over seeds, with their range, and what the targets' losses cost."""
+    targets = [name for name in TARGETS if name in sides]
+    rows = []
+    for side, runs in sides.items():
+        row = [f"`{side}`", f"{runs[0].lr:g}", spread(run.final() for run in runs)]
+        row += [spread(run.final("held_out") for run in runs)]
+        row += [reaching(runs, sides[target]) for target in targets]
+        rows.append([*row, f"{statistics.median(run.cpu_ms for run in runs):.1f}"])
+    steps, seeds = max(run.evaluated[-1] for runs in sides.values() for run in runs), len(next(iter(sides.values())))
+    headers = ["side", "rate", "training", "held out", *(f"to {name}'s loss" for name in targets), "CPU ms a step"]
+    alignment = ("left",) + ("right",) * (len(headers) - 1)
+    text = tabulate(rows, headers, tablefmt="pipe", disable_numparse=True, colalign=alignment)
+    about = f"{task.loss_name}, {steps} steps of batch {task.batch}, {seeds} seeds"
+    return f"### {task.name}: {task.title}\n\n{about}\n\n{text}\n"
+
+
+def spread(values: Iterable[float]) -> str:
+    """Median, and the range of several values."""
+    found = sorted(values)
+    median = f"{statistics.median(found):.4g}"
+    return median if len(found) == 1 else f"{median} ({found[0]:.4g} to {found[-1]:.4g})"
+
+
+def reaching(runs: Sequence[Run], target: Sequence[Run]) -> str:
+    """Steps, and seconds of the processor, until the target's final loss of the same seed; medians over seeds."""
+    pairs = [(run, run.steps_to(goal.final())) for run, goal in zip(runs, target, strict=True)]
+    if any(steps is None for _, steps in pairs):
+        return "never" if all(steps is None for _, steps in pairs) else "not by all"
+    steps = statistics.median(steps for _, steps in pairs if steps)
+    seconds = statistics.median(steps * run.cpu_ms / 1e3 for run, steps in pairs if steps)
+    return f"{steps:.0f}, {seconds:.1f} s"
+
+
+def overview(results: Results) -> str:
+    """Median final losses of every side (rows) on every task (columns), training | held out."""
+    sides = dict.fromkeys(side for task in results.values() for side in task)
+    rows = []
+    for side in sides:
+        found = [task.get(side) for task in results.values()]
+        parts = ("training", "held_out")
+        cells = [
+            " | ".join(f"{statistics.median(run.final(part) for run in runs):.4g}" for part in parts) if runs else ""
+            for runs in found
+        ]
+        rows.append([f"`{side}`", *(cell.replace("|", "/") for cell in cells)])
+    headers = ["training / held out", *(task.name for task in results)]
+    return "### All tasks\n\n" + tabulate(rows, headers, tablefmt="pipe", disable_numparse=True) + "\n"
+
+
+def plot(task: Task, sides: Mapping[str, Sequence[Run]], path: Path) -> None:
+    """Median training loss against steps and against CPU time; dotted: held out."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (by_step, by_time) = plt.subplots(1, 2, figsize=(11, 4.4), sharey=True, layout="constrained")
+    for colour, (side, runs) in zip(COLOURS * len(sides), sides.items()):
+        steps = min((run.evaluated for run in runs), key=len)
+        seconds = [step * statistics.median(run.cpu_ms for run in runs) / 1e3 for step in steps]
+        for part, style in (("training", "-"), ("held_out", ":")):
+            curves = zip(*(smoothed(getattr(run, part)) for run in runs))
+            medians = [statistics.median(values) for values in curves][: len(steps)]
+            label = {"label": side} if part == "training" else {}
+            by_step.plot(steps, medians, style, color=colour, linewidth=1.5, **label)
+            by_time.plot(seconds, medians, style, color=colour, linewidth=1.5)
+    by_step.set(xlabel="steps", ylabel=task.loss_name, yscale="log", xlim=(0, None))
+    by_time.set(xlabel="CPU seconds of training (compilation and evaluation left out)", xlim=(0, None))
+    for axes in (by_step, by_time):
+        axes.grid(which="both", alpha=0.2)
+        axes.spines[["top", "right"]].set_visible(False)
+    by_step.legend(frameon=False, fontsize=7)
+    figure.suptitle(f"{task.title}; dotted: held out")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

@@ -1,0 +1,78 @@
+"""The sides of a comparison: optimizers and rules by the names that the command line and the tables use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+import mkor_fx
+from benchmarks.tasks import Task
+from benchmarks.training import EagerTrainer, Trainer, adamw, muon, sgd
+
+
+def rmsprop(task: Task, model: nn.Module) -> list[Optimizer]:
+    return [torch.optim.RMSprop(model.parameters(), momentum=0.9)]
+
+
+def lamb(task: Task, model: nn.Module) -> list[Optimizer]:
+    import pytorch_optimizer
+
+    return [pytorch_optimizer.Lamb(model.parameters(), weight_decay=0.01)]
+
+
+def soap(task: Task, model: nn.Module) -> list[Optimizer]:
+    """SOAP of pytorch-optimizer (Vyas et al., 2024) with its own defaults: eigenvectors every 10 steps."""
+    import pytorch_optimizer
+
+    return [pytorch_optimizer.SOAP(model.parameters())]
+
+
+def shampoo(task: Task, model: nn.Module) -> list[Optimizer]:
+    """Shampoo of pytorch-optimizer (Gupta et al., 2018; Anil et al., 2020): roots every 10 steps from the tenth on, each
+    layer's size grafted from RMSProp, decoupled weight decay as AdamW's."""
+    import pytorch_optimizer
+    from pytorch_optimizer.optimizer.utils.graft import LayerWiseGrafting
+
+    return [
+        pytorch_optimizer.ScalableShampoo(
+            model.parameters(),
+            start_preconditioning_step=10,
+            preconditioning_compute_steps=10,
+            graft_type=LayerWiseGrafting.RMSPROP,
+            weight_decay=0.01,
+            decoupled_weight_decay=True,
+        )
+    ]
+
+
+#: without a rule, in one compiled step; or behind one
+COMPILED = {"AdamW": adamw, "SGD": sgd, "Muon": muon, "RMSprop": rmsprop}
+#: that cannot be compiled
+EAGER = {"SOAP": soap, "Shampoo": shampoo, "Lamb": lamb}
+
+
+def rule_of(side: str) -> tuple[Any, int, str]:
+    """A rule written as Python; `every n`, where it refreshes less often; `behind SGD`, say, where that is not AdamW."""
+    source, _, behind = side.partition(" behind ")
+    source, _, every = source.partition(" every ")
+    rule = eval(source, {"torch": torch, **vars(mkor_fx)})  # the command line is the user's own Python
+    return rule, int(every or 1), behind or "AdamW"
+
+
+def identity(side: str) -> str:
+    """What a side stands for, defaults included: what a finished run is kept under."""
+    if side in COMPILED or side in EAGER:
+        return side
+    rule, every, behind = rule_of(side)
+    return f"{rule} every {every} behind {behind}"
+
+
+def build(task: Task, side: str, backend: str) -> Trainer:
+    """The trainer of a side."""
+    rule, every, behind = (None, 1, side) if side in COMPILED or side in EAGER else rule_of(side)
+    if behind in EAGER:
+        return EagerTrainer(task, rule, EAGER[behind], refresh_every=every, backend=backend)
+    return Trainer(task, rule, COMPILED[behind], refresh_every=every, backend=backend)
