@@ -110,21 +110,27 @@ def precondition(left_OO: Tensor | None, grad_OI: Tensor, right_II: Tensor | Non
     )
 
 
-@prim("rescale(Tensor direction, Tensor grad) -> Tensor")
-def rescale(direction: Tensor, grad: Tensor) -> Tensor:
-    """``direction * |grad| / |direction|``; where that quotient is zero or not finite, the raw gradient."""
-    dtype = accumulation_dtype(grad.dtype)
-    norms = [torch.linalg.vector_norm(t, dim=(-2, -1), keepdim=True, dtype=dtype) for t in (grad, direction)]
-    quotient = norms[0] / norms[1]
+def _norm(matrix: Tensor, rms: Tensor | None = None) -> Tensor:
+    """Norm of a matrix, ``[..., 1, 1]``; from its root mean square (one a matrix) where that is known."""
+    if rms is not None:
+        return (matrix.shape[-2] * matrix.shape[-1]) ** 0.5 * rms[..., None, None]
+    return torch.linalg.vector_norm(matrix, dim=(-2, -1), keepdim=True, dtype=accumulation_dtype(matrix.dtype))
+
+
+@prim("rescale(Tensor direction, Tensor grad, Tensor? rms=None) -> Tensor")
+def rescale(direction: Tensor, grad: Tensor, rms: Tensor | None = None) -> Tensor:
+    """``direction * |grad| / |direction|``; where that quotient is zero or not finite, the raw gradient. ``rms`` is the
+    direction's root mean square, where it is known."""
+    quotient = _norm(grad) / _norm(direction, rms)
     usable = torch.isfinite(quotient) & (quotient > 0)
     return torch.where(usable, direction * quotient.to(direction.dtype), grad)
 
 
-@prim("graft_rms(Tensor direction) -> Tensor")
-def graft_rms(direction: Tensor) -> Tensor:
-    """``direction`` brought to a root mean square of 0.2, that of an Adam update; zero, and what is not finite, is zero."""
-    norm = torch.linalg.vector_norm(direction, dim=(-2, -1), keepdim=True, dtype=accumulation_dtype(direction.dtype))
-    quotient = 0.2 * (direction.shape[-2] * direction.shape[-1]) ** 0.5 / norm
+@prim("graft_rms(Tensor direction, Tensor? rms=None) -> Tensor")
+def graft_rms(direction: Tensor, rms: Tensor | None = None) -> Tensor:
+    """``direction`` brought to a root mean square of 0.2, that of an Adam update; zero, and what is not finite, is zero.
+    ``rms`` is its own, where it is known."""
+    quotient = 0.2 * (direction.shape[-2] * direction.shape[-1]) ** 0.5 / _norm(direction, rms)
     usable = torch.isfinite(quotient) & (quotient > 0)
     return torch.where(usable, direction * quotient.to(direction.dtype), torch.zeros_like(direction))
 

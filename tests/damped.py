@@ -1,8 +1,8 @@
 """Eager MKOR in its damped form, on hooks, from the equations alone: S is kept whole and inverted at every step.
 
-    S <- gamma S + (1 - gamma) (identity + kappa d C / tr C), the identity as unit vectors, coordinates in turn
-    B <- mu B + G, M = G + mu B, D = S_L^-1 M S_R^-1, r and c its mean squares over columns, rows and steps,
-    W <- W (1 - lr wd) - lr 0.2 sqrt(O I) / |D| D with D / sqrt(r c) in the place of D
+    S <- gamma S + (1 - gamma) (identity + kappa d C / tr C), the identity as unit vectors in turn
+    B <- mu B + G, M = G + mu B, D = S_L^-1 M S_R^-1, its rows, then its columns over their mean squares,
+    W <- W (1 - lr wd) - lr 0.2 sqrt(O I) / |D| D
 N rows, O outputs, I inputs, d either; of modules Linear, Conv2d, and Embedding as the table of a Linear.
 """
 import math
@@ -26,7 +26,7 @@ def signs(key, side, rows, count):
 
 class Damped:
     def __init__(self, model, optimizer, *, statistic="rows", rank=8, momentum=0.9, nesterov=True, beta2=0.95, gamma=0.95,
-                 kappa=4.0):
+                 kappa=3.0):
         vars(self).update(locals(), steps=0, rows={}, sites={}, S={}, B={}, Q={})
         for use in sorted(model.modules(), key=lambda m: isinstance(m, nn.Embedding)):  # embeddings after heads
             if isinstance(use, nn.Linear | nn.Conv2d):
@@ -70,11 +70,11 @@ class Damped:
             L, R = self.S[W] = self.moved(L, left), self.moved(R, right)
             B = self.B[W] = self.momentum * self.B.get(W, torch.zeros_like(G)) + G
             D = L.inverse() @ (G + self.momentum * B if self.nesterov else B) @ R.inverse()
-            q = self.Q[W] = [self.beta2 * old + (1 - self.beta2) * (D * D).mean(dim, keepdim=True) / (D * D).mean()
-                             for old, dim in zip(self.Q.get(W, (0, 0)), (1, 0), strict=True)]
-            D = D / (q[0] * q[1]).sqrt() if self.beta2 else D
-            group = next(g for g in self.optimizer.param_groups if any(p is W for p in g["params"]))
-            D *= 0.2 * shape.numel() ** 0.5 / D.norm()
-            W.mul_(1 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * D.view_as(W)).grad = None
+            for dim in (1, 0) if self.beta2 else ():
+                new = (1 - self.beta2) * (D * D).mean(dim, keepdim=True) / (D * D).mean()
+                D = D / self.Q.setdefault((W, dim), torch.zeros_like(new)).mul_(self.beta2).add_(new).sqrt()
+            group = next(g for g in self.optimizer.param_groups if {W} & {*g["params"]})
+            D *= group["lr"] * 0.2 * shape.numel() ** 0.5 / D.norm()
+            W.mul_(1 - group["lr"] * group["weight_decay"]).sub_(D.view_as(W)).grad = None
         self.rows, self.steps = {}, self.steps + 1
         self.optimizer.step(), self.optimizer.zero_grad()

@@ -235,11 +235,13 @@ def test_rows_and_columns_of_a_direction_come_to_one_size():
     torch.manual_seed(0)
     state = {"row_squares": torch.zeros(5), "column_squares": torch.zeros(7)}
     sizes = torch.logspace(-3, 3, 5)[:, None] * torch.logspace(-2, 2, 7)
-    made, new = MKOR().normalize(state, torch.randn(5, 7).sign() * sizes)
+    made, rms, new = MKOR().normalize(state, torch.randn(5, 7).sign() * sizes)
     torch.testing.assert_close(made.abs() / made.abs().mean(), torch.ones(5, 7), rtol=1e-4, atol=0)
-    made, _ = MKOR().normalize(state, torch.zeros(5, 7))
-    assert torch.equal(made, torch.zeros(5, 7))
-    made, _ = MKOR().normalize(new, torch.full((5, 7), 1e-30))
+    torch.testing.assert_close(rms, made.square().mean().sqrt())
+    made, rms, kept = MKOR().normalize(new, torch.zeros(5, 7))
+    assert torch.equal(made, torch.zeros(5, 7)) and rms == 0
+    assert all(torch.equal(kept[key], new[key]) for key in new)
+    made, _, _ = MKOR().normalize(new, torch.full((5, 7), 1e-30))
     assert torch.isfinite(made).all()
 
 

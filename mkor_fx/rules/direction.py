@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..prims import graft_rms, precondition, rescale
-from .results import check_direction, check_sides, check_state
+from .results import check_direction, check_normalized, check_sides
 
 Graft = Literal["gradient", "rms"]
 #: beside those that a rule can ask for: by what its two sides multiply
@@ -72,16 +72,14 @@ def from_sides(
     check_sides(rule, sides, joined(grad) if joint else grad.weight)
     left, right = sides
     dtype, bias = rule.product_dtype, grad.bias
-    product, new = _product(left, joined(grad) if joint else grad.weight, right, dtype), state
+    product, new, rms = _product(left, joined(grad) if joint else grad.weight, right, dtype), state, None
     if rule.overrides("normalize"):
-        made, new = rule.normalize(state, product)
-        check_state(rule, "normalize", new, state)
-        check_direction(rule, "normalize", (made, None), (product, None))
+        made, rms, new = check_normalized(rule, rule.normalize(state, product), product, state)
         product = made.to(product.dtype)
     if joint:
-        together = _sized(product, joined(raw), graft)
+        together = _sized(product, joined(raw), graft, rms)
         return Gradient(together[:, :-1], together[:, -1]), new
-    weight = _sized(product, raw.weight, graft)
+    weight = _sized(product, raw.weight, graft, rms)
     if bias is None or raw.bias is None:
         return Gradient(weight), new
     if left is not None or bias is not raw.bias:  # without either it stays as it is
@@ -110,10 +108,11 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     return any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-def _sized(direction: Tensor, grad: Tensor, graft: Size | None) -> Tensor:
+def _sized(direction: Tensor, grad: Tensor, graft: Size | None, rms: Tensor | None = None) -> Tensor:
+    """``rms`` is the direction's root mean square, where it is known."""
     if graft == "gradient":
-        return rescale(direction, grad)
-    return direction if graft is None else graft_rms(direction)
+        return rescale(direction, grad, rms)
+    return direction if graft is None else graft_rms(direction, rms)
 
 
 def joined(grad: Gradient) -> Tensor:

@@ -11,7 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..prims import for_each, prim, stored
+from ..prims import column_square_sum, for_each, prim, stored
+
+#: a sum shorter than this many times its expected rounding counts as zero
+NOISE = 32.0
 
 
 def _inverse_update(
@@ -114,6 +117,11 @@ def damped_update_by(
     factor_DD: Tensor, blocks: list[Tensor], visits: Tensor, gamma: Tensor, kappa: Tensor, probes: int
 ) -> Tensor:
     return _damped_update(factor_DD, blocks, visits, gamma, kappa, probes)
+
+
+def rounding_of(rows_NM: Tensor) -> Tensor:
+    """Squared length up to which the sum of these rows is taken for rounding, 0-dim."""
+    return column_square_sum(rows_NM).sum() * (NOISE * torch.finfo(rows_NM.dtype).eps) ** 2
 
 
 @prim("unless_noise(Tensor vector, Tensor noise) -> Tensor")

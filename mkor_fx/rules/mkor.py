@@ -10,24 +10,24 @@ import torch
 from torch import Tensor
 
 from ..kinds import Kind
-from ..prims import accumulation_dtype, column_square_sum, column_sum, rademacher, sketch
+from ..prims import accumulation_dtype, column_sum, rademacher, sketch
 from .base import Shape, State, Use
 from .direction import Gradient, Sides, joined
 from .inverse_updates import (
+    NOISE,
     as_printed,
     damped_update,
     damped_update_by,
     inverse_update,
     inverse_update_by,
+    rounding_of,
     scale_to,
     scale_to_by,
     stabilised,
     unless_noise,
 )
 from .mkor_options import PUBLISHED, MKOROptions
-
-#: a sum shorter than this many times its expected rounding counts as zero
-NOISE = 32.0
+from .moments import normalized
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,10 +70,10 @@ class MKOR(MKOROptions):
         momentum: ``mu``, in [0, 1); 0 hands a direction to the base optimizer. None is 0.9, and 0 for the published forms.
         nesterov: ``M = G + mu B``, else ``M = B``.
         beta2: decay of ``r`` and ``c``, in [0, 1); 0 leaves ``L M R`` as it is. None is 0.95, and 0 without momentum and for
-            the published forms. They are Adafactor's factored second moments (Shazeer and Stern, 2018), behind the factors.
+            the published forms.
         gamma: factor momentum, in (0, 1). None is 0.95, and 0.99 for the published forms.
         kappa: what statistics weigh beside the identity, > 0: for ``damped`` the damping is ``1 / kappa`` of the mean
-            eigenvalue, for ``scale_free`` it is the squared length to which every statistic is brought. None is 4, and 10
+            eigenvalue, for ``scale_free`` it is the squared length to which every statistic is brought. None is 3, and 10
             for the published forms.
         epsilon, zeta: norm-based stabiliser of the published forms: where ``max |F| > epsilon``,
             ``F <- zeta F + (1 - zeta) I`` before the update. ``zeta < gamma``; None is ``gamma / 2``. ``epsilon=None`` is
@@ -166,7 +166,7 @@ class MKOR(MKOROptions):
         if "mean" in self.statistics:
             found += [torch.zeros(0, device=device) if rows is None else column_sum(rows) for rows in kept]
         if "mean" in self.statistics and self.blind_to_scale:
-            found += [torch.zeros((), device=device) if rows is None else _rounding(rows) for rows in kept]
+            found += [torch.zeros((), device=device) if rows is None else rounding_of(rows) for rows in kept]
         if key is not None:
             for side, rows in enumerate(kept):
                 if rows is None:
@@ -292,22 +292,8 @@ class MKOR(MKOROptions):
     def sides(self, state: State) -> Sides:
         return Sides(state.get("L"), state.get("R"))
 
-    def normalize(self, state: State, product: Tensor) -> tuple[Tensor, State]:
-        """``D / sqrt(r c)`` by the moving averages of its rows' and columns' mean squares, each over that of the whole. They
-        start at zero: what that costs their size is common to all, and the step is sized behind."""
+    def normalize(self, state: State, product: Tensor) -> tuple[Tensor, Tensor | None, State]:
         if not self.beta2:
-            return product, state
-        beta2: Any = self.beta2
-        squares = product.to(state["row_squares"].dtype).square()
-        means = {"row_squares": squares.mean(1), "column_squares": squares.mean(0)}
-        whole = means["row_squares"].mean()
-        usable = torch.isfinite(whole) & (whole > 0)
-        relative = {k: torch.where(usable, v / whole, torch.ones_like(v)) for k, v in means.items()}
-        new = {k: beta2 * state[k] + (1 - beta2) * v for k, v in relative.items()}
-        row_scale, column_scale = (torch.where(v > 0, v.rsqrt(), torch.zeros_like(v)) for v in new.values())
-        return product * row_scale.to(product.dtype)[:, None] * column_scale.to(product.dtype), {**state, **new}
-
-
-def _rounding(rows_NM: Tensor) -> Tensor:
-    """Squared length up to which the sum of these rows is taken for rounding, 0-dim."""
-    return column_square_sum(rows_NM).sum() * (NOISE * torch.finfo(rows_NM.dtype).eps) ** 2
+            return product, None, state
+        made, rms, rows, columns = normalized(product, state["row_squares"], state["column_squares"], self.beta2)
+        return made, rms, {**state, "row_squares": rows, "column_squares": columns}

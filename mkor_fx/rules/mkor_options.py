@@ -16,7 +16,7 @@ from .hyper import Hyper, number
 PUBLISHED = ("scale_free", "forgetful", "exact", "paper")
 FORMS = ("damped", *PUBLISHED)
 #: what None stands for, in the damped form and in the published ones
-DAMPED_DEFAULTS = {"statistic": "rows", "rank": 8, "momentum": 0.9, "gamma": 0.95, "kappa": 4.0, "bias": "off"}
+DAMPED_DEFAULTS = {"statistic": "rows", "rank": 8, "momentum": 0.9, "gamma": 0.95, "kappa": 3.0, "bias": "off"}
 PUBLISHED_DEFAULTS = {"statistic": "mean", "rank": 1, "momentum": 0.0, "gamma": 0.99, "kappa": 10.0, "bias": "left"}
 STATISTICS = ("mean", "rows", "gradient")
 BIASES = ("left", "joint", "off")
@@ -84,7 +84,7 @@ class MKOROptions(Rule):
             if name in first and not first[name] > 0:
                 raise ValueError(f"MKOR({name}={given[name]!r}): must be positive")
         if math.isinf(first["kappa"]):
-            raise ValueError(f"MKOR(kappa={self.kappa!r}): must be a positive, finite number, e.g. 4.0")
+            raise ValueError(f"MKOR(kappa={self.kappa!r}): must be a positive, finite number, e.g. 3.0")
         if not isinstance(self.max_factor, int) or self.max_factor < 0:
             raise ValueError(f"MKOR(max_factor={self.max_factor!r}): must be an integer, 0 (no factors) or more")
 

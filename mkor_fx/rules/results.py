@@ -45,6 +45,20 @@ def check_direction(rule: Any, function: str, made: Any, grad: Any) -> None:
             )
 
 
+def check_normalized(rule: Any, made: Any, product: Tensor, state: dict[str, Tensor]) -> Any:
+    """``made`` is what ``normalize`` may make of a ``product``: a matrix alike, its root mean square or None, the state."""
+    where = f"{type(rule).__name__}.normalize"
+    if not isinstance(made, tuple) or len(made) != 3:
+        raise WrongResult(f"{where} returned {_shown(made)}: must be (direction, its root mean square or None, new state)")
+    direction, rms, new = made
+    if _shape(direction) != _shape(product):
+        raise WrongResult(f"{where} returned {_shown(direction)} in the place of {_shown(product)}: must be alike")
+    if rms is not None and _shape(rms) != ():
+        raise WrongResult(f"{where} returned {_shown(rms)} as the root mean square: must be a 0-dim tensor, or None")
+    check_state(rule, "normalize", new, state)
+    return made
+
+
 def check_sides(rule: Any, made: Any, grad: Tensor) -> None:
     """``made`` are the sides of a direction for a ``grad`` ``[O, I]``."""
     if not isinstance(made, tuple) or len(made) != 2:

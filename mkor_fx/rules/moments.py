@@ -1,0 +1,31 @@
+"""Moments of what the factors have made of a gradient. Shape suffixes: ``O`` outputs, ``I`` inputs of one weight."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def normalized(
+    product_OI: Tensor, rows_O: Tensor, columns_I: Tensor, beta2: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``D / sqrt(r c)``, its root mean square, and the new ``r`` and ``c``.
+
+    ``r`` is a moving average of the mean squares of ``D``'s rows, ``c`` of those of the columns of ``D / sqrt(r)``, each
+    over the mean of all: Adafactor's factored second moments (Shazeer and Stern, 2018, arXiv 1804.04235), blind to scale.
+    Both start at zero, which costs all entries the same. Of a ``D`` of zeros nothing is taken.
+    """
+    wide = product_OI.to(rows_O.dtype)
+    rows_O, row_scale_O = _averaged(rows_O, wide.square().mean(1), beta2)
+    squares_I = (wide * row_scale_O[:, None]).square().mean(0)
+    columns_I, column_scale_I = _averaged(columns_I, squares_I, beta2)
+    made = product_OI * row_scale_O.to(product_OI.dtype)[:, None] * column_scale_I.to(product_OI.dtype)
+    return made, (squares_I * column_scale_I.square()).mean().sqrt(), rows_O, columns_I
+
+
+def _averaged(average: Tensor, squares: Tensor, beta2: float) -> tuple[Tensor, Tensor]:
+    """The average moved on, and the root of its inverse, zero where there was nothing yet."""
+    whole = squares.mean()
+    moved = beta2 * average + (1 - beta2) * squares / whole
+    new = torch.where(torch.isfinite(whole) & (whole > 0), moved, average)
+    return new, torch.where(new > 0, new.rsqrt(), torch.zeros_like(new))

@@ -1,0 +1,105 @@
+"""The benchmark of convergence: rates searched, runs kept, tables and plots."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from benchmarks import convergence, sides, tasks, training
+from benchmarks.report import reaching, report, spread
+from benchmarks.tasks import TASKS
+from benchmarks.training import Run
+
+pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
+
+
+def run(lr, seed, finals, held_out=None):
+    steps = [10 * (at + 1) for at in range(len(finals))]
+    return Run(lr=lr, seed=seed, evaluated=steps, training=finals, held_out=held_out or finals, step_ms=2.0, cpu_ms=4.0)
+
+
+class Scripted(convergence.Search):
+    """Final losses by a function of the rate and the seed."""
+
+    def __init__(self, loss):
+        self.loss, self.calls = loss, []
+
+    def run(self, lr, seed):
+        self.calls.append((lr, seed))
+        return run(lr, seed, [self.loss(lr, seed)])
+
+
+def test_a_grid_goes_on_until_the_best_rate_lies_inside():
+    search = Scripted(lambda lr, seed: abs(math.log2(lr)))
+    runs = search.all([0, 1], [0.125, 0.25, 0.5])
+    assert sorted(runs) == [0.125, 0.25, 0.5, 1, 2]
+    assert {lr: len(some) for lr, some in runs.items()} == {0.125: 1, 0.25: 1, 0.5: 2, 1: 2, 2: 2}
+    assert [(r.lr, r.seed) for r in convergence.best(runs)] == [(1, 0), (1, 1)] and len(search.calls) == 8
+
+
+def test_the_median_over_seeds_decides_between_neighbours():
+    runs = Scripted(lambda lr, seed: abs(lr - 3) + 5 * (lr == 3) * (seed > 0)).all([0, 1, 2], [2.0, 3.0, 4.0])
+    assert convergence.best(runs)[0].lr == 2.0
+
+
+def test_a_grid_that_never_ends_ends():
+    assert len(Scripted(lambda lr, seed: -lr).all([0], [1.0, 2.0])) == convergence.WIDEST
+
+
+def test_what_a_table_says():
+    slow = [run(1e-3, seed, [4.0, 3.0, 2.0]) for seed in (0, 1)]
+    fast = [run(1e-3, seed, [2.0, 1.0, 1.0]) for seed in (0, 1)]
+    assert reaching(slow, slow) == "30, 0.1 s" and reaching(fast, slow) == "10, 0.0 s"
+    assert reaching(slow, fast) == "never"
+    assert spread([3.0, 1.0, 2.0]) == "2 (1 to 3)" and spread([2.0]) == "2"
+
+
+def test_sides_by_name_and_as_python():
+    assert sides.identity("Muon") == "Muon"
+    assert sides.identity("MKOR()") == sides.identity("MKOR(rank=8)") != sides.identity("MKOR(rank=4)")
+    assert sides.rule_of("MKOR() every 5 behind SGD")[1:] == (5, "SGD")
+    with pytest.raises(NameError):
+        sides.identity("Adam")
+
+
+def test_runs_are_kept_and_the_report_is_written(tmp_path, capsys, monkeypatch):
+    arguments = ["--task", "digits", "--seeds", "0", "--rates", "2e-3", "4e-3", "8e-3", "--steps", "6"]
+    arguments += ["--backend", "eager", "--out", str(tmp_path), "--side", "AdamW", "MKOR(rank=2) behind SGD"]
+    monkeypatch.setattr("sys.argv", ["convergence", *arguments])
+    monkeypatch.setattr(convergence, "WIDEST", 3)
+    threads = torch.get_num_threads()
+    convergence.main()
+    first = capsys.readouterr().out
+    monkeypatch.setattr(convergence, "build", lambda *_: pytest.fail("a finished run is not run again"))
+    convergence.main()
+    assert capsys.readouterr().out.strip() == first[first.index("### digits") :].strip()
+    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 6
+    assert "MKOR(rank=2) behind SGD" in (tmp_path / "report.md").read_text() and (tmp_path / "digits.png").stat().st_size
+    torch.set_num_threads(threads)
+
+
+def test_every_run_of_a_trainer_starts_afresh():
+    """Dropout included: a run depends on its seed, and on no run before it."""
+    task = dataclasses.replace(
+        TASKS["digits"], steps=4, evaluate_every=2,
+        architecture=lambda: torch.nn.Sequential(torch.nn.Linear(64, 16), torch.nn.Dropout(), torch.nn.Linear(16, 64)),
+    )  # fmt: skip
+    for trainer in (sides.build(task, "MKOR()", "eager"), sides.build(task, "Muon", "eager")):
+        one, other, again = (trainer.run(1e-2, seed) for seed in (0, 1, 0))
+        assert one.training == again.training != other.training
+
+
+def test_muon_takes_the_hidden_matrices_of_every_task():
+    for task in (TASKS["lm"], TASKS["cnn"], TASKS["gpt"]):
+        model = task.build(0)
+        matrices, rest = training.muon(task, model)
+        held = [p for o in (matrices, rest) for g in o.param_groups for p in g["params"]]
+        assert len(held) == len({id(p) for p in held}) == len([*model.parameters()])
+        assert all(p.dim() == 2 for p in matrices.param_groups[0]["params"])
+
+
+def test_two_tasks_make_an_overview(tmp_path):
+    sides_of = {"AdamW": [run(1e-3, 0, [3.0])], "MKOR()": [run(1e-3, 0, [2.0])]}
+    text = report({tasks.TASKS["digits"]: sides_of, tasks.TASKS["lm"]: sides_of}, tmp_path)
+    assert "### All tasks" in text and "3 / 3" in text
