@@ -126,11 +126,12 @@ def rescale(direction: Tensor, grad: Tensor, rms: Tensor | None = None) -> Tenso
     return torch.where(usable, direction * quotient.to(direction.dtype), grad)
 
 
-@prim("graft_rms(Tensor direction, Tensor? rms=None) -> Tensor")
-def graft_rms(direction: Tensor, rms: Tensor | None = None) -> Tensor:
-    """``direction`` brought to a root mean square of 0.2, that of an Adam update; zero, and what is not finite, is zero.
-    ``rms`` is its own, where it is known."""
-    quotient = 0.2 * (direction.shape[-2] * direction.shape[-1]) ** 0.5 / _norm(direction, rms)
+@prim("graft_rms(Tensor direction, Tensor? rms=None, Tensor? to=None) -> Tensor")
+def graft_rms(direction: Tensor, rms: Tensor | None = None, to: Tensor | None = None) -> Tensor:
+    """``direction`` brought to a root mean square of ``to`` (one a matrix), None: of 0.2, that of an Adam update in noise;
+    zero, and what is not finite, is zero. ``rms`` is its own, where it is known."""
+    quotient = (direction.shape[-2] * direction.shape[-1]) ** 0.5 / _norm(direction, rms)
+    quotient = quotient * (0.2 if to is None else to[..., None, None])
     usable = torch.isfinite(quotient) & (quotient > 0)
     return torch.where(usable, direction * quotient.to(direction.dtype), torch.zeros_like(direction))
 

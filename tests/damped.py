@@ -62,6 +62,12 @@ class Damped:
         C = sum(V.T @ V / V.norm() ** 2 for V in blocks) / len(blocks)
         return gamma * S + (1 - gamma) * (visited.diag() + self.kappa * d * C)
 
+    def length(self, W, G, B, lr):
+        beta2, t, n, nesterov = self.beta2, self.steps + 1, G.numel() ** 0.5, self.nesterov
+        v = self.Q[W] = beta2 * self.Q.get(W, 0) + (1 - beta2) * (G.norm() / n) ** 2
+        m = (1 - self.momentum) / (1 - self.momentum ** (t + nesterov)) * (G + self.momentum * B if nesterov else B)
+        return max(0.2, min(m.norm() / n / (v / (1 - beta2**t)).sqrt(), 0.03 * W.norm() / n / lr)) if beta2 else 0.2
+
     @torch.no_grad()
     def step(self):
         for W, shape in self.sites.items():
@@ -74,7 +80,7 @@ class Damped:
                 new = (1 - self.beta2) * (D * D).mean(dim, keepdim=True) / (D * D).mean()
                 D = D / self.Q.setdefault((W, dim), torch.zeros_like(new)).mul_(self.beta2).add_(new).sqrt()
             group = next(g for g in self.optimizer.param_groups if {W} & {*g["params"]})
-            D *= group["lr"] * 0.2 * shape.numel() ** 0.5 / D.norm()
+            D *= group["lr"] * self.length(W, G, B, group["lr"]) * shape.numel() ** 0.5 / D.norm()
             W.mul_(1 - group["lr"] * group["weight_decay"]).sub_(D.view_as(W)).grad = None
         self.rows, self.steps = {}, self.steps + 1
         self.optimizer.step(), self.optimizer.zero_grad()

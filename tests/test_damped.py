@@ -141,8 +141,19 @@ def moved(optimizer, door="step", steps=4):
 
 @pytest.mark.parametrize("door", DOORS)
 def test_behind_adam_a_step_has_the_size_of_adams(door):
-    length, _, _ = moved(lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.0), door=door)
-    assert length == pytest.approx(0.01 * 0.2 * 30**0.5)
+    """Of Adam's with one second moment for the matrix, where that moves the weight by no more than 3 % of its norm."""
+    for lr in (1e-4, 5e-3, 0.1):
+        length, gradients, weight = moved(lambda p, lr=lr: torch.optim.AdamW(p, lr=lr, weight_decay=0.0), door=door)
+        m, v = torch.zeros(5, 6).double(), 0.0
+        for gradient in gradients:
+            m, v = 0.9 * m + 0.1 * gradient, 0.95 * v + 0.05 * gradient.norm() ** 2
+        steps = len(gradients)
+        ahead = (0.9 * m + 0.1 * gradients[-1]) / (1 - 0.9 ** (steps + 1))
+        adam = lr * 30**0.5 * ahead.norm() / (v / (1 - 0.95**steps)) ** 0.5
+        smallest = lr * 0.2 * 30**0.5
+        assert adam > 2 * smallest
+        assert length == pytest.approx(max(smallest, min(adam.item(), 0.03 * weight.item())))
+    assert length == pytest.approx(smallest)
 
 
 @pytest.mark.parametrize("door", DOORS)

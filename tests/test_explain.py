@@ -213,3 +213,50 @@ def test_a_steps_coverage_has_every_variant():
         step(torch.randn(7, 6), torch.randn(7, 5))
     titles = [graphs.title for graphs in mkor_fx.explain(step).graphs]
     assert titles == ["Linear: refresh step", "Linear: reuse step"]
+
+
+# ---- who trains what --------------------------------------------------------------------------------------------------
+
+TRAINERS = {
+    "AdamW": (torch.optim.AdamW, {}, "MKOR, steps of AdamW's size"),
+    "SGD": (torch.optim.SGD, {"momentum": 0.9}, "MKOR, steps as long as SGD's"),
+    "Lamb": (type("Lamb", (torch.optim.SGD,), {}), {}, "MKOR, Lamb's trust ratio"),
+    "Adagrad": (torch.optim.Adagrad, {}, "Adagrad, on MKOR's direction"),
+}
+
+
+def two_layers():
+    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_the_optimizer_says_who_trains_what(name):
+    build, options, expected = TRAINERS[name]
+    model, batch = two_layers(), (torch.randn(7, 6), torch.randn(7, 4))
+    optimizer = build(model.parameters(), lr=0.01, **options)
+    asked = mkor_fx.explain(model, *batch, loss_fn=F.mse_loss, optimizer=optimizer, rule={"0.*": MKOR()})
+    assert asked.trainers == {"0.weight": expected, "0.bias": name, "2.weight": name, "2.bias": name}
+    step = mkor_fx.compile_step(model, F.mse_loss, optimizer, {"0.*": MKOR()}, backend="eager")
+    step(*batch)
+    assert mkor_fx.explain(step).trainers == asked.trainers
+    compiled = mkor_fx.compile(model, {"0.*": MKOR()}, backend="eager")
+    F.mse_loss(compiled(batch[0]), batch[1]).backward()
+    assert not compiled.coverage.trainers and "trained by" not in str(compiled.coverage)
+    optimizer.step()
+    assert compiled.coverage.trainers == asked.trainers and expected in str(compiled.coverage)
+    by_name = {entry["name"]: entry["trained_by"] for entry in compiled.coverage.to_dict()["parameters"]}
+    assert by_name == asked.trainers
+
+
+def test_what_no_optimizer_holds_is_trained_by_nobody():
+    model = two_layers()
+    optimizers = [torch.optim.Muon([model[0].weight]), torch.optim.SGD([model[2].weight], lr=0.1)]
+    step = mkor_fx.compile_step(model, F.mse_loss, optimizers, MKOR.published(), backend="eager")
+    step(torch.randn(7, 6), torch.randn(7, 4))
+    told = {"0.weight": "Muon, on MKOR's direction", "2.weight": "SGD, on MKOR's direction"}
+    assert step.coverage.trainers == told and str(step.coverage).count("nobody: no optimizer holds it") == 2
+
+
+def test_an_optimizer_of_another_model_is_refused():
+    with pytest.raises(ValueError, match="parameters are not this model's"):
+        mkor_fx.explain(two_layers(), torch.randn(7, 6), optimizer=torch.optim.SGD(two_layers().parameters()))

@@ -62,6 +62,14 @@ class Sided(Told):
         return self.told("sides", state)
 
 
+class Normalizing(Sided):
+    def sides(self, state):
+        return Sides(state["L"], None)
+
+    def normalize(self, state, product):
+        return self.told("normalize", state, product)
+
+
 def told(cls=Told, **does):
     return cls(tuple(does.items()))
 
@@ -92,6 +100,14 @@ WRONG = {
     "a side that does not fit": (told(Sided, sides=lambda s: Sides(None, s["L"])),
                                  r"sides returned a right side of a tensor \[4, 4\]: must be \[6, 6\] here, or None"),
     "no sides": (told(Sided, sides=lambda s: None), r"sides returned NoneType None: must be Sides\(left, right\)"),
+    "half a normalization": (told(Normalizing, normalize=lambda s, D: (D, s)),
+                             r"normalize returned tuple .*: must be \(direction, its root mean square or None, new state\)"),
+    "a vector of sizes": (told(Normalizing, normalize=lambda s, D: (D, D.mean(1), s)),
+                          r"normalize returned a tensor \[4\] as the root mean square: must be a 0-dim tensor, or None"),
+    "normalized away": (told(Normalizing, normalize=lambda s, D: (D[0], None, s)),
+                        r"normalize returned a tensor \[6\] in the place of a tensor \[4, 6\]: must be alike"),
+    "a moment of rows": (told(Normalizing, normalize=lambda s, D: (D, None, {**s, "n": D.mean(1)})),
+                         r"normalize returned 'n' as a tensor \[4\]"),
     "state in place": (told(update=lambda s: {**s, "n": s["n"].add_(1)}), r"changes what it is given in place \(aten\.add_"),
     "a view of it": (told(update=lambda s: {**s, "L": s["L"].mT.mul_(2).mT}), r"in place \(aten\.mul_.*compute a new"),
     "rows in place": (told(summarize=lambda a, g: (g.mul_(0).sum(0),)), r"changes what it is given in place"),
@@ -383,3 +399,25 @@ def test_and_leave_the_users_generator_alone():
     before = torch.get_rng_state()
     train(x, y)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@DOORS
+@pytest.mark.parametrize("graft", [None, "gradient", "rms"])
+@pytest.mark.parametrize("known", [False, True])
+def test_a_normalized_product_is_sized_by_its_root_mean_square(door, graft, known):
+    """Whether the rule knows it or not, and the state that comes with it is kept."""
+
+    def normalize(state, product):
+        made = product * torch.arange(1, 7)
+        return made, made.square().mean().sqrt() if known else None, {**state, "n": state["n"] + 10}
+
+    rule = type("Sized", (Normalizing,), {"graft": graft})((("normalize", normalize), ("update", lambda s: s)))
+    model, (x, y) = linear(), batch()
+    raw = torch.autograd.grad(functional.mse_loss(model(x), y), model.weight)[0]
+    start = model.weight.detach().clone()
+    done, train = opened(door, model, rule)
+    train(x, y)
+    made = raw * torch.arange(1, 7)
+    size = {None: made.norm(), "gradient": raw.norm(), "rms": 0.2 * made.numel() ** 0.5}[graft]
+    torch.testing.assert_close((start - model.weight.detach()) / 0.05, made * size / made.norm(), rtol=1e-4, atol=1e-5)
+    assert float(done.mkor.state_dict()["weight.n"]) == 10

@@ -80,9 +80,9 @@ class Rule(ABC):
     #: optimizer leaves the weight alone.
     applies: Literal["gradient", "update"] = "gradient"
     #: whether the size of such a step follows the base optimizer, so that its rate keeps its meaning: behind Adam and its
-    #: relatives ``graft`` sizes it; behind SGD it is as long as SGD's own step, and the fields ``momentum`` and ``nesterov``
-    #: are SGD's where that has a momentum; behind LAMB and LARS as long as the weight; behind anything else the direction
-    #: goes in as a gradient, in the raw gradient's size
+    #: relatives ``adam_rms`` sizes it, else ``graft``; behind SGD it is as long as SGD's own step, and the fields
+    #: ``momentum`` and ``nesterov`` are SGD's where that has a momentum; behind LAMB and LARS as long as the weight; behind
+    #: anything else the direction goes in as a gradient, in the raw gradient's size
     follows_optimizer: bool = False
     #: steps between two calls of ``derive``
     derive_every: int = 1
@@ -124,6 +124,12 @@ class Rule(ABC):
     def moment(self, state: State, grad: Gradient) -> Gradient:
         """What the sides multiply: the gradient, or what ``advance`` has made of it."""
         return grad
+
+    def adam_rms(self, state: State, moment: Gradient) -> Tensor | None:
+        """Root mean square of the step that Adam would take with one second moment for the whole matrix, 0-dim: 1 while
+        gradients agree, ``sqrt((1 - mu) / (1 + mu))`` in noise. None: unknown, and steps that are as long as Adam's have
+        0.2."""
+        return None
 
     def sides(self, state: State) -> Sides | None:
         """The two sides of the direction, which the library multiplies; None for a rule that has ``precondition``."""

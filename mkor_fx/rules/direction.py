@@ -15,8 +15,10 @@ from ..prims import graft_rms, precondition, rescale
 from .results import check_direction, check_normalized, check_sides
 
 Graft = Literal["gradient", "rms"]
-#: beside those that a rule can ask for: by what its two sides multiply
-Size = Literal["gradient", "rms", "moment"]
+#: beside those that a rule can ask for: by what its two sides multiply, and as long as Adam's own step
+Size = Literal["gradient", "rms", "moment", "adam"]
+#: the share of a weight's norm that a step longer than 0.2 may move it by
+STRIDE = 0.03
 
 
 class Gradient(NamedTuple):
@@ -39,15 +41,16 @@ class Sides(NamedTuple):
 
 
 def direction_of(
-    rule: Any, state: dict[str, Tensor], grad: Gradient, by: Size | None
+    rule: Any, state: dict[str, Tensor], grad: Gradient, by: Size | None, longest: Tensor | None = None
 ) -> tuple[Gradient, dict[str, Tensor]]:
-    """What a rule makes of a gradient, sized ``by``; None: as it is. And what its state is from then on.
+    """What a rule makes of a gradient, sized ``by``; None: as it is. And what its state is from then on. ``longest`` bounds
+    sizes ``by="adam"``.
 
     Raises:
         WrongResult: a function of the rule has returned what is no direction for it.
     """
     if not rule.overrides("precondition"):
-        return from_sides(rule, state, grad, by)
+        return from_sides(rule, state, grad, by, longest)
     made = rule.precondition(state, grad)
     check_direction(rule, "precondition", made, grad)
     weight, bias = made.weight.to(grad.weight.dtype), made.bias
@@ -61,13 +64,14 @@ def direction_of(
 
 
 def from_sides(
-    rule: Any, state: dict[str, Tensor], raw: Gradient, graft: Size | None
+    rule: Any, state: dict[str, Tensor], raw: Gradient, graft: Size | None, longest: Tensor | None = None
 ) -> tuple[Gradient, dict[str, Tensor]]:
     """``left @ moment @ right``, ``normalize``d, sized by ``graft`` and the ``raw`` gradient; and the new state."""
     sides, grad = rule.sides(state), rule.moment(state, raw)
     check_direction(rule, "moment", grad, raw)
     if graft == "moment":
         raw, graft = grad, "gradient"
+    to = _length_of_step(rule.adam_rms(state, grad), longest) if graft == "adam" else None
     joint = rule.joint_bias and raw.bias is not None
     check_sides(rule, sides, joined(grad) if joint else grad.weight)
     left, right = sides
@@ -77,15 +81,15 @@ def from_sides(
         made, rms, new = check_normalized(rule, rule.normalize(state, product), product, state)
         product = made.to(product.dtype)
     if joint:
-        together = _sized(product, joined(raw), graft, rms)
+        together = _sized(product, joined(raw), graft, rms, to)
         return Gradient(together[:, :-1], together[:, -1]), new
-    weight = _sized(product, raw.weight, graft, rms)
+    weight = _sized(product, raw.weight, graft, rms, to)
     if bias is None or raw.bias is None:
         return Gradient(weight), new
     if left is not None or bias is not raw.bias:  # without either it stays as it is
         column = bias[:, None]
         sized_by = column if raw.bias is bias else raw.bias[:, None]
-        bias = _sized(column if left is None else _product(left, column, None, dtype), sized_by, graft)[:, 0]
+        bias = _sized(column if left is None else _product(left, column, None, dtype), sized_by, graft, to=to)[:, 0]
     return Gradient(weight, bias), new
 
 
@@ -108,11 +112,21 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     return any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-def _sized(direction: Tensor, grad: Tensor, graft: Size | None, rms: Tensor | None = None) -> Tensor:
-    """``rms`` is the direction's root mean square, where it is known."""
+def _sized(
+    direction: Tensor, grad: Tensor, graft: Size | None, rms: Tensor | None = None, to: Tensor | None = None
+) -> Tensor:
+    """``rms`` is the direction's root mean square, where it is known, ``to`` what it is brought to where it is not 0.2."""
     if graft == "gradient":
         return rescale(direction, grad, rms)
-    return direction if graft is None else graft_rms(direction, rms)
+    return direction if graft is None else graft_rms(direction, rms, to)
+
+
+def _length_of_step(adam: Tensor | None, longest: Tensor | None) -> Tensor | None:
+    """The root mean square of Adam's own step, but no more than ``longest`` and no less than 0.2."""
+    if adam is None or longest is None:
+        return None
+    usable = torch.isfinite(adam)
+    return torch.where(usable, torch.minimum(adam, longest.to(adam.dtype)), torch.zeros_like(adam)).clamp_min(0.2)
 
 
 def joined(grad: Gradient) -> Tensor:

@@ -27,7 +27,7 @@ from .inverse_updates import (
     unless_noise,
 )
 from .mkor_options import PUBLISHED, MKOROptions
-from .moments import normalized
+from .moments import adam_rms, average_square, normalized
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +107,7 @@ class MKOR(MKOROptions):
 
     kinds = {  # noqa: RUF012
         **{"L": Kind.POSITIVE, "R": Kind.POSITIVE},
-        **dict.fromkeys(("momentum", "row_squares", "column_squares"), Kind.MOMENT),
+        **dict.fromkeys(("momentum", "row_squares", "column_squares", "square"), Kind.MOMENT),
     }
 
     def init(self, shape: Shape, device: torch.device) -> State:
@@ -137,6 +137,8 @@ class MKOR(MKOROptions):
         if self.beta2:
             state["row_squares"] = torch.zeros(shape.O, dtype=dtype, device=device)
             state["column_squares"] = torch.zeros(shape.I, dtype=dtype, device=device)
+            state["square"] = torch.zeros((), dtype=dtype, device=device)
+            state["steps"] = torch.zeros((), dtype=torch.int64, device=device)
         if self.keeps_momentum and shape.bias and self.bias != "off":
             state["bias_momentum"] = torch.zeros(shape.O, dtype=dtype, device=device)
         return state
@@ -270,10 +272,14 @@ class MKOR(MKOROptions):
         names = {"momentum": grad.weight, "bias_momentum": grad.bias}
         mu: Any = self.momentum
         sums = {k: mu * state[k] + g.to(state[k].dtype) for k, g in names.items() if g is not None and k in state}
+        if self.beta2:
+            sums["square"] = average_square(state["square"], grad.weight, self.beta2)
+            sums["steps"] = state["steps"] + 1
         return {**state, **sums}
 
     def overrides(self, function: str) -> bool:
-        optional = {"advance": self.keeps_momentum, "moment": self.keeps_momentum, "normalize": bool(self.beta2)}
+        optional = {"advance": self.keeps_momentum, "moment": self.keeps_momentum, }
+        optional |= dict.fromkeys(("normalize", "adam_rms"), bool(self.beta2))
         return super().overrides(function) and optional.get(function, True)
 
     def moment(self, state: State, grad: Gradient) -> Gradient:
@@ -291,6 +297,12 @@ class MKOR(MKOROptions):
 
     def sides(self, state: State) -> Sides:
         return Sides(state.get("L"), state.get("R"))
+
+    def adam_rms(self, state: State, moment: Gradient) -> Tensor | None:
+        if not self.beta2:
+            return None
+        mu: Any = self.momentum
+        return adam_rms(moment.weight, state["square"], state["steps"], mu, self.nesterov, self.beta2)
 
     def normalize(self, state: State, product: Tensor) -> tuple[Tensor, Tensor | None, State]:
         if not self.beta2:

@@ -29,3 +29,23 @@ def _averaged(average: Tensor, squares: Tensor, beta2: float) -> tuple[Tensor, T
     moved = beta2 * average + (1 - beta2) * squares / whole
     new = torch.where(torch.isfinite(whole) & (whole > 0), moved, average)
     return new, torch.where(new > 0, new.rsqrt(), torch.zeros_like(new))
+
+
+def average_square(average: Tensor, gradient_OI: Tensor, beta2: float) -> Tensor:
+    """The moving average of a gradient's mean square, one step on."""
+    return beta2 * average + (1 - beta2) * gradient_OI.to(average.dtype).square().mean()
+
+
+def adam_rms(
+    moment_OI: Tensor, square: Tensor, steps: Tensor, momentum: float, nesterov: bool, beta2: float
+) -> Tensor:
+    """``|m| / sqrt(O I v)``, 0-dim: what the update of Adam would have as its root mean square, if one second moment ``v``
+    served all of the matrix (Kingma and Ba, 2014, arXiv 1412.6980, bias corrections included).
+
+    ``moment_OI`` is ``G + mu B`` (``nesterov``) or ``B`` of the sum ``B <- mu B + G`` over ``steps``, of which ``m`` is the
+    average; ``square`` is that of ``|G|^2 / (O I)`` from zero.
+    """
+    taken = steps.to(square.dtype)
+    share = (1 - momentum) / (1 - momentum ** (taken + nesterov))
+    mean = (square / (1 - beta2**taken)).sqrt()
+    return share * moment_OI.to(square.dtype).square().mean().sqrt() / mean

@@ -9,7 +9,8 @@ from torch import Tensor
 
 
 class WeightTensors(NamedTuple):
-    """Tensors of one weight. ``scale`` is what sizes directions that are made in the backward; ``weight`` and ``bias_weight`` are the parameters, where their direction is the step itself."""
+    """Tensors of one weight. ``scale`` is what sizes directions that are made in the backward; ``weight`` and
+    ``bias_weight`` are the parameters, where their direction is the step itself, or is bounded by their size."""
 
     state: dict[str, Tensor]
     grad: Any = None

@@ -11,6 +11,8 @@ from torch import Tensor, fx
 
 from ...ir import StepGraph
 from ...rules import Rule
+from ...prims import accumulation_dtype
+from ...rules.direction import STRIDE
 from ...rules.hyper import changing
 from ..order.collectives import Network
 from ..torch_api.tracing import insert
@@ -141,6 +143,13 @@ class Draft:
         """The optimizer's numbers, packed."""
         raise NotImplementedError
 
+    def longest(self, item: Item) -> fx.Node | None:
+        """How long a step may be that is as long as Adam's, where ``item``'s is."""
+        if item.sizing.graft != "adam":
+            return None
+        rate = self.rate(item.key)
+        return self.insert(longest_step, self.weight(item.key), rate.numbers, rate.rate_at, label=item.label)
+
     # ---- what changes over time ---------------------------------------------------------------------------------------
 
     def numbers(self, rule: Rule) -> dict[str, fx.Node]:
@@ -164,6 +173,13 @@ class Draft:
         if at not in self._momenta:
             self._momenta[at] = self.insert(_entry, self.optimizer_numbers(), at, label="numbers of the optimizer")
         return {**found, "momentum": self._momenta[at]}
+
+
+def longest_step(weight: Tensor, numbers: Tensor, rate_at: int) -> Tensor:
+    """The root mean square of a direction that moves a weight by ``STRIDE`` of its norm at the present rate, 0-dim."""
+    wide = accumulation_dtype(weight.dtype)
+    rms = weight.to(wide).square().mean().sqrt()
+    return STRIDE * rms / numbers[rate_at].to(wide)
 
 
 def changing_of(rules: Sequence[Rule]) -> list[tuple[Rule, str]]:

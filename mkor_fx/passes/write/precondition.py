@@ -31,6 +31,7 @@ def precondition(draft: Draft) -> None:
             item.bias,
             item.state,
             draft.clock(item.label),
+            draft.longest(item),
             draft.scales,
             label=item.label,
         )
@@ -53,17 +54,19 @@ def direct_one(
     bias_grad: Tensor | None,
     state: dict[str, Tensor],
     step: Tensor,
+    longest: Tensor | None = None,
     scales: Scales | None = None,
 ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
     """``(direction, bias direction, new state)`` of one weight. A gradient that is not finite advances no state.
 
     A rule that only multiplies may be given a gradient that is still scaled; whatever keeps moments, makes its direction
     otherwise, or sizes it by itself, sees it unscaled, and the base optimizer gets it back in the scale that it expects.
+    ``longest`` bounds steps that are as long as Adam's.
     """
     rule = bind(layout.rule, {**numbers, **dict(sizing.fields)})
     advances, is_step = rule.overrides("advance") or rule.overrides("normalize"), sizing.final
     gradient = layout.orient(grad, bias_grad)
-    scale_matters = sizing.graft == "rms" or rule.overrides("precondition") or rule.overrides("moment")
+    scale_matters = sizing.graft in ("rms", "adam") or rule.overrides("precondition") or rule.overrides("moment")
     unscaled = scales is not None and (advances or is_step or scale_matters)
     if scales is not None and unscaled:
         gradient = Gradient(*(None if g is None else g / scales.gradient.to(g.dtype) for g in gradient))
@@ -77,7 +80,7 @@ def direct_one(
             advanced = rule.advance(state, one, step)
             check_state(rule, "advance", advanced, state)
             state = select(finite, advanced, state)
-        direction, new = direction_of(rule, state, one, sizing.graft)
+        direction, new = direction_of(rule, state, one, sizing.graft, longest)
         return direction.tensors(), state if finite is None else select(finite, new, state)
 
     directions, new = layout.each(member)(state, gradient.tensors())

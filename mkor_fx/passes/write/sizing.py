@@ -23,8 +23,10 @@ class Sizing(NamedTuple):
     @classmethod
     def of(cls, rule: Rule, base: BaseStep | None) -> Sizing:
         """``base`` is what the optimizer would do with the gradient."""
-        if not rule.follows_optimizer or base is None or base.kind == "adam":
+        if not rule.follows_optimizer or base is None:
             return cls(rule.graft, rule.applies == "update")
+        if base.kind == "adam":
+            return cls("adam" if rule.graft == "rms" and rule.overrides("adam_rms") else rule.graft, True)
         if base.kind == "trust":
             return cls(rule.graft, True, trust=True)
         if base.kind == "other":
@@ -44,6 +46,6 @@ def trainer_of(rule: Rule | None, optimizer: Groups, at: int) -> str:
         return f"{name}, on {own}'s direction"
     if sizing.trust:
         return f"{own}, {name}'s trust ratio"
-    if sizing.graft == "rms":
+    if sizing.graft in ("rms", "adam"):
         return f"{own}, steps of {name}'s size" if rule.follows_optimizer else f"{own}, at {name}'s rate"
     return f"{own}, steps as long as {name}'s" if rule.follows_optimizer else f"{own}, at {name}'s rate"

@@ -43,6 +43,11 @@ class Job:
         return Sizing.of(self.layout.rule, self.base)
 
     @property
+    def bounded(self) -> bool:
+        """Whether the length of its direction depends on the weight and its rate."""
+        return self.sizing.graft == "adam"
+
+    @property
     def final(self) -> bool:
         """Whether its direction is the step itself."""
         return self.sizing.final
