@@ -113,8 +113,8 @@ class Contract:
         clock = torch.tensor(self.count)
         if self.count % self.refresh_every == 0:
             state = self.rule.update(state, uses, grad, clock)
-        state = self.state[key] = self.rule.advance(state, grad, clock)
-        return self.direction(state, grad)
+        made, self.state[key] = self.direction(self.rule.advance(state, grad, clock), grad)
+        return made
 
     def direction(self, state, grad):
         if isinstance(self.rule, MKOR) or not self.rule.overrides("precondition"):
@@ -122,12 +122,12 @@ class Contract:
             moved = self.rule.moment(state, grad)
             grad = moved if self.size == "moment" else grad
             weight = moved.weight if left is None else left @ moved.weight
-            made = Gradient(weight if right is None else weight @ right,
-                            moved.bias if moved.bias is None or left is None else left @ moved.bias)  # fmt: skip
+            weight, _, state = self.rule.normalize(state, weight if right is None else weight @ right)
+            made = Gradient(weight, moved.bias if moved.bias is None or left is None else left @ moved.bias)
         else:
             made = self.rule.precondition(state, grad)
         bias = None if made.bias is None else self.sized(made.bias, grad.bias)
-        return Gradient(self.sized(made.weight, grad.weight), bias)
+        return Gradient(self.sized(made.weight, grad.weight), bias), state
 
     def sized(self, D, G):
         size = {"gradient": G.norm(), "moment": G.norm(), "rms": 0.2 * D.numel() ** 0.5, None: D.norm()}[self.size]

@@ -2,26 +2,15 @@
 
     S <- gamma S + (1 - gamma) (identity + kappa d C / tr C), the identity as unit vectors in turn
     B <- mu B + G, M = G + mu B, D = S_L^-1 M S_R^-1, its rows, then its columns over their mean squares,
-    W <- W (1 - lr wd) - lr 0.2 sqrt(O I) / |D| D
+    W <- W (1 - lr wd) - lr s sqrt(O I) / |D| D, s = max(.2, min(|m| / sqrt(v), .03 |W| / lr)) as if m and v were Adam's
 N rows, O outputs, I inputs, d either; of modules Linear, Conv2d, and Embedding as the table of a Linear.
 """
 import math
 
 import torch
 import torch.nn.functional as F
+from hashed import signs
 from torch import nn
-
-
-def mixed(h):
-    for _ in range(2):
-        h = (((h >> 16) ^ h) * 0x45D9F3B) % 2**31
-    return (h >> 16) ^ h
-
-
-def signs(key, side, rows, count):
-    seed = mixed(mixed(mixed(key % 2**31) ^ (key >> 31) % 2**31) ^ (side + 1))
-    words = [mixed(mixed(seed ^ word) ^ torch.arange(rows)) for word in range(-(-count // 24))]
-    return torch.stack([1.0 - 2 * (words[j // 24] >> (j % 24 + 4) & 1) for j in range(count)], 1).double()
 
 
 class Damped:

@@ -224,8 +224,8 @@ class LateContract(Contract):
         if not self.rows:
             shape = self.shape(self.sites[name][0], self.sites[name][2], grad.bias is not None)
             state = self.rule.init(shape, torch.device("cpu"))
-            self.state[key] = state = self.rule.advance(state, grad, torch.tensor(self.count))
-            return self.direction(state, grad)
+            made, self.state[key] = self.direction(self.rule.advance(state, grad, torch.tensor(self.count)), grad)
+            return made
         return super().member(key, name, member, grad)
 
 

@@ -61,12 +61,13 @@ class Entry:
 
     @property
     def note(self) -> str:
-        """Its factors, whose factor it shares, or why it has none."""
+        """Its factors (the matrices of its state, where there are any), whose factor it shares, or why it has none."""
         if self.declined is not None:
             return str(self.declined)
         if self.bias_of:
             return f"{self.shares} of {self.bias_of}"
-        return ", ".join(f"{k} {times(s)}".strip() for k, s in self.factors.items())
+        matrices = {k: s for k, s in self.factors.items() if len(s) > 1}
+        return ", ".join(f"{k} {times(s)}".strip() for k, s in (matrices or self.factors).items())
 
 
 class Fractions(NamedTuple):
