@@ -26,22 +26,23 @@ from .inverse_updates import (
     stabilised,
     unless_noise,
 )
-from .mkor_options import PUBLISHED, MKOROptions
-from .moments import adam_rms, average_square, normalized
+from .mkor_options import PUBLISHED
+from .moments import Moments
 
 
 @dataclass(frozen=True, kw_only=True)
-class MKOR(MKOROptions):
+class MKOR(Moments):
     """Momentum-enabled Kronecker-factor optimizer: inverse factors by low-rank steps.
 
     For a weight ``W`` of ``[O, I]`` on rows ``a`` of inputs and ``g`` of output gradients, the inverse factors ``L`` of
     ``[O, O]`` and ``R`` of ``[I, I]`` take a step of low rank each. The default form, with momentum ``mu`` and ``G`` the
     gradient:
 
-        ``B <- mu B + G``, ``M = G + mu B``, ``D = L M R / sqrt(r c)``, ``W <- W (1 - lr wd) - lr 0.2 sqrt(O I) / |D| D``
+        ``B <- mu B + G``, ``M = G + mu B``, ``D = L M R / sqrt(r c)``, ``W <- W (1 - lr wd) - lr s sqrt(O I) / |D| D``
 
-    with ``r`` and ``c`` the moving averages of the mean squares of the rows and columns of ``L M R``. A step has the root
-    mean square of one of Adam's, with its rate and weight decay, and the base optimizer leaves the weight alone. With
+    with ``r`` and ``c`` the moving averages of the mean squares of the rows and columns of ``L M R``. A step is as long as
+    Adam's, ``s = max(0.2, min(|m| / sqrt(v), 0.03 |W| / (lr sqrt(O I))))`` with ``m`` and ``v`` the averages of ``G`` and of
+    ``|G|^2``; it has Adam's rate and weight decay, and the base optimizer leaves the weight alone. With
     ``momentum=0`` the base optimizer gets ``L G R |G| / |L G R|`` in place of the gradient; the forms of :meth:`published`
     are meant for that.
 
@@ -69,8 +70,8 @@ class MKOR(MKOROptions):
         rank: sketches a side and step, of ``"rows"`` and ``"gradient"``; None is 8, and 1 for the published forms.
         momentum: ``mu``, in [0, 1); 0 hands a direction to the base optimizer. None is 0.9, and 0 for the published forms.
         nesterov: ``M = G + mu B``, else ``M = B``.
-        beta2: decay of ``r`` and ``c``, in [0, 1); 0 leaves ``L M R`` as it is. None is 0.95, and 0 without momentum and for
-            the published forms.
+        beta2: decay of ``r``, ``c`` and ``v``, in [0, 1); 0: ``D = L M R`` and ``s = 0.2``. None is 0.95, and 0 without
+            momentum and for the published forms.
         gamma: factor momentum, in (0, 1). None is 0.95, and 0.99 for the published forms.
         kappa: what statistics weigh beside the identity, > 0: for ``damped`` the damping is ``1 / kappa`` of the mean
             eigenvalue, for ``scale_free`` it is the squared length to which every statistic is brought. None is 3, and 10
@@ -266,46 +267,5 @@ class MKOR(MKOROptions):
 
     # ---- directions ---------------------------------------------------------------------------------------------------
 
-    def advance(self, state: State, grad: Gradient, step: Tensor) -> State:
-        if not self.keeps_momentum:
-            return state
-        names = {"momentum": grad.weight, "bias_momentum": grad.bias}
-        mu: Any = self.momentum
-        sums = {k: mu * state[k] + g.to(state[k].dtype) for k, g in names.items() if g is not None and k in state}
-        if self.beta2:
-            sums["square"] = average_square(state["square"], grad.weight, self.beta2)
-            sums["steps"] = state["steps"] + 1
-        return {**state, **sums}
-
-    def overrides(self, function: str) -> bool:
-        optional = {"advance": self.keeps_momentum, "moment": self.keeps_momentum, }
-        optional |= dict.fromkeys(("normalize", "adam_rms"), bool(self.beta2))
-        return super().overrides(function) and optional.get(function, True)
-
-    def moment(self, state: State, grad: Gradient) -> Gradient:
-        if not self.keeps_momentum:
-            return grad
-        pairs = (("momentum", grad.weight), ("bias_momentum", grad.bias))
-        return Gradient(*(self._moment(state.get(name), raw) for name, raw in pairs))
-
-    def _moment(self, held: Tensor | None, raw: Tensor | None) -> Any:
-        if held is None or raw is None:
-            return raw
-        mu: Any = self.momentum
-        ahead = raw.to(held.dtype) + mu * held if self.nesterov else held
-        return ahead.to(raw.dtype)
-
     def sides(self, state: State) -> Sides:
         return Sides(state.get("L"), state.get("R"))
-
-    def adam_rms(self, state: State, moment: Gradient) -> Tensor | None:
-        if not self.beta2:
-            return None
-        mu: Any = self.momentum
-        return adam_rms(moment.weight, state["square"], state["steps"], mu, self.nesterov, self.beta2)
-
-    def normalize(self, state: State, product: Tensor) -> tuple[Tensor, Tensor | None, State]:
-        if not self.beta2:
-            return product, None, state
-        made, rms, rows, columns = normalized(product, state["row_squares"], state["column_squares"], self.beta2)
-        return made, rms, {**state, "row_squares": rows, "column_squares": columns}

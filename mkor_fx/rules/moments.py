@@ -1,9 +1,60 @@
-"""Moments of what the factors have made of a gradient. Shape suffixes: ``O`` outputs, ``I`` inputs of one weight."""
+"""Moments of gradients, and of what the factors have made of them. Shape suffixes: ``O`` outputs, ``I`` inputs."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from .base import State
+from .direction import Gradient
+from .mkor_options import MKOROptions
+
+
+class Moments(MKOROptions):
+    """The part of :class:`MKOR` behind its factors: momentum, and how long a step is."""
+
+    def advance(self, state: State, grad: Gradient, step: Tensor) -> State:
+        if not self.keeps_momentum:
+            return state
+        names = {"momentum": grad.weight, "bias_momentum": grad.bias}
+        mu: Any = self.momentum
+        sums = {k: mu * state[k] + g.to(state[k].dtype) for k, g in names.items() if g is not None and k in state}
+        if self.beta2:
+            sums["square"] = average_square(state["square"], grad.weight, self.beta2)
+            sums["steps"] = state["steps"] + 1
+        return {**state, **sums}
+
+    def overrides(self, function: str) -> bool:
+        optional = dict.fromkeys(("advance", "moment"), self.keeps_momentum)
+        optional |= dict.fromkeys(("normalize", "adam_rms"), bool(self.beta2))
+        return super().overrides(function) and optional.get(function, True)
+
+    def moment(self, state: State, grad: Gradient) -> Gradient:
+        if not self.keeps_momentum:
+            return grad
+        pairs = (("momentum", grad.weight), ("bias_momentum", grad.bias))
+        return Gradient(*(self._moment(state.get(name), raw) for name, raw in pairs))
+
+    def _moment(self, held: Tensor | None, raw: Tensor | None) -> Any:
+        if held is None or raw is None:
+            return raw
+        mu: Any = self.momentum
+        ahead = raw.to(held.dtype) + mu * held if self.nesterov else held
+        return ahead.to(raw.dtype)
+
+    def adam_rms(self, state: State, moment: Gradient) -> Tensor | None:
+        if not self.beta2:
+            return None
+        mu: Any = self.momentum
+        return adam_rms(moment.weight, state["square"], state["steps"], mu, self.nesterov, self.beta2)
+
+    def normalize(self, state: State, product: Tensor) -> tuple[Tensor, Tensor | None, State]:
+        if not self.beta2:
+            return product, None, state
+        made, rms, rows, columns = normalized(product, state["row_squares"], state["column_squares"], self.beta2)
+        return made, rms, {**state, "row_squares": rows, "column_squares": columns}
 
 
 def normalized(

@@ -27,8 +27,7 @@ def precondition(draft: Draft) -> None:
             item.layout,
             draft.numbers_of(item),
             item.sizing,
-            item.grad,
-            item.bias,
+            (item.grad, item.bias),
             item.state,
             draft.clock(item.label),
             draft.longest(item),
@@ -50,8 +49,7 @@ def direct_one(
     layout: Layout,
     numbers: Numbers,
     sizing: Sizing,
-    grad: Tensor,
-    bias_grad: Tensor | None,
+    gradients: tuple[Tensor, Tensor | None],
     state: dict[str, Tensor],
     step: Tensor,
     longest: Tensor | None = None,
@@ -65,6 +63,7 @@ def direct_one(
     """
     rule = bind(layout.rule, {**numbers, **dict(sizing.fields)})
     advances, is_step = rule.overrides("advance") or rule.overrides("normalize"), sizing.final
+    grad, bias_grad = gradients
     gradient = layout.orient(grad, bias_grad)
     scale_matters = sizing.graft in ("rms", "adam") or rule.overrides("precondition") or rule.overrides("moment")
     unscaled = scales is not None and (advances or is_step or scale_matters)
