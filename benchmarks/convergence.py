@@ -6,7 +6,7 @@
 All sides search the same grid with the first seed; where the best rate lies at its edge, the grid goes on by factors of two
 until it lies inside. The other seeds run at the best rate and its two neighbours, and the rate with the best median is
 reported. Every finished run is appended to a ledger and never repeated: what was cut goes on where it stopped, and two
-processes may work on different tasks.
+processes may work on different tasks. After the library or a task has changed, use another `--out`.
 """
 
 import argparse
@@ -79,6 +79,14 @@ class Search:
             print(f"{name}: lr {lr:g}, seed {seed}: {losses} ({found.cpu_ms:.1f} ms)", flush=True)
         return self.ledger.runs[key]
 
+    def kept(self) -> dict[float, list[Run]]:
+        """What the ledger holds, by rate."""
+        own, found = (self.task.name, identity(self.side), self.steps), dict[float, list[Run]]()
+        for (*about, lr, _), run in sorted(self.ledger.runs.items(), key=lambda item: item[0][-1]):
+            if tuple(about) == own:
+                found.setdefault(lr, []).append(run)
+        return found
+
     def all(self, seeds: Sequence[int], grid: Sequence[float]) -> dict[float, list[Run]]:
         """Runs by rate, those of every seed where the rate is among the three that all seeds have run."""
         first = {lr: self.run(lr, seeds[0]) for lr in grid}
@@ -109,6 +117,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", nargs="+", choices=ALL_TASKS, help=f"default: {', '.join(PROOF)}")
     parser.add_argument("--side", nargs="+", help=f"AdamW, SGD, Muon, SOAP, Shampoo or Python; default: {', '.join(SIDES)}")
+    parser.add_argument("--kept", action="store_true", help="run nothing, report what the ledger holds")
     parser.add_argument("--study", action="store_true", help=f"MKOR's options on {', '.join(STUDY_TASKS)}")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rates", type=float, nargs="+", help="grid to begin with (default: each task's own)")
@@ -122,12 +131,16 @@ def main() -> None:
     tasks = options.task or (STUDY_TASKS if options.study else PROOF)
     sides = options.side or (STUDY if options.study else SIDES)
     ledger = Ledger(options.out / "runs.jsonl")
-    results = {}
+    results: dict[Task, dict[str, list[Run]]] = {}
     for name in tasks:
         task = ALL_TASKS[name]
         searched = {side: Search(ledger, task, side, options.backend, options.steps) for side in sides}
-        runs = {side: search.all(options.seeds, options.rates or task.grid) for side, search in searched.items()}
-        results[task] = {side: best(found) for side, found in runs.items()}
+        runs = {
+            side: search.kept() if options.kept else search.all(options.seeds, options.rates or task.grid)
+            for side, search in searched.items()
+        }
+        found = {side: best(by_rate) for side, by_rate in runs.items() if by_rate}
+        results |= {task: found} if found else {}
     text = report(results, options.out)
     print(f"\n{text}")
 

@@ -39,7 +39,7 @@ def table(task: Task, sides: Mapping[str, Sequence[Run]]) -> str:
         row += [spread(run.final("held_out") for run in runs)]
         row += [reaching(runs, sides[target]) for target in targets]
         rows.append([*row, f"{statistics.median(run.cpu_ms for run in runs):.1f}"])
-    steps, seeds = max(run.evaluated[-1] for runs in sides.values() for run in runs), len(next(iter(sides.values())))
+    steps, seeds = max(run.evaluated[-1] for runs in sides.values() for run in runs), max(map(len, sides.values()))
     headers = ["side", "rate", "training", "held out", *(f"to {name}'s loss" for name in targets), "CPU ms a step"]
     alignment = ("left",) + ("right",) * (len(headers) - 1)
     text = tabulate(rows, headers, tablefmt="pipe", disable_numparse=True, colalign=alignment)
@@ -56,7 +56,8 @@ def spread(values: Iterable[float]) -> str:
 
 def reaching(runs: Sequence[Run], target: Sequence[Run]) -> str:
     """Steps, and seconds of the processor, until the target's final loss of the same seed; medians over seeds."""
-    pairs = [(run, run.steps_to(goal.final())) for run, goal in zip(runs, target, strict=True)]
+    goals = {goal.seed: goal.final() for goal in target}
+    pairs = [(run, run.steps_to(goals[run.seed])) for run in runs if run.seed in goals]
     if any(steps is None for _, steps in pairs):
         return "never" if all(steps is None for _, steps in pairs) else "not by all"
     steps = statistics.median(steps for _, steps in pairs if steps)

@@ -73,7 +73,11 @@ def test_runs_are_kept_and_the_report_is_written(tmp_path, capsys, monkeypatch):
     first = capsys.readouterr().out
     monkeypatch.setattr(convergence, "build", lambda *_: pytest.fail("a finished run is not run again"))
     convergence.main()
-    assert capsys.readouterr().out.strip() == first[first.index("### digits") :].strip()
+    table = first[first.index("### digits") :].strip()
+    assert capsys.readouterr().out.strip() == table
+    monkeypatch.setattr("sys.argv", ["convergence", *arguments, "SOAP", "--kept"])
+    convergence.main()
+    assert capsys.readouterr().out.strip() == table
     assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 6
     assert "MKOR(rank=2) behind SGD" in (tmp_path / "report.md").read_text() and (tmp_path / "digits.png").stat().st_size
     torch.set_num_threads(threads)
