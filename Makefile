@@ -19,7 +19,7 @@ MINILM := $(VENV)/minilm/vaderSentiment-3.3.1.tar.gz
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
 	@echo
-	@echo '  TASK=digits|fashion|fashion-ae|lm for demo, ARGS="..." for options of demo, test, fuzz, bench, convergence, minilm'
+	@echo '  TASK=digits|fashion|fashion-ae|cnn|lm|gpt for demo, ARGS="..." for options of demo, test, fuzz, bench, convergence, minilm'
 
 setup: $(READY)  ## virtual environment in .venv with everything the other targets need
 

@@ -77,7 +77,7 @@ class Task:
     steps: int
     evaluate_every: int
     evaluation_size: int
-    rates: dict[str, float] = field(default_factory=dict)
+    rates: dict[str, float] = field(default_factory=dict)  # none: not for the demo
     inner: str = "*"  # pattern of the names whose matrices Muon is for
     grid: tuple[float, ...] = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)  # rates to begin a search with
 
@@ -199,7 +199,7 @@ TASKS = {
             steps=300,
             evaluate_every=2,
             evaluation_size=360,
-            rates={"baseline": 4e-3, "muon": 2e-2, "mkor": 2e-2},
+            rates={"baseline": 4e-3, "muon": 1.6e-2, "mkor": 1.6e-2},
         ),
         Task(
             name="fashion",
@@ -212,7 +212,7 @@ TASKS = {
             steps=300,
             evaluate_every=5,
             evaluation_size=2000,
-            rates={"baseline": 8e-3, "muon": 1e-2, "mkor": 1e-2},
+            rates={"baseline": 8e-3, "muon": 8e-3, "mkor": 8e-3},
         ),
         Task(
             name="fashion-ae",
@@ -252,6 +252,7 @@ TASKS = {
             steps=400,
             evaluate_every=10,
             evaluation_size=1000,
+            rates={"baseline": 1.6e-2, "muon": 1.6e-2, "mkor": 1.6e-2},
         ),
         Task(
             name="gpt",
@@ -264,6 +265,7 @@ TASKS = {
             steps=1000,
             evaluate_every=25,
             evaluation_size=64,
+            rates={"baseline": 5e-4, "muon": 2e-3, "mkor": 4e-3},
             inner="blocks.*",
             grid=(1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3),
         ),
