@@ -57,7 +57,7 @@ def expected(name, steps, refresh_every):
     """Parameters and factors of the reference, before what its last step would have sent."""
     model, loss_fn, batches = batches_of(name, 8, steps)
     options = dataclasses.asdict(RULE) | {"epsilon": float("inf"), "zeta": 0.0, "refresh_every": refresh_every}
-    for name in ("rank", "momentum", "nesterov", "product_dtype"):
+    for name in ("rank", "momentum", "nesterov", "beta2", "product_dtype"):
         del options[name]
     late = LateReference(model, torch.optim.AdamW(model.parameters(), lr=1e-2), **options)
     for x, y in batches:
