@@ -105,5 +105,5 @@ def plot(task: Task, sides: Mapping[str, Sequence[Run]], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     by_step.legend(frameon=False, fontsize=7)
     figure.suptitle(f"{task.title}; dotted: held out")
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=90)
     plt.close(figure)
