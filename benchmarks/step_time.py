@@ -8,7 +8,6 @@ steps the hidden matrices, AdamW the rest, in one compiled program like the othe
 """
 
 import argparse
-import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -20,8 +19,10 @@ from torch import nn
 from torch.nn import functional
 
 import mkor_fx
+from benchmarks import models
 from benchmarks.models import GPT
 from benchmarks.tasks import symbol_entropy
+from benchmarks.training import muon_for
 
 VOCABULARY, CONTEXT, HEADS, BATCH = 256, 128, 4, 16
 ADAMW, MUON = "AdamW", "Muon + AdamW"
@@ -57,15 +58,9 @@ def mlp() -> Case:
     generator = torch.Generator().manual_seed(0)
     sizes, batch = (784, 1024, 1024, 1024, 10), 256
 
-    def layers() -> list[nn.Module]:
-        found: list[nn.Module] = []
-        for inputs, outputs in itertools.pairwise(sizes):
-            found += [nn.Linear(inputs, outputs), nn.ReLU()]
-        return found[:-1]
-
     data = torch.randn(batch, 784, generator=generator), torch.randint(10, (batch,), generator=generator)
     title = f"MLP {'-'.join(map(str, sizes))}, {batch} rows"
-    return Case(title, lambda: nn.Sequential(*layers()), functional.cross_entropy, data, batch)
+    return Case(title, lambda: models.mlp(*sizes), functional.cross_entropy, data, batch)
 
 
 def hidden_layers(model: nn.Module) -> dict[str, nn.Linear]:
@@ -77,11 +72,9 @@ def build(side: str, case: Case, backend: str) -> tuple[Any, float]:
     """A compiled step and the seconds its compilation took."""
     torch.manual_seed(0)
     model = case.model()
-    hidden = [layer.weight for layer in hidden_layers(model).values()] if side == MUON else []
-    rest = [p for p in model.parameters() if all(p is not h for h in hidden)]
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, lr=1e-3)]
-    if hidden:
-        optimizers.append(torch.optim.Muon(hidden, lr=1e-3, adjust_lr_fn="match_rms_adamw"))
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(model.parameters())]
+    if side == MUON:
+        optimizers = muon_for(model, [layer.weight for layer in hidden_layers(model).values()])
     rule, every = RULES.get(side, (None, 1))
     step = mkor_fx.compile_step(model, case.loss_fn, optimizers, rule=rule, refresh_every=every, backend=backend)
     started = time.perf_counter()

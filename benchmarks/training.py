@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -64,9 +64,13 @@ def sgd(task: Task, model: nn.Module) -> list[Optimizer]:
 
 
 def muon(task: Task, model: nn.Module) -> list[Optimizer]:
-    """Torch's Muon for the hidden matrices and AdamW for the rest. Muon's updates have the size of AdamW's
-    (`match_rms_adamw`), so that one rate serves both; so does one weight decay."""
-    hidden = task.hidden(model)
+    """Torch's Muon for the hidden matrices of a task and AdamW for the rest."""
+    return muon_for(model, task.hidden(model))
+
+
+def muon_for(model: nn.Module, hidden: Sequence[Tensor]) -> list[Optimizer]:
+    """Torch's Muon for ``hidden`` and AdamW for the rest. Muon's updates have the size of AdamW's (`match_rms_adamw`), so
+    that one rate serves both; so does one weight decay."""
     rest = [p for p in model.parameters() if all(p is not h for h in hidden)]
     return [
         torch.optim.Muon(hidden, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
@@ -155,8 +159,9 @@ class EagerTrainer(Trainer):
     mkor_fx.compile where there is a rule."""
 
     def compile(self, rule: Any, refresh_every: int, backend: str) -> None:
-        compiled = torch.compile(self.model, backend=backend)
-        if rule is not None:
+        if rule is None:
+            compiled: Any = torch.compile(self.model, backend=backend)
+        else:
             compiled = mkor_fx.compile(self.model, rule, refresh_every=refresh_every, backend=backend)
             self.mkor = compiled.mkor
 

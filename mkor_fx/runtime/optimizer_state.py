@@ -45,7 +45,11 @@ def _is_number(value: Any) -> bool:
 
 
 def read_number(optimizer: Groups, number: Number) -> float | Tensor:
-    value = optimizer.param_groups[number.group][number.key]
+    return _read(optimizer.param_groups, number)
+
+
+def _read(groups: list[dict[str, Any]], number: Number) -> float | Tensor:
+    value = groups[number.group][number.key]
     return value if number.position is None else value[number.position]
 
 
@@ -145,8 +149,9 @@ class OptimizerNumbers:
         """
         optimizer = self._optimizer()
         assert optimizer is not None
+        groups = optimizer.param_groups
         return self._packed.write(
-            0.0 if n.key == "dampening" and n.group in fresh_groups else read_number(optimizer, n)
+            0.0 if n.key == "dampening" and n.group in fresh_groups else _read(groups, n)
             for n in self._numbers
         )
 

@@ -46,6 +46,6 @@ def trainer_of(rule: Rule | None, optimizer: Groups, at: int) -> str:
         return f"{name}, on {own}'s direction"
     if sizing.trust:
         return f"{own}, {name}'s trust ratio"
-    if sizing.graft in ("rms", "adam"):
-        return f"{own}, steps of {name}'s size" if rule.follows_optimizer else f"{own}, at {name}'s rate"
-    return f"{own}, steps as long as {name}'s" if rule.follows_optimizer else f"{own}, at {name}'s rate"
+    if not rule.follows_optimizer:
+        return f"{own}, at {name}'s rate"
+    return f"{own}, steps of {name}'s size" if sizing.graft in ("rms", "adam") else f"{own}, steps as long as {name}'s"
