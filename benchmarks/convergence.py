@@ -27,7 +27,7 @@ from benchmarks.training import Run, Trainer
 ALL_TASKS = TASKS | {MINILM.name: MINILM}
 PROOF = ("digits", "fashion", "fashion-ae", "cnn", "gpt", "minilm")
 SIDES = (
-    *("AdamW", "SGD", "Muon", "SOAP", "Shampoo", "KFAC()"),
+    *("AdamW", "SGD", "Muon", "SOAP", "Shampoo", "KFAC()", "hooked K-FAC"),
     *(f"MKOR({options})" for options in ("", "rank=1", "rank=2", "rank=16", "statistic='gradient'")),
     "MKOR.published()",
 )
@@ -116,7 +116,7 @@ def median_final(runs: Sequence[Run]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", nargs="+", choices=ALL_TASKS, help=f"default: {', '.join(PROOF)}")
-    parser.add_argument("--side", nargs="+", help=f"AdamW, SGD, Muon, SOAP, Shampoo or Python; default: {', '.join(SIDES)}")
+    parser.add_argument("--side", nargs="+", help=f"a name of sides.py, or a rule as Python; default: {', '.join(SIDES)}")
     parser.add_argument("--kept", action="store_true", help="run nothing, report what the ledger holds")
     parser.add_argument("--study", action="store_true", help=f"MKOR's options on {', '.join(STUDY_TASKS)}")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

@@ -93,6 +93,8 @@ class Classifier(nn.Module):
         super().__init__()
         import transformers
 
+        transformers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.set_verbosity_error()  # the pooler's weights stay unused
         self.bert = transformers.BertModel.from_pretrained(weights(), add_pooling_layer=False)
         self.head = nn.Linear(self.bert.config.hidden_size, 2)
 

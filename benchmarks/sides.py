@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 import mkor_fx
+from benchmarks.hooked_kfac import HookedKFAC
 from benchmarks.tasks import Task
 from benchmarks.training import EagerTrainer, Trainer, adamw, muon, sgd
 
@@ -48,10 +49,17 @@ def shampoo(task: Task, model: nn.Module) -> list[Optimizer]:
     ]
 
 
+def hooked_kfac(task: Task, model: nn.Module) -> list[Optimizer]:
+    return [HookedKFAC(model), *adamw(task, model)]
+
+
 #: without a rule, in one compiled step; or behind one
 COMPILED = {"AdamW": adamw, "SGD": sgd, "Muon": muon, "RMSprop": rmsprop}
 #: that cannot be compiled
 EAGER = {"SOAP": soap, "Shampoo": shampoo, "Lamb": lamb}
+#: whose hooks a compiled model would not run
+HOOKED = {"hooked K-FAC": hooked_kfac}
+NAMED = COMPILED | EAGER | HOOKED
 
 
 def rule_of(side: str) -> tuple[Any, int, str]:
@@ -64,7 +72,7 @@ def rule_of(side: str) -> tuple[Any, int, str]:
 
 def identity(side: str) -> str:
     """What a side stands for, defaults included: what a finished run is kept under."""
-    if side in COMPILED or side in EAGER:
+    if side in NAMED:
         return side
     rule, every, behind = rule_of(side)
     return f"{rule} every {every} behind {behind}"
@@ -72,7 +80,9 @@ def identity(side: str) -> str:
 
 def build(task: Task, side: str, backend: str) -> Trainer:
     """The trainer of a side."""
-    rule, every, behind = (None, 1, side) if side in COMPILED or side in EAGER else rule_of(side)
+    rule, every, behind = (None, 1, side) if side in NAMED else rule_of(side)
+    if behind in HOOKED:
+        return EagerTrainer(task, None, HOOKED[behind], backend="none")
     if behind in EAGER:
         return EagerTrainer(task, rule, EAGER[behind], refresh_every=every, backend=backend)
     return Trainer(task, rule, COMPILED[behind], refresh_every=every, backend=backend)

@@ -156,11 +156,11 @@ class Trainer:
 
 class EagerTrainer(Trainer):
     """For optimizers that cannot be compiled: their step is their own, on a model compiled by torch.compile, or by
-    mkor_fx.compile where there is a rule."""
+    mkor_fx.compile where there is a rule; the model runs as it is with the backend "none"."""
 
     def compile(self, rule: Any, refresh_every: int, backend: str) -> None:
         if rule is None:
-            compiled: Any = torch.compile(self.model, backend=backend)
+            compiled: Any = self.model if backend == "none" else torch.compile(self.model, backend=backend)
         else:
             compiled = mkor_fx.compile(self.model, rule, refresh_every=refresh_every, backend=backend)
             self.mkor = compiled.mkor
@@ -170,7 +170,7 @@ class EagerTrainer(Trainer):
             loss.backward()
             for optimizer in self.optimizers:
                 optimizer.step()
-                optimizer.zero_grad()
+            self.model.zero_grad()
             return loss.detach()
 
         self.step = step

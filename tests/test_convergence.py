@@ -107,3 +107,24 @@ def test_two_tasks_make_an_overview(tmp_path):
     sides_of = {"AdamW": [run(1e-3, 0, [3.0])], "MKOR()": [run(1e-3, 0, [2.0])]}
     text = report({tasks.TASKS["digits"]: sides_of, tasks.TASKS["lm"]: sides_of}, tmp_path)
     assert "### All tasks" in text and "3 / 3" in text
+
+
+def test_kfac_by_hooks_is_the_rule():
+    """With convolutions, over two inversions: one trajectory."""
+    task = dataclasses.replace(TASKS["digits"], architecture=small_network, steps=14, evaluate_every=7)
+    hooked, rule = (
+        sides.build(task, side, "eager").run(1e-2, 0) for side in ("hooked K-FAC", "KFAC(derive_every=10)")
+    )
+    assert hooked.training == pytest.approx(rule.training, rel=1e-4)
+    adamw = sides.build(task, "AdamW", "eager").run(1e-2, 0)
+    assert adamw.training != pytest.approx(rule.training, rel=1e-2)
+
+
+def small_network():
+    return torch.nn.Sequential(
+        torch.nn.Unflatten(1, (1, 8, 8)),
+        torch.nn.Conv2d(1, 4, 3, stride=2, padding=1),
+        torch.nn.GELU(),
+        torch.nn.Flatten(),
+        torch.nn.Linear(64, 64),
+    )

@@ -76,7 +76,7 @@ def _damped_update(
     fresh = 1 - gamma_2
     squared = fresh * kappa_2 * (size / len(blocks))
     columns_RD = torch.cat([_to_length(block, squared, (-2, -1)) for block in blocks], -2)
-    index = (torch.arange(probes, device=factor.device) + visits.unsqueeze(-1) * probes) % size
+    index = stored((torch.arange(probes, device=factor.device) + visits.unsqueeze(-1) * probes) % size)
     length = fresh * (size / probes)
     length = length.sqrt() if isinstance(length, Tensor) else length**0.5
     rows_PD = torch.take_along_dim(factor, index.unsqueeze(-1), -2) * length
@@ -84,10 +84,11 @@ def _damped_update(
     gram_KR = pushed_KD @ columns_RD.mT
     gram_KP = torch.take_along_dim(pushed_KD, index.unsqueeze(-2), -1) * length
     gram_KK = torch.cat([gram_KR, gram_KP], -1)
-    gram_KK = (gram_KK + gram_KK.mT) / 2 + torch.eye(gram_KK.shape[-1], dtype=dtype, device=factor.device)
-    root, info = torch.linalg.cholesky_ex(gram_KK)
-    roots_KD = torch.linalg.solve_triangular(root, pushed_KD, upper=False)
-    roots_KD = torch.where((info == 0).unsqueeze(-1).unsqueeze(-1), roots_KD, torch.zeros_like(roots_KD))
+    identity_KK = torch.eye(gram_KK.shape[-1], dtype=dtype, device=factor.device)
+    root, info = torch.linalg.cholesky_ex((gram_KK + gram_KK.mT) / 2 + identity_KK)
+    inverse_KK = torch.linalg.solve_triangular(root, identity_KK, upper=False)  # small: U itself would be copied to solve
+    inverse_KK = torch.where((info == 0).unsqueeze(-1).unsqueeze(-1), inverse_KK, torch.zeros_like(inverse_KK))
+    roots_KD = inverse_KK @ pushed_KD
     updated = factor / gamma_2 - roots_KD.mT @ roots_KD
     if factor_DD.dtype in (torch.bfloat16, torch.float16):  # rounding moves eigenvalues by less than this
         largest = updated.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True).unsqueeze(-1)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..prims import stored
 from .base import State
 from .direction import Gradient
 from .mkor_options import MKOROptions
@@ -79,7 +80,7 @@ def _averaged(average: Tensor, squares: Tensor, beta2: float) -> tuple[Tensor, T
     whole = squares.mean()
     moved = beta2 * average + (1 - beta2) * squares / whole
     new = torch.where(torch.isfinite(whole) & (whole > 0), moved, average)
-    return new, torch.where(new > 0, new.rsqrt(), torch.zeros_like(new))
+    return new, stored(torch.where(new > 0, new.rsqrt(), torch.zeros_like(new)))
 
 
 def average_square(average: Tensor, gradient_OI: Tensor, beta2: float) -> Tensor:

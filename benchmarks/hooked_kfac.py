@@ -1,0 +1,65 @@
+"""K-FAC as libraries of module hooks have it, eager: what `mkor_fx.KFAC` is held against.
+
+Shape suffixes: ``N`` rows, ``O`` outputs and ``I`` inputs of a layer.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class HookedKFAC(torch.optim.Optimizer):
+    """Turns gradients of linear layers and convolutions into K-FAC's directions, in place; stands in front of the optimizer
+    that applies them.
+
+    The equations are those of :class:`mkor_fx.KFAC` (Martens and Grosse, 2015, arXiv 1503.05671): averages of
+    ``a^T a / N`` and ``N g^T g``, inverted every ``every`` steps with factored damping, used from the step behind; a
+    direction is as long as its gradient. Hooks need the modules to run as they are: the model cannot be compiled.
+    """
+
+    def __init__(self, model: nn.Module, damping: float = 1e-3, decay: float = 0.95, every: int = 10) -> None:
+        layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d)) and m.weight.requires_grad]
+        super().__init__([layer.weight for layer in layers], {"lr": 0.0})  # the rate is the next optimizer's
+        self.layers, self.damping, self.decay, self.every = layers, damping, decay, every
+        self.rows: dict[nn.Module, list[Tensor]] = {}
+        for layer in layers:
+            layer.register_forward_hook(self._watch)
+
+    def _watch(self, layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(partial(self._keep, layer, inputs[0].detach()))
+
+    def _keep(self, layer: Any, a: Tensor, g: Tensor) -> None:
+        if isinstance(layer, nn.Conv2d):
+            a = functional.unfold(a, layer.kernel_size, layer.dilation, layer.padding, layer.stride).mT
+            g = g.flatten(2).mT
+        self.rows[layer] = [a.flatten(0, -2), g.flatten(0, -2)]
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for layer in self.layers:
+            a_NI, g_NO = self.rows.pop(layer)
+            state = self.state[layer.weight]
+            step = state["step"] = state.get("step", -1) + 1
+            moments = {"R": a_NI.T @ a_NI / len(a_NI), "L": len(a_NI) * g_NO.T @ g_NO}
+            for name, moment in moments.items():
+                state[name] = self.decay * state[name] + (1 - self.decay) * moment if name in state else moment
+            if "L_inverse" in state:
+                weight = layer.weight.grad.flatten(1)
+                _replace(weight, state["L_inverse"] @ weight @ state["R_inverse"])
+                if layer.bias is not None:
+                    _replace(layer.bias.grad, state["L_inverse"] @ layer.bias.grad)
+            if step % self.every == 0:
+                mean = {name: state[name].diagonal().mean() for name in "LR"}
+                pi = (mean["R"] / mean["L"]).sqrt()
+                for name, damping in (("L", self.damping**0.5 / pi), ("R", self.damping**0.5 * pi)):
+                    damped = state[name] + damping * torch.eye(len(state[name]), dtype=pi.dtype)
+                    state[f"{name}_inverse"] = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+
+
+def _replace(grad: Tensor, direction: Tensor) -> None:
+    """With the gradient's norm."""
+    grad.copy_(direction * (grad.norm() / direction.norm()))
