@@ -23,7 +23,8 @@ class HookedKFAC(torch.optim.Optimizer):
     def __init__(self, model: nn.Module, damping: float = 1e-3, decay: float = 0.95, every: int = 10) -> None:
         layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d)) and m.weight.requires_grad]
         super().__init__([layer.weight for layer in layers], {"lr": 0.0})  # the rate is the next optimizer's
-        self.layers, self.damping, self.decay, self.every = layers, damping, decay, every
+        self.layers: list[Any] = list(layers)
+        self.damping, self.decay, self.every = damping, decay, every
         self.rows: dict[nn.Module, list[Tensor]] = {}
         for layer in layers:
             layer.register_forward_hook(self._watch)
@@ -33,13 +34,13 @@ class HookedKFAC(torch.optim.Optimizer):
             output.register_hook(partial(self._keep, layer, inputs[0].detach()))
 
     def _keep(self, layer: Any, a: Tensor, g: Tensor) -> None:
-        if isinstance(layer, nn.Conv2d):
+        if a.dim() == 4:
             a = functional.unfold(a, layer.kernel_size, layer.dilation, layer.padding, layer.stride).mT
             g = g.flatten(2).mT
         self.rows[layer] = [a.flatten(0, -2), g.flatten(0, -2)]
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for layer in self.layers:
             a_NI, g_NO = self.rows.pop(layer)
             state = self.state[layer.weight]
