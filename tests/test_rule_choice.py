@@ -209,6 +209,12 @@ class Aimless(Rule):
     init, summarize, update = Plain.init, Plain.summarize, Plain.update
 
 
+@dataclass(frozen=True, kw_only=True)
+class Twice(MKOR):
+    def precondition(self, state, grad):
+        return super().precondition(state, grad)
+
+
 def option(**options):
     return dataclass(frozen=True)(type("Odd", (Plain,), options))()
 
@@ -218,6 +224,7 @@ BAD = {
     "no dataclass": (Bare, r"rule=Bare: .*declare the class as @dataclass\(frozen=True\)"),
     "not hashable": (Listed, r"rule=.*Listed\(ranks=\[\]\) cannot be hashed \(unhashable type: 'list'\).*Use tuples"),
     "no direction": (Aimless, r"Aimless gives no direction: define sides\(state\) or precondition\(state, grad\)"),
+    "two directions": (Twice, r"Twice\.precondition takes the place.*define one of both \(MKOR with beta2=0"),
     "applies": (lambda: option(applies="step"), r"Odd\.applies='step': must be one of 'gradient', 'update'"),
     "graft": (lambda: option(graft="norm"), r"Odd\.graft='norm': must be one of None, 'gradient', 'rms'"),
     "derive_every": (lambda: option(derive_every=0), r"Odd\.derive_every=0: must be an integer of at least 1"),
@@ -232,7 +239,7 @@ def test_what_is_no_rule_is_refused_before_anything_happens(case, door):
     model = block()
     with pytest.raises(ValueError, match=message):
         run(door, model, make(), [])
-    with pytest.raises(ValueError, match=r"for 'mlp\.\*'|Odd|Aimless"):
+    with pytest.raises(ValueError, match=r"for 'mlp\.\*'|Odd|Aimless|Twice"):
         run(door, model, {"mlp.*": make(), "*": MKOR.published()}, [])
 
 

@@ -118,3 +118,8 @@ def check_rule(rule: object, where: str = "") -> None:
         )
     if not rule.overrides("sides") and not rule.overrides("precondition"):
         raise ValueError(f"{name} gives no direction: define sides(state) or precondition(state, grad)")
+    if rule.overrides("normalize") and rule.overrides("precondition"):
+        raise ValueError(
+            f"{name}.precondition takes the place of the two sides and of normalize, whose state would stand still: define "
+            "one of both (MKOR with beta2=0 does not normalize)"
+        )
