@@ -44,7 +44,7 @@ $(MINILM): $(READY)
 	$(RUN) -m pip download --no-binary :all: --no-deps -d $(@D) vaderSentiment==3.3.1
 	@touch $@
 
-# Without dependencies, likewise: SOAP and Shampoo to compare with.
+# Without dependencies, likewise: optimizers to compare with.
 $(SIDES): $(READY)
 	$(RUN) -m pip install --no-deps pytorch-optimizer==4.1.0
 	@touch $@
@@ -55,7 +55,7 @@ demo: $(READY)  ## AdamW, Muon and mkor_fx on real data: table, demo-output/loss
 demo-ddp: $(READY)  ## the demo on 2 gloo ranks: RANKS=2
 	$(RUN) -m torch.distributed.run --standalone --nproc-per-node $(RANKS) -m benchmarks.demo_ddp $(TASK) $(ARGS)
 
-test: $(MINILM)  ## run the tests
+test: $(MINILM) $(SIDES)  ## run the tests
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal $(ARGS)
 
 fuzz: $(READY)  ## hold 1000 random programs to their reference (slow): ARGS="--seeds 0:1000"
