@@ -1,5 +1,7 @@
-"""MKOR's damped form in the loops that people have: micro-batches, clipping, loss scalers, schedules, ranks. Beside the eager
-reference, whose rows come in parts that each draw signs of their own."""
+"""MKOR's damped form in the loops that people have: micro-batches, clipping, loss scalers, schedules, ranks, a resume.
+
+Beside the eager reference, whose rows come in parts that each draw signs of their own.
+"""
 
 import contextlib
 import copy

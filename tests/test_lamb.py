@@ -26,8 +26,8 @@ class Reference:
     """In numpy; ``groups``: lists of arrays, each with its options."""
 
     def __init__(self, groups):
-        self.groups = [(arrays, options, [[np.zeros_like(a), np.zeros_like(a)] for a in arrays]) for arrays, options in groups]
-        self.t = 0
+        zeros = lambda arrays: [[np.zeros_like(a), np.zeros_like(a)] for a in arrays]
+        self.t, self.groups = 0, [(arrays, options, zeros(arrays)) for arrays, options in groups]
 
     def step(self, grads):
         self.t += 1
