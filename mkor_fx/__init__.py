@@ -5,7 +5,19 @@ from .doors.explain import explain
 from .doors.simulate import simulate
 from .ops import op_rule
 from .options import Communication
-from .rules import KFAC, MKOR, Rule
+from .rules import KFAC, MKOR, Hybrid, Rule
 from .show.progress import progress
 
-__all__ = ["KFAC", "MKOR", "Communication", "Rule", "compile", "compile_step", "explain", "op_rule", "progress", "simulate"]
+__all__ = [
+    "KFAC",
+    "MKOR",
+    "Communication",
+    "Hybrid",
+    "Rule",
+    "compile",
+    "compile_step",
+    "explain",
+    "op_rule",
+    "progress",
+    "simulate",
+]

@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 from .passes.order.collectives import Sizes
 from .passes.pipeline import check_left_out
 from .passes.torch_api.backend import BACKENDS, Compiler, inductor_options
-from .rules import MKOR, RuleChoice, Rules
+from .rules import MKOR, Hybrid, RuleChoice, Rules
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +88,7 @@ class Options:
     options: dict[str, Any] | None = None
     without: Sequence[str] = ()
     rules: Rules = field(init=False)
+    hybrid: Hybrid | None = field(init=False)
     compiler: Compiler = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -123,9 +124,10 @@ class Options:
         object.__setattr__(self, "skip", skip)
         object.__setattr__(self, "compiler", compiler)
         object.__setattr__(self, "rules", Rules.of(self.rule))
+        object.__setattr__(self, "hybrid", self.rule if isinstance(self.rule, Hybrid) else None)
 
     @property
     def about(self) -> str:
         """What all ranks must have alike, and what programs depend on."""
-        names = ("refresh_every", "skip", "backend", "without", "skip_nonfinite", "stale", "communication")
+        names = ("refresh_every", "skip", "backend", "without", "skip_nonfinite", "stale", "communication", "hybrid")
         return ", ".join(f"{name} {getattr(self, name)}" for name in names)

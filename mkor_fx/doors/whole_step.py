@@ -28,6 +28,7 @@ from ..runtime.compiled_step import CompiledStep, StepMaker
 from ..runtime.factors import FactorState
 from ..runtime.inputs import Call
 from ..runtime.ranks import Ranks
+from ..runtime.switch import Switch
 from ..show.coverage import Coverage
 from ..show.graphs import Graphs
 from .agreement import buffer_names, group_of, owners_of, plan_of, present_numbers
@@ -98,6 +99,8 @@ def new_step(
         return StepProgram(step, variant, options, clock, loss_of)
 
     mkor = FactorState(model, every, expect=possible_states(options.rules))
+    if options.hybrid is not None:
+        mkor.switch = Switch(options.hybrid)
     maker = StepMaker(pick, build, check, check_arguments, clock.derive, clock.derive_every, clock.numbers)
     return CompiledStep(model, optimizer, mkor, maker, ranks, options.communication.check_replicas_every)
 
@@ -202,6 +205,7 @@ class StepProgram:
             compiled = compile_graph(written.whole.module, options.compiler, written.graphs.code, keep_order)
         if written.draft.update is not None:
             step.follow_branches(written.draft.update.branches)
+        written.coverage.switch = step.mkor.switch
         step.variants[self.variant.name], step.coverage = written.graphs, written.coverage
         written.coverage.graphs.captured += step.variants.values()
         step.compilations += 1

@@ -4,6 +4,7 @@ from ..kinds import Kind
 from .base import Rule, Shape, State, Use
 from .choice import RuleChoice, Rules, check_rule
 from .direction import Gradient, Sides
+from .hybrid import Hybrid
 from .hyper import Hyper
 from .kfac import KFAC
 from .mkor import MKOR
@@ -12,6 +13,7 @@ __all__ = [
     "KFAC",
     "MKOR",
     "Gradient",
+    "Hybrid",
     "Hyper",
     "Kind",
     "Rule",

@@ -11,10 +11,11 @@ import torch
 
 from ..kinds import Kind
 from .base import Rule
+from .hybrid import Hybrid
 from .hyper import describe_rule
 
 #: what the doors take as ``rule``
-RuleChoice = Rule | Mapping[str, Rule | None] | None
+RuleChoice = Rule | Mapping[str, Rule | None] | Hybrid | None
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Rules:
         Raises:
             ValueError: something in it is no rule, or a rule that cannot be compiled; names it and says what is missing.
         """
+        if isinstance(choice, Hybrid):
+            return cls.of(choice.rule)
         if choice is None:
             return cls()
         if not isinstance(choice, Mapping):

@@ -13,6 +13,7 @@ from ..kinds import Kind
 from ..prims import accumulation_dtype, column_sum, rademacher, sketch
 from .base import Shape, State, Use
 from .direction import Gradient, Sides, joined
+from .hybrid import Hybrid
 from .inverse_updates import (
     NOISE,
     as_printed,
@@ -100,6 +101,11 @@ class MKOR(Moments):
         if form not in PUBLISHED:
             raise ValueError(f"MKOR.published(form={form!r}): must be one of {', '.join(PUBLISHED)}")
         return cls(form=form, **options)  # type: ignore[arg-type]
+
+    @classmethod
+    def hybrid(cls, **options: Any) -> Hybrid:
+        """MKOR-H: ``MKOR(**options)`` that gives way to the base optimizer where it no longer pays, see :class:`Hybrid`."""
+        return Hybrid(cls(**options))
 
     @property
     def without_state(self) -> str:  # type: ignore[override]

@@ -36,6 +36,7 @@ class Saved:
     _expect: Callable[[str, nn.Parameter], list[Group]]
     owners: dict[str, int | None]
     ranks: Any
+    switch: Any
     newer: Callable[[], dict[str, Tensor]]
     generation: int
     loaded_step: int
@@ -67,7 +68,8 @@ class Saved:
             if owners:
                 device = next(self._model.parameters()).device
                 state |= self.ranks.from_owners(everywhere, owners, device)
-        return {**state, "step": torch.tensor(self.step)}
+        switch = {} if self.switch is None else {"switch": self.switch.state()}
+        return {**state, **switch, "step": torch.tensor(self.step)}
 
     def _owner(self, key: str) -> int | None:
         return self.owners.get(key.rpartition(".")[0])
@@ -87,6 +89,9 @@ class Saved:
             ValueError: keys or shapes are another model's; names them, and changes nothing.
         """
         loaded, step = by_weight(state)
+        switch = loaded.get("", {}).pop("switch", None)
+        if loaded.get("") == {}:
+            del loaded[""]
         if not loaded and step == 0:
             self.reset()
             return []
@@ -98,6 +103,8 @@ class Saved:
         left = [f"{name}.{key}" for name in misfits for key in loaded.pop(name)]
         if left:
             warnings.warn(f"mkor_fx: of the loaded state {some(list(misfits.values()))} was left out", stacklevel=2)
+        if self.switch is not None:
+            self.switch.reset() if switch is None else self.switch.load(switch)
         self._strict = strict
         self._set_step(step)
         self._afresh = {name: "the loaded state has none" for name in self._factors if name not in loaded}
@@ -135,8 +142,8 @@ class Saved:
         Raises:
             ValueError: the checkpoint has no such entry, or it is another model's.
         """
-        own = {*self.tensors(), "step"}
-        return self.load_state_dict(read_checkpoint(path, entry, own if len(own) > 1 else None), strict=strict)
+        own = {*self.tensors(), "step", "switch"} if self.tensors() else None
+        return self.load_state_dict(read_checkpoint(path, entry, own), strict=strict)
 
     def _set_step(self, step: int) -> None:
         self._step = self.loaded_step = step

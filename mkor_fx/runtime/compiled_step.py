@@ -57,7 +57,8 @@ class CompiledStep:
         graphs: every stage of the pipeline for the variant that refreshes; ``variants`` has all.
         coverage: what is preconditioned and why not, known after the first step.
         compilations: programs compiled so far.
-        fallback: whether steps leave the rule out, its state included, and are the base optimizer's alone.
+        fallback: whether steps leave the rule out, its state included, and are the base optimizer's alone; with a ``Hybrid``
+            it follows ``mkor.switch``.
     """
 
     def __init__(
@@ -134,6 +135,8 @@ class CompiledStep:
             )
         self._follow_model()
         self._follow_optimizer()
+        if self.mkor.switch is not None:
+            self.fallback = self.mkor.switch.first_order
         step, counted = self.mkor.step, None if self._skipped is None else self._skipped.clone()
         self._ran, self._arguments = False, (args, kwargs)
         try:
@@ -145,7 +148,9 @@ class CompiledStep:
                 "the step's program did not run, and nothing was trained: torch.compile is switched off or has given up "
                 "(torch.compiler.set_stance, TORCH_COMPILE_DISABLE, a recompile limit)"
             )
-        self._loss = result[0] if isinstance(result, tuple) else result
+        self._loss = loss = result[0] if isinstance(result, tuple) else result
+        if self.mkor.switch is not None:
+            self.mkor.switch.observe(loss, step, lambda: self.coverage.cost_of_base(self.mkor.refresh_every))
         self.mkor.advance()
         self._fresh_groups.clear()
         for optimizer in self.optimizers.members:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .checkpoint import Group, Recipe, Saved, flat, same_shapes, some, unlike
 from .measures import measure
+from .switch import Switch
 
 
 class FactorState(Saved):
@@ -43,6 +44,8 @@ class FactorState(Saved):
         self.owners: dict[str, int | None] = {}
         self._elsewhere: dict[str, Group] = {}
         self.ranks: Any = None
+        #: between the rule and the base optimizer alone, None: always the rule
+        self.switch: Switch | None = None
         #: what factors will be once everything on its way has arrived, by key
         self.newer: Callable[[], dict[str, Tensor]] = dict
         #: whether the factors of the last step are still to be refreshed
@@ -206,6 +209,8 @@ class FactorState(Saved):
         """Forget everything: fresh factors, step 0."""
         self._pending.clear()
         self._afresh.clear()
+        if self.switch is not None:
+            self.switch.reset()
         for name in self._factors:
             self._start_afresh(name)
         self._set_step(0)
@@ -256,6 +261,8 @@ class FactorState(Saved):
         """
         kinds = {f"{name}.{key}": self._recipes[name].kind(key) for name, group in self._factors.items() for key in group}
         found: dict[str, float] = {"steps": self.clock, "refreshes": -(-self.clock // self.refresh_every)}
+        if self.switch is not None:
+            found["second_order"] = float(not self.switch.first_order)
         return found | measure(self.tensors(), kinds, per_factor)
 
 

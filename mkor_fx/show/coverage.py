@@ -84,13 +84,15 @@ class Coverage:
 
     ``print(coverage)`` is a table, ``table(costs=True)`` what each weight costs, ``to_json()`` everything; ``covered`` and
     ``declined`` are lists of entries; ``graphs`` the programs seen so far and ``to_html(path)`` a page of it all.
-    ``trainers`` says by name who trains a parameter, once an optimizer is known.
+    ``trainers`` says by name who trains a parameter, once an optimizer is known; ``switch`` what a
+    ``Hybrid`` does now.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.graphs = ModelGraphs(self, type(model).__name__)
         self._entries = _unseen(model)
         self.trainers: dict[str, str] = {}
+        self.switch: Any = None
 
     def forget(self, model: nn.Module) -> None:
         """The model has changed: what its parameters are is to be seen anew."""
@@ -214,6 +216,7 @@ class Coverage:
             "coverage": self.coverage._asdict(),
             "state_bytes": sum(e.state_bytes for e in self),
             "sent": sum(e.sent for e in self),
+            "switch": None if self.switch is None else str(self.switch),
             "parameters": [self._entry_dict(entry) for entry in self],
         }
 
@@ -232,6 +235,13 @@ class Coverage:
     def to_html(self, path: str | os.PathLike[str]) -> None:
         """One page, for any browser and without a network: this table, the stages of every program and their diffs."""
         self.graphs.to_html(path)
+
+    def cost_of_base(self, refresh_every: int) -> float:
+        """Flops of a step without the rules over those with them, as far as they are counted."""
+        counted = [costs for e in self if (costs := self.costs(e.name)) is not None]
+        plain = sum(costs.layer_flops or 0 for costs in counted)
+        added = sum(costs.refresh_flops / refresh_every + costs.precondition_flops for costs in counted)
+        return plain / (plain + added) if plain else 1.0
 
     def table(self, costs: bool = False) -> str:
         """The table that is printed; with ``costs`` what each weight costs instead."""
@@ -256,6 +266,7 @@ class Coverage:
             f"{self.share()[1]:.1%} of all elements;\n"
             f"state {sum(e.state_bytes for e in self):,} bytes, "
             f"{sum(e.sent for e in self):,} numbers of statistics a refresh"
+            + (f"\nnow {self.switch}" if self.switch is not None else "")
         )
 
 

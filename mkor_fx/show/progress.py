@@ -65,6 +65,8 @@ def _line(done: int, total: int | None, seconds: float, metrics: dict[str, float
     if "loss" in metrics:
         parts.append(f"loss {metrics['loss']:.4g}")
     parts.append(f"{metrics['refreshes']:,.0f} refreshes")
+    if "second_order" in metrics:
+        parts.append("second order" if metrics["second_order"] else "first order")
     if metrics.get("skipped"):
         parts.append(f"{metrics['skipped']:,.0f} skipped")
     if "factor_min" in metrics:

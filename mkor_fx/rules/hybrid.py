@@ -1,0 +1,63 @@
+"""MKOR-H: second-order steps for as long as they pay (Mozaffari et al., 2023, arXiv 2306.01685)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from .hyper import number
+
+
+@dataclass(frozen=True)
+class Hybrid:
+    """A rule that gives way to the base optimizer where the loss says that it no longer pays.
+
+    The paper says that MKOR-H falls back when second-order updates no longer speed up the run, by the rate at which the loss
+    falls, and gives no formula; its code has a switch that nobody sets. Here the two ways of stepping are compared by
+    trials. Steps are looked at in windows of ``window``; with ``x_j`` the mean loss of window ``j`` and ``c`` what a step
+    costs (1 by the rule, ``cost`` without), the gain of a window is
+
+        ``rho_j = (x_{j-1} - x_j) / (window c)``
+
+    A gain below ``threshold`` times the best since the last trial, ``patience`` windows running, starts a trial of the other
+    way: one window is passed over, the mean gain of the next two is compared with that of the last two before. Away from the
+    rule it has to be at least as large; back to it larger by ``hysteresis``, and positive. A trial that fails goes back, and
+    the patience doubles, up to 64 windows; one that succeeds sets it back. The device is waited for once a window.
+
+    Steps without the rule are exactly the base optimizer's: no statistics, no products; factors stay as they are.
+
+    Args:
+        rule: what a door takes as ``rule``.
+        window: steps, 2 or more; long enough that the loss falls by more in it than its mean is uncertain.
+        threshold: of the best gain, in [0, 1).
+        patience: windows, 1 or more.
+        hysteresis: how much better the rule has to be to come back, 0 or more.
+        cost: of a step of the base optimizer, over one with the rule, in (0, 1]; None: counted from the graphs' products. 1
+            compares what steps gain, whatever they cost.
+        one_way: never come back.
+
+    Raises:
+        ValueError: for an option outside its range, naming it.
+    """
+
+    rule: Any
+    window: int = 50
+    threshold: float = 0.25
+    patience: int = 2
+    hysteresis: float = 0.2
+    cost: float | None = None
+    one_way: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("window", 2), ("patience", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"Hybrid({name}={value!r}): must be an integer of at least {least}")
+        if not 0 <= number(self.threshold, "Hybrid(threshold=") < 1:
+            raise ValueError(f"Hybrid(threshold={self.threshold!r}): must lie in [0, 1), e.g. 0.25")
+        if not number(self.hysteresis, "Hybrid(hysteresis=") >= 0:
+            raise ValueError(f"Hybrid(hysteresis={self.hysteresis!r}): must not be negative, e.g. 0.2")
+        if self.cost is not None and not 0 < number(self.cost, "Hybrid(cost=") <= 1:
+            raise ValueError(f"Hybrid(cost={self.cost!r}): must lie in (0, 1], or be None to be counted")
+        if self.rule is None or isinstance(self.rule, Hybrid):
+            raise ValueError(f"Hybrid(rule={self.rule!r}): must be a rule, or a dict of them by pattern")

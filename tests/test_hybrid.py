@@ -1,0 +1,218 @@
+"""MKOR-H: streams of losses that switch or do not, and steps, files, ranks and reports of a run that switches."""
+
+import copy
+import io
+import math
+import re
+
+import processes
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import mse_loss
+
+import mkor_fx
+from mkor_fx import KFAC, MKOR, Hybrid
+from mkor_fx.runtime.switch import Switch
+
+
+def watched(loss, steps, **options):
+    """The switch behind ``steps`` losses ``loss(step, first_order)``."""
+    switch = Switch(Hybrid(MKOR(), **{"cost": 1.0, **options}))
+    for step in range(steps):
+        switch.observe(torch.tensor(loss(step, switch.first_order), dtype=torch.float64), step, lambda: 0.5)
+    return switch
+
+
+def sloped(first_order_over_second):
+    """A slope of -.1 that falls to a fifth at step 1000; in first-order steps that times the ratio."""
+    now = [100.0]
+
+    def loss(step, first_order):
+        slope = 0.1 if step < 1000 else 0.02
+        now[0] -= slope * first_order_over_second if first_order else slope
+        return now[0]
+
+    return loss
+
+
+def test_a_constant_or_a_straight_line_never_leaves():
+    assert watched(lambda step, first: 1.0, 3000).history == []
+    assert watched(lambda step, first: 1000 - 0.1 * step, 3000).history == []
+
+
+def test_a_plateau_leaves_where_the_equations_say():
+    """Flat from window 21 on: low for P = 2 windows, a trial of 3, accepted since 0 >= 0."""
+    switch = watched(lambda step, first: 1000 - 0.1 * min(step, 1000), 3000)
+    assert switch.first_order
+    assert switch.history == [(23 * 50, "tries first order"), (26 * 50, "stays with first order")]
+
+
+def test_what_is_better_stays_and_what_is_worse_doubles_the_patience():
+    better = watched(sloped(2.0), 1300)
+    assert better.history[-1][1] == "stays with first order" and better.trend.wait == 2
+    worse = watched(sloped(0.5), 1300)
+    assert worse.history == [(1150, "tries first order"), (1300, "goes back to second order")]
+    assert not worse.first_order and worse.trend.wait == 4
+
+
+def test_equal_ways_are_told_apart_by_their_cost_alone():
+    power = lambda step, first: 100 / (1 + step) ** 0.5
+    equal = watched(power, 2000)
+    assert equal.history and not any("stays" in what for _, what in equal.history)
+    assert watched(power, 2000, cost=0.25).first_order
+    assert watched(power, 2000, cost=None).history == watched(power, 2000, cost=0.5).history
+
+
+def test_it_comes_back_unless_told_not_to():
+    """First-order steps stop paying at step 2000, second-order ones would."""
+    def make():
+        now = [100.0]
+
+        def loss(step, first):
+            second = 0.1 if step < 500 else 0.0 if step < 2000 else 0.05
+            now[0] -= (0.05 if step < 2000 else 0.0) if first else second
+            return now[0]
+
+        return loss
+
+    reversible = watched(make(), 4000)
+    assert not reversible.first_order and reversible.history[-1][1] == "stays with second order"
+    one_way = watched(make(), 4000, one_way=True)
+    assert one_way.first_order and [what for _, what in one_way.history] == ["tries first order", "stays with first order"]
+
+
+def test_losses_that_are_not_finite_do_not_count():
+    spoilt = lambda step, first: math.nan if step % 7 == 3 else 1000 - 0.1 * min(step, 1000)
+    assert watched(spoilt, 3000).first_order
+    assert watched(lambda step, first: math.inf, 300).history == []
+
+
+def build():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+
+def batches(count):
+    generator = torch.Generator().manual_seed(1)
+    data = torch.randn(8, 5, generator=generator), torch.randn(8, 3, generator=generator)
+    return [data] * count
+
+
+#: leaves soon: falling faster than ever is rare
+EAGER = Hybrid(MKOR(), window=3, patience=1, threshold=0.99, cost=0.1)
+
+
+def step_for(model, optimizer, rule=EAGER):
+    return mkor_fx.compile_step(model, mse_loss, optimizer, rule, backend="eager")
+
+
+def test_without_the_rule_a_step_is_the_base_optimizers():
+    model, optimizer = build()
+    step, data = step_for(model, optimizer), batches(60)
+    while not step.mkor.switch.first_order:
+        step(*data.pop())
+    factors = step.mkor.state_dict()
+    twin = copy.deepcopy(model)
+    other = torch.optim.AdamW(twin.parameters(), lr=1e-3)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    plain = step_for(twin, other, None)
+    for _ in range(3):  # no window may end in the second order again: a trial lasts three of them
+        assert torch.equal(step(*data[0]), plain(*data[0])) and step.fallback
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+    assert all(torch.equal(factors[key], t) for key, t in step.mkor.state_dict().items() if "." in key)
+    assert {"refresh", "fallback"} == set(step.variants)
+    assert step.metrics()["second_order"] == 0.0
+    for told in (str(step.mkor.switch), str(step.coverage), step.coverage.to_dict()["switch"]):
+        assert re.search(r"first order \(step \d+: tries first order\)", told)
+
+
+@pytest.mark.parametrize("done", [2, 4, 9, 16])
+def test_a_run_goes_on_from_the_middle_of_a_window(done):
+    model, optimizer = build()
+    step, data = step_for(model, optimizer), batches(40)
+    for batch in data[:done]:
+        step(*batch)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), step.mkor.state_dict()))
+    again, other = build()
+    again.load_state_dict(saved[0])
+    other.load_state_dict(saved[1])
+    resumed = step_for(again, other)
+    resumed.mkor.load_state_dict(saved[2])
+    for batch in data[done:]:
+        assert torch.equal(step(*batch), resumed(*batch))
+    assert step.mkor.switch.trend == pytest.approx(resumed.mkor.switch.trend, nan_ok=True)
+    assert {what for _, what in step.mkor.switch.history} >= {"tries first order"}
+
+
+def test_a_file_of_a_plain_run_starts_the_windows_afresh_and_the_other_way_round():
+    model, optimizer = build()
+    hybrid, plain = step_for(model, optimizer), step_for(*build(), MKOR())
+    for batch in batches(5):
+        hybrid(*batch)
+        plain(*batch)
+    plain.mkor.load_state_dict(hybrid.mkor.state_dict())
+    assert "switch" not in plain.mkor.state_dict()
+    hybrid.mkor.load_state_dict(plain.mkor.state_dict())
+    assert len(hybrid.mkor.switch.state()) == 9
+    with pytest.raises(ValueError, match=r"'switch' has shape \(2,\): it is none of Hybrid's"):
+        hybrid.mkor.load_state_dict({**hybrid.mkor.state_dict(), "switch": torch.ones(2)})
+
+
+def on_a_rank(rank, size):
+    model, optimizer = build()
+    step = step_for(model, optimizer)
+    for x, y in batches(40):
+        step(x.chunk(size)[rank], y.chunk(size)[rank])
+    return step.mkor.switch.history, step.mkor.switch.state(), [p.detach() for p in model.parameters()]
+
+
+def test_ranks_decide_alike():
+    (history, trend, weights), (other, its_trend, its_weights) = processes.values(on_a_rank, 2)
+    assert history == other and len(history) >= 2 and torch.equal(trend, its_trend)
+    assert all(torch.equal(p, q) for p, q in zip(weights, its_weights, strict=True))
+
+
+def test_the_device_is_read_once_a_window(monkeypatch):
+    read, tolist = [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: read.append(len(self)) or tolist(self))
+    watched(lambda step, first: float(step), 500)
+    assert read == 10 * [50]
+
+
+def test_progress_says_which_way():
+    model, optimizer = build()
+    step, out = step_for(model, optimizer, Hybrid(KFAC())), io.StringIO()
+    for batch in mkor_fx.progress(batches(2), step, file=out):
+        step(*batch)
+    assert "second order" in out.getvalue()
+
+
+def test_what_a_step_costs_is_counted():
+    model, optimizer = build()
+    step = step_for(model, optimizer, MKOR.hybrid(rank=2))
+    step(*batches(1)[0])
+    often, seldom = (step.coverage.cost_of_base(every) for every in (1, 100))
+    assert 0 < often < seldom < 1
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"window": 1}, r"Hybrid\(window=1\): must be an integer of at least 2"),
+        ({"patience": 0}, r"Hybrid\(patience=0\): must be an integer of at least 1"),
+        ({"threshold": 1.0}, r"Hybrid\(threshold=1\.0\): must lie in \[0, 1\)"),
+        ({"hysteresis": -1.0}, r"Hybrid\(hysteresis=-1\.0\): must not be negative"),
+        ({"cost": 2.0}, r"Hybrid\(cost=2\.0\): must lie in \(0, 1\]"),
+        ({"rule": None}, r"Hybrid\(rule=None\): must be a rule"),
+    ],
+)
+def test_bad_options_are_refused(options, said):
+    with pytest.raises(ValueError, match=said):
+        Hybrid(**{"rule": MKOR(), **options})
+
+
+def test_the_drop_in_door_says_that_it_sees_no_loss():
+    with pytest.raises(ValueError, match=r"decides by the loss.*use mkor_fx\.compile_step"):
+        mkor_fx.compile(nn.Linear(2, 2), MKOR.hybrid())
