@@ -25,12 +25,13 @@ from benchmarks.tasks import symbol_entropy
 from benchmarks.training import muon_for
 
 VOCABULARY, CONTEXT, HEADS, BATCH = 256, 128, 4, 16
-ADAMW, MUON = "AdamW", "Muon + AdamW"
+ADAMW, MUON, LEFT = "AdamW", "Muon + AdamW", "MKOR.hybrid(), first order"
 RULES: dict[str, tuple[Any, int]] = {
     "MKOR": (mkor_fx.MKOR(), 1),
     "MKOR, products in float32": (mkor_fx.MKOR(product_dtype=None), 1),
     "MKOR, refresh every 10": (mkor_fx.MKOR(), 10),
     "MKOR.published()": (mkor_fx.MKOR.published(), 1),
+    LEFT: (mkor_fx.MKOR.hybrid(), 1),
 }
 
 
@@ -77,6 +78,8 @@ def build(side: str, case: Case, backend: str) -> tuple[Any, float]:
         optimizers = muon_for(model, [layer.weight for layer in hidden_layers(model).values()])
     rule, every = RULES.get(side, (None, 1))
     step = mkor_fx.compile_step(model, case.loss_fn, optimizers, rule=rule, refresh_every=every, backend=backend)
+    if side == LEFT:
+        step.mkor.switch.trend = step.mkor.switch.trend._replace(first_order=1.0)
     started = time.perf_counter()
     for _ in range(2):  # both variants
         step(*case.batch)
