@@ -69,6 +69,8 @@ RULES = {
     "mkor, gradient": MKOR.published(factor_dtype=torch.float64, statistic="mean+gradient", form="forgetful"),
     "eva": Eva(),
     "kfac": KFAC(derive_every=2, damping=1e-2),
+    "kfac, eigen": KFAC(inverse="eigen", derive_every=2, damping=1e-2),
+    "kfac, newton": KFAC(inverse="newton", damping=1e-1),
     "soap": Soap(),
     "leading": Leading(),
 }

@@ -1,8 +1,9 @@
-"""K-FAC: averaged Kronecker factors, inverted outside of the step (Martens & Grosse, 1503.05671; KAISA, 2107.01739)."""
+"""K-FAC: averaged Kronecker factors and their inverses (Martens & Grosse, 1503.05671; KAISA, 2107.01739)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,18 +21,31 @@ class KFAC(Rule):
 
     With rows ``a`` of inputs and ``g`` of output gradients, ``N`` of them, the factors are averages of
     ``R = a^T a / N`` and ``L = N g^T g`` (``g`` carries ``1/N``), each averaged as ``F <- decay F + (1 - decay) F_new`` with
-    the first statistic taken as it is. Every ``derive_every`` steps they are inverted with factored damping
-    ``pi = sqrt((tr R / I) / (tr L / O))``:
+    the first statistic taken as it is. With ``pi = sqrt((tr R / I) / (tr L / O))`` the damping is shared out:
 
         ``D = (L + sqrt(damping) / pi)^-1 G (R + pi sqrt(damping))^-1``
 
-    A step uses the inverses of an earlier one; until the first are made, the gradient itself. What crosses the network is
-    ``I^2 + O^2`` numbers a layer. An embedding's vocabulary, and a side above ``max_factor``, stays the identity.
+    or, with ``pi=False``, it is added to each, as KAISA does: ``(L + damping)^-1 G (R + damping)^-1``. ``inverse`` says how:
+
+    - ``"cholesky"``: every ``derive_every`` steps, outside of the step's program, by eager ``torch.linalg`` calls that may wait
+      for the device.
+    - ``"eigen"``: likewise, by eigenvectors ``Q`` and eigenvalues ``q``; the damping goes to the products of both, which is the
+      exact inverse of ``L (x) R + damping``:  ``D = Q_L [(Q_L^T G Q_R) / (q_L q_R^T + damping)] Q_R^T``
+    - ``"newton"``: in the program, at every refresh, ``newton_steps`` of ``X <- 2 X - X A X`` from the inverse before. No
+      decomposition; a new factor takes a few refreshes, in which ``X`` lies between a multiple of the identity and ``A^-1``.
+      In float32 conditions up to 1e4 are resolved, beyond them ``X`` stays short of ``A^-1`` and positive definite.
+
+    A step uses the inverses of an earlier one (``newton``: of its own refresh); until the first are made, the gradient
+    itself. What crosses the network is ``I^2 + O^2`` numbers a layer. An embedding's vocabulary, and a side above
+    ``max_factor``, stays the identity.
 
     Args:
-        damping: added to the curvature, split over both factors, > 0.
+        damping: added to the curvature, > 0.
         decay: weight of the old average, in [0, 1).
-        derive_every: steps between two inversions, which are eager ``torch.linalg`` calls and may wait for the device.
+        derive_every: steps between two inversions or decompositions; of no meaning to ``newton``.
+        inverse: see above.
+        pi: whether the damping is shared out by the factors' traces; of no meaning to ``eigen``.
+        newton_steps: two products of the factor's size each, 1 or more.
         graft: what sizes a direction; ``"gradient"`` stands in for K-FAC's clip of the KL divergence, layer by layer.
         max_factor: a side larger than this stays the identity.
 
@@ -42,6 +56,9 @@ class KFAC(Rule):
     damping: Hyper = 1e-3
     decay: Hyper = 0.95
     derive_every: int = 10
+    inverse: Literal["cholesky", "eigen", "newton"] = "cholesky"
+    pi: bool = True
+    newton_steps: int = 3
     graft: Graft | None = "gradient"
     max_factor: int = 4096
 
@@ -51,6 +68,8 @@ class KFAC(Rule):
         "R": Kind.POSITIVE,
         "L_inverse": Kind.POSITIVE,
         "R_inverse": Kind.POSITIVE,
+        "L_basis": Kind.ORTHOGONAL,
+        "R_basis": Kind.ORTHOGONAL,
     }
 
     def __post_init__(self) -> None:
@@ -61,12 +80,25 @@ class KFAC(Rule):
         if not isinstance(self.max_factor, int) or self.max_factor < 0:
             raise ValueError(f"KFAC(max_factor={self.max_factor!r}): must be an integer, 0 (no factors) or more")
 
+        if self.inverse not in ("cholesky", "eigen", "newton"):
+            raise ValueError(f"KFAC(inverse={self.inverse!r}): must be 'cholesky', 'eigen' or 'newton'")
+        if not isinstance(self.newton_steps, int) or self.newton_steps < 1:
+            raise ValueError(f"KFAC(newton_steps={self.newton_steps!r}): must be an integer of at least 1")
+
+    def overrides(self, function: str) -> bool:
+        own = {"derive": self.inverse != "newton", "precondition": self.inverse == "eigen", "sides": self.inverse != "eigen"}
+        return super().overrides(function) and own.get(function, True)
+
     def init(self, shape: Shape, device: torch.device) -> State:
-        """``L`` and ``R`` zero, their inverses the identity, float32; ``seen`` counts refreshes."""
+        """``L`` and ``R`` zero, their inverses (``eigen``: bases) the identity, float32; ``seen`` counts refreshes."""
         sides = {"L": shape.O} if shape.lookup else {"L": shape.O, "R": shape.I}
         sides = {name: size for name, size in sides.items() if size <= self.max_factor}
         state = {name: torch.zeros(size, size, device=device) for name, size in sides.items()}
-        state |= {f"{name}_inverse": torch.eye(size, device=device) for name, size in sides.items()}
+        made = "basis" if self.inverse == "eigen" else "inverse"
+        state |= {f"{name}_{made}": torch.eye(size, device=device) for name, size in sides.items()}
+        if self.inverse == "eigen" and state:
+            state |= {f"{name}_values": torch.zeros(size, device=device) for name, size in sides.items()}
+            state["derived"] = torch.zeros((), device=device)
         return {**state, "seen": torch.zeros((), device=device)} if state else {}
 
     def preconditions_bias(self, shape: Shape) -> bool:
@@ -95,25 +127,81 @@ class KFAC(Rule):
             for name in ("L", "R")
             if name in state
         }
-        return {**state, **averaged, "seen": state["seen"] + 1}
+        new = {**state, **averaged, "seen": state["seen"] + 1}
+        if self.inverse == "newton":
+            for name, damped in self._damped(new).items():
+                new[f"{name}_inverse"] = newton_inverse(damped, state[f"{name}_inverse"], self.newton_steps)
+        return new
 
     def derive(self, state: State) -> State:
-        """The damped inverses, by Cholesky, of factors that have seen a refresh."""
+        """The damped inverses by Cholesky, or bases and eigenvalues, of factors that have seen a refresh."""
+        seen, made = state["seen"] > 0, {}
+        if self.inverse == "eigen":
+            for name in ("L", "R"):
+                if name in state:
+                    values, made[f"{name}_basis"] = torch.linalg.eigh((state[name] + state[name].mT) / 2)
+                    made[f"{name}_values"] = values.clamp_min(0)
+            made["derived"] = state["seen"]
+        else:
+            for name, damped in self._damped(state).items():
+                made[f"{name}_inverse"] = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+        return {**state, **{key: torch.where(seen, new, state[key]) for key, new in made.items()}}
+
+    def _damped(self, state: State) -> dict[str, Tensor]:
+        """The factors with their damping."""
         factors = {name: state[name] for name in ("L", "R") if name in state}
         means = {name: factor.diagonal(dim1=-2, dim2=-1).mean(-1) for name, factor in factors.items()}
-        pi = (means["R"] / means["L"]).sqrt() if len(means) == 2 else torch.ones_like(state["seen"])
-        pi = torch.where(torch.isfinite(pi) & (pi > 0), pi, torch.ones_like(pi))
-        root = torch.as_tensor(self.damping, dtype=pi.dtype, device=pi.device).sqrt()
-        derived = {}
-        for name, factor in factors.items():
-            damping = root / pi if name == "L" else root * pi
-            eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
-            inverse = torch.cholesky_inverse(torch.linalg.cholesky(factor + damping[..., None, None] * eye))
-            derived[f"{name}_inverse"] = torch.where(state["seen"] > 0, inverse, state[f"{name}_inverse"])
-        return {**state, **derived}
+        damping = torch.ones_like(state["seen"]) * self.damping
+        pi = torch.ones_like(state["seen"])
+        if self.pi:
+            damping = damping.sqrt()
+            pi = (means["R"] / means["L"]).sqrt() if len(means) == 2 else pi
+            pi = torch.where(torch.isfinite(pi) & (pi > 0), pi, torch.ones_like(pi))
+        added = {"L": damping / pi, "R": damping * pi}
+        return {
+            name: factor + added[name][..., None, None] * torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+            for name, factor in factors.items()
+        }
 
     def sides(self, state: State) -> Sides:
         return Sides(state.get("L_inverse"), state.get("R_inverse"))
+
+    def precondition(self, state: State, grad: Gradient) -> Gradient:
+        """In the bases of both factors; a bias is a weight of one input that is always 1."""
+        if self.inverse != "eigen":
+            return super().precondition(state, grad)
+        dtype = grad.weight.dtype
+        Q_L, Q_R = (None if f"{name}_basis" not in state else state[f"{name}_basis"].to(dtype) for name in ("L", "R"))
+        q_L, q_R = (grad.weight.new_ones(()) if (q := state.get(f"{n}_values")) is None else q.to(dtype) for n in ("L", "R"))
+        into = grad.weight if Q_L is None else Q_L.mT @ grad.weight
+        into = into if Q_R is None else into @ Q_R
+        into = into / (q_L.unsqueeze(-1) * q_R.unsqueeze(-2 if q_R.dim() else -1) + self.damping)
+        made = into if Q_L is None else Q_L @ into
+        made = made if Q_R is None else made @ Q_R.mT
+        bias, ready = grad.bias, state["derived"] > 0
+        if bias is not None and Q_L is not None:
+            turned = Q_L @ ((Q_L.mT @ bias[..., None]) / (q_L[..., None] + self.damping))
+            bias = torch.where(ready, turned[..., 0], bias)
+        return Gradient(torch.where(ready, made, grad.weight), bias)
+
+
+def newton_inverse(matrix_DD: Tensor, guess_DD: Tensor, steps: int) -> Tensor:
+    """``steps`` of ``X <- 2 X - X A X`` (Schulz, 1933) from a symmetric positive definite guess, ``[D, D]``.
+
+    It converges, and keeps ``X`` positive definite, while the eigenvalues of ``A X`` lie in (0, 2); after a step they lie in
+    (0, 1]. A guess that may be too far away is scaled down first, by a bound that the converged one does not reach: the
+    smaller of the largest row sum of ``|M|``, ``M = A X``, and ``sqrt |M^2|``, which exceeds the eigenvalue by ``D^(1/4)``
+    at most. Three steps and more make up for that at every refresh.
+    """
+    product = matrix_DD @ guess_DD
+    rows = product.abs().sum(-1).amax(-1)
+    square = torch.linalg.vector_norm(product @ product, dim=(-2, -1)).sqrt()
+    bound = torch.minimum(rows, square)[..., None, None]
+    guess_DD = guess_DD * torch.where(bound < 1.9, torch.ones_like(bound), 1 / bound)
+    for _ in range(steps):
+        step = 2 * guess_DD - guess_DD @ matrix_DD @ guess_DD
+        guess_DD = (step + step.mT) / 2
+    return guess_DD
 
 
 def _gram(rows_NM: Tensor) -> Tensor:
