@@ -79,6 +79,7 @@ def build(side: str, case: Case, backend: str) -> tuple[Any, float]:
     rule, every = RULES.get(side, (None, 1))
     step = mkor_fx.compile_step(model, case.loss_fn, optimizers, rule=rule, refresh_every=every, backend=backend)
     if side == LEFT:
+        assert step.mkor.switch is not None
         step.mkor.switch.trend = step.mkor.switch.trend._replace(first_order=1.0)
     started = time.perf_counter()
     for _ in range(2):  # both variants

@@ -25,10 +25,11 @@ class KFAC(Rule):
 
         ``D = (L + sqrt(damping) / pi)^-1 G (R + pi sqrt(damping))^-1``
 
-    or, with ``pi=False``, it is added to each, as KAISA does: ``(L + damping)^-1 G (R + damping)^-1``. ``inverse`` says how:
+    or, with ``pi=False``, it is added to each, as KAISA does: ``(L + damping)^-1 G (R + damping)^-1``. ``inverse`` says
+    how:
 
-    - ``"cholesky"``: every ``derive_every`` steps, outside of the step's program, by eager ``torch.linalg`` calls that may wait
-      for the device.
+    - ``"cholesky"``: every ``derive_every`` steps, outside of the step's program, by eager ``torch.linalg`` calls that may
+      wait for the device.
     - ``"eigen"``: likewise, by eigenvectors ``Q`` and eigenvalues ``q``; the damping goes to the products of both, which is the
       exact inverse of ``L (x) R + damping``:  ``D = Q_L [(Q_L^T G Q_R) / (q_L q_R^T + damping)] Q_R^T``
     - ``"newton"``: in the program, at every refresh, ``newton_steps`` of ``X <- 2 X - X A X`` from the inverse before. No
@@ -158,10 +159,8 @@ class KFAC(Rule):
             pi = (means["R"] / means["L"]).sqrt() if len(means) == 2 else pi
             pi = torch.where(torch.isfinite(pi) & (pi > 0), pi, torch.ones_like(pi))
         added = {"L": damping / pi, "R": damping * pi}
-        return {
-            name: factor + added[name][..., None, None] * torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
-            for name, factor in factors.items()
-        }
+        eyes = {name: torch.eye(f.shape[-1], dtype=f.dtype, device=f.device) for name, f in factors.items()}
+        return {name: factor + added[name][..., None, None] * eyes[name] for name, factor in factors.items()}
 
     def sides(self, state: State) -> Sides:
         return Sides(state.get("L_inverse"), state.get("R_inverse"))
