@@ -287,3 +287,25 @@ def test_a_failing_update_changes_nothing():
         scaler.step(optimizer)
     assert compiled.mkor.step == 0
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("layer", ["joint", "channels_last"])
+def test_a_fused_optimizer_gets_directions_in_the_memory_layout_of_the_weight(layer):
+    """Fused kernels read both in one run. Here a direction that is a slice, and a weight whose channels come last."""
+    torch.manual_seed(0)
+    if layer == "joint":
+        model, x, rule = nn.Linear(6, 4), torch.randn(8, 6), MKOR.published(bias="joint")
+    else:
+        model, x, rule = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last), torch.randn(8, 3, 5, 5), MKOR.published()
+    results = []
+    for fused in (False, True):
+        twin = copy.deepcopy(model)
+        compiled = mkor_fx.compile(twin, rule, backend="eager")
+        optimizer = torch.optim.AdamW(twin.parameters(), lr=1e-2, fused=fused)
+        for _ in range(3):
+            optimizer.zero_grad()
+            compiled(x).square().mean().backward()
+            optimizer.step()
+        results.append(list(twin.parameters()))
+    for p, q in zip(*results, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)

@@ -11,13 +11,12 @@ import processes
 import pytest
 import torch
 from contract import Contract, Experts
-from eva import Eva
 from soap import Soap
 from torch import nn
 from torch.nn import functional
 
 import mkor_fx
-from mkor_fx import KFAC, MKOR, Communication, Rule
+from mkor_fx import KFAC, MKOR, Communication, Eva, Rule
 from mkor_fx.kinds import Kind
 from mkor_fx.rules import Gradient, Sides
 
@@ -67,7 +66,7 @@ RULES = {
     "mkor, sums": MKOR(factor_dtype=torch.float64, statistic="mean+rows+gradient", bias="left"),
     "mkor, published": MKOR.published(factor_dtype=torch.float64),
     "mkor, gradient": MKOR.published(factor_dtype=torch.float64, statistic="mean+gradient", form="forgetful"),
-    "eva": Eva(),
+    "eva": Eva(decay=0.9, damping=0.5, outputs="sum", graft=None),
     "kfac": KFAC(derive_every=2, damping=1e-2),
     "kfac, eigen": KFAC(inverse="eigen", derive_every=2, damping=1e-2),
     "kfac, newton": KFAC(inverse="newton", damping=1e-1),
@@ -201,7 +200,7 @@ def test_backward_mode_or_its_refusal(name):
     for before, raw, made in found[1:]:
         for layer in ("0", "2"):
             state = {key.rpartition(".")[2]: t for key, t in before.items() if key.startswith(f"{layer}.weight.")}
-            scale = state.pop("scale")
+            scale = state.pop("scale") if rule.graft is not None else torch.ones(2)
             pair = Gradient(raw[f"{layer}.weight"], raw[f"{layer}.bias"])
             direction = dataclasses.replace(rule, **ungrafted(rule)).precondition(state, pair)
             for i, (part, key) in enumerate(zip(direction, (f"{layer}.weight", f"{layer}.bias"), strict=True)):

@@ -4,6 +4,7 @@ from ..kinds import Kind
 from .base import Rule, Shape, State, Use
 from .choice import RuleChoice, Rules, check_rule
 from .direction import Gradient, Sides
+from .eva import Eva
 from .hybrid import Hybrid
 from .hyper import Hyper
 from .kfac import KFAC
@@ -12,6 +13,7 @@ from .mkor import MKOR
 __all__ = [
     "KFAC",
     "MKOR",
+    "Eva",
     "Gradient",
     "Hybrid",
     "Hyper",

@@ -30,8 +30,8 @@ class KFAC(Rule):
 
     - ``"cholesky"``: every ``derive_every`` steps, outside of the step's program, by eager ``torch.linalg`` calls that may
       wait for the device.
-    - ``"eigen"``: likewise, by eigenvectors ``Q`` and eigenvalues ``q``; the damping goes to the products of both, which is the
-      exact inverse of ``L (x) R + damping``:  ``D = Q_L [(Q_L^T G Q_R) / (q_L q_R^T + damping)] Q_R^T``
+    - ``"eigen"``: likewise, by eigenvectors ``Q`` and eigenvalues ``q``; the damping goes to the products of both, which is
+      the exact inverse of ``L (x) R + damping``:  ``D = Q_L [(Q_L^T G Q_R) / (q_L q_R^T + damping)] Q_R^T``
     - ``"newton"``: in the program, at every refresh, ``newton_steps`` of ``X <- 2 X - X A X`` from the inverse before. No
       decomposition; a new factor takes a few refreshes, in which ``X`` lies between a multiple of the identity and ``A^-1``.
       In float32 conditions up to 1e4 are resolved, beyond them ``X`` stays short of ``A^-1`` and positive definite.

@@ -59,6 +59,8 @@ class Step:
     def replace(self, param: nn.Parameter, direction: Tensor | None) -> None:
         """Let the optimizer see ``direction`` in place of the gradient; None hides the parameter from it."""
         assert param.grad is not None
+        if direction is not None and direction.stride() != param.stride():  # fused optimizers read memory in one run
+            direction = torch.empty_like(param, dtype=direction.dtype).copy_(direction)
         self._raw.append((param, param.grad, direction))
         param.grad = direction
         if direction is None:
