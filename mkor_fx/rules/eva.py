@@ -19,8 +19,8 @@ from .hyper import Hyper, number
 class Eva(Rule):
     """The exact inverse of a damped rank-one curvature, of vectors in place of matrices.
 
-    ``a`` and ``g`` are averages of the mean row of inputs (with a 1 for the bias) and of the mean, or the sum, of the rows of
-    output gradients (which carry ``1/N``), each ``x <- decay x + (1 - decay) x_new`` with the first taken as it is:
+    ``a`` and ``g`` are averages of the mean row of inputs (with a 1 for the bias) and of the mean, or the sum, of the rows
+    of output gradients (which carry ``1/N``), each ``x <- decay x + (1 - decay) x_new`` with the first taken as it is:
 
         ``D = (G - (g^T G a) / (damping + |a|^2 |g|^2) g a^T) / damping``
 
@@ -30,7 +30,7 @@ class Eva(Rule):
     Args:
         decay: weight of the old average, in [0, 1); the published code forgets nearly all of it.
         damping: > 0.
-        outputs: ``"mean"``, as published: at the rows of a usual batch ``|g|`` is so small that ``D`` is nearly ``G / damping``;
+        outputs: ``"mean"``, as published: at usual batches ``|g|`` is so small that ``D`` is nearly ``G / damping``;
             ``"sum"``: ``g`` is the gradient of a bias.
         graft: what sizes a direction; ``"gradient"`` stands in for Eva's clip of the KL divergence, layer by layer.
 
