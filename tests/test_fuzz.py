@@ -1,4 +1,4 @@
-"""Fifty random programs agree with their reference, and at least nine in ten of their supported weights are sites."""
+"""Thirty random programs agree with their reference, and at least nine in ten of their supported weights are sites."""
 
 from dataclasses import replace
 
@@ -9,14 +9,14 @@ from fuzz.program import Part, draw
 from mkor_fx import MKOR
 
 
-@pytest.mark.parametrize("seeds", [range(25), range(25, 50)], ids=str)
+@pytest.mark.parametrize("seeds", [range(15), range(15, 30)], ids=str)
 def test_random_programs_agree_and_declining_does_not_pass_for_being_right(seeds):
     outcomes = {seed: check.check(draw(seed)) for seed in seeds}
     failures = [f"seed {s}: {o.failure}\n{o.detail}\n{o.program}" for s, o in outcomes.items() if o.failure]
     assert not failures, "\n\n".join(failures)
     supported = sum(len(outcome.supported) for outcome in outcomes.values())
     missed = [reason for outcome in outcomes.values() for reason in outcome.missed.values()]
-    assert supported >= 25
+    assert supported >= 15
     assert len(missed) <= 0.1 * supported, missed
     assert sum(bool(outcome.refused) for outcome in outcomes.values()) <= 2
 
