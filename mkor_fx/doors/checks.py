@@ -164,8 +164,13 @@ def check_late(options: Options) -> None:
 
 
 def check_placement(options: Options) -> None:
-    """Raises ValueError for rules whose statistics need state that only one rank has."""
+    """Raises ValueError for rules whose statistics need state that only one rank has, and for sums over all weights."""
     for rule in options.rules:
+        if options.placement == "owner" and rule.kl_clip is not None:
+            raise ValueError(
+                f"{type(rule).__name__}(kl_clip) sums over the gradients of all weights, which placement='owner' leaves on "
+                "one rank each: use placement='replicated', or graft='gradient' in its place"
+            )
         if options.placement == "owner" and rule.reads_state:
             raise ValueError(
                 f"placement='owner' keeps a weight's state on one rank, and {type(rule).__name__} reads it for "
@@ -182,6 +187,7 @@ def check_in_backward(options: Options) -> None:
             "keeps moments of its directions (normalize)": rule.overrides("normalize"),
             "makes steps of its own (applies='update')": rule.applies == "update",
             "sizes each direction by itself (graft='rms')": rule.graft == "rms",
+            "sizes all directions together (kl_clip)": rule.kl_clip is not None,
         }
         for what, there in reasons.items():
             if there:

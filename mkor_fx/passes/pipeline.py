@@ -28,6 +28,7 @@ from .order.schedule import schedule
 from .order.update_when_ready import update_when_ready
 from .write.arrive import arrive
 from .write.carry import carry
+from .write.clip_divergence import clip_divergence
 from .write.draft import Draft
 from .write.optimize import optimize
 from .write.precondition import precondition
@@ -47,11 +48,11 @@ log = logging.getLogger("mkor_fx")
 
 CANONICALIZE = [spell_transposes, drop_detach, cancel_double_transpose]
 #: of a whole step; ``VARIANTS`` says which of them a program has
-REWRITE = [seed, reduce, statistics, send, arrive, refresh, precondition, optimize, write_back]
+REWRITE = [seed, reduce, statistics, send, arrive, refresh, precondition, clip_divergence, optimize, write_back]
 #: of the drop-in door: its graphs in both modes, and the programs that run at the optimizer's step and behind the backward
 CARRY = [statistics, carry]
 CARRY_DIRECTIONS = [statistics, precondition_in_backward, carry]
-UPDATE = [receive, refresh, precondition, write_back]
+UPDATE = [receive, refresh, precondition, clip_divergence, write_back]
 APPLY = [take_directions, optimize, write_back]
 REFRESH = [receive, refresh, resize, return_state]
 COLLECTIVES = [bucket, issue_alike]
@@ -75,17 +76,17 @@ class Variant:
 VARIANTS = {
     variant.name: variant
     for variant in (
-        Variant("refresh", ("seed", "reduce", "statistics", "refresh", "precondition", "optimize", "write_back")),
-        Variant("reuse", ("seed", "reduce", "precondition", "optimize", "write_back")),
+        Variant("refresh", ("seed", "reduce", "statistics", "refresh", "precondition", "clip_divergence", "optimize", "write_back")),
+        Variant("reuse", ("seed", "reduce", "precondition", "clip_divergence", "optimize", "write_back")),
         # no rule
         Variant("plain", ("seed", "reduce", "optimize", "write_back")),
         # a rule that is not used for now: exactly the base optimizer
         Variant("fallback", ("seed", "reduce", "optimize", "write_back")),
         # statistics one step late: they leave and the last ones arrive, they only leave, they only arrive
-        Variant("late refresh", ("seed", "reduce", "statistics", "send", "arrive", "refresh", "precondition", "optimize",
+        Variant("late refresh", ("seed", "reduce", "statistics", "send", "arrive", "refresh", "precondition", "clip_divergence", "optimize",
                                  "write_back")),
-        Variant("collect", ("seed", "reduce", "statistics", "send", "precondition", "optimize", "write_back")),
-        Variant("catch up", ("seed", "reduce", "arrive", "refresh", "precondition", "optimize", "write_back")),
+        Variant("collect", ("seed", "reduce", "statistics", "send", "precondition", "clip_divergence", "optimize", "write_back")),
+        Variant("catch up", ("seed", "reduce", "arrive", "refresh", "precondition", "clip_divergence", "optimize", "write_back")),
     )
 }  # fmt: skip
 

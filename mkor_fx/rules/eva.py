@@ -33,6 +33,7 @@ class Eva(Rule):
         outputs: ``"mean"``, as published: at usual batches ``|g|`` is so small that ``D`` is nearly ``G / damping``;
             ``"sum"``: ``g`` is the gradient of a bias.
         graft: what sizes a direction; ``"gradient"`` stands in for Eva's clip of the KL divergence, layer by layer.
+        kl_clip: that clip itself, with ``graft=None``, see :class:`KFAC`; published: 1e-3.
 
     Raises:
         ValueError: for an option outside its range, naming it.
@@ -42,6 +43,7 @@ class Eva(Rule):
     damping: Hyper = 0.03
     outputs: Literal["mean", "sum"] = "mean"
     graft: Graft | None = "gradient"
+    kl_clip: Hyper | None = None
 
     joint_bias = True
     kinds = {"a": Kind.MOMENT, "g": Kind.MOMENT}  # noqa: RUF012
@@ -53,6 +55,8 @@ class Eva(Rule):
             raise ValueError(f"Eva(decay={self.decay!r}): the weight of the old average must lie in [0, 1), e.g. 0.05")
         if self.outputs not in ("mean", "sum"):
             raise ValueError(f"Eva(outputs={self.outputs!r}): must be 'mean' or 'sum'")
+        if self.kl_clip is not None and not number(self.kl_clip, "Eva(kl_clip=") > 0:
+            raise ValueError(f"Eva(kl_clip={self.kl_clip!r}): must be positive, e.g. 1e-3, or None")
 
     def init(self, shape: Shape, device: torch.device) -> State:
         """``a`` ``[I]`` and ``g`` ``[O]``, zero, float32; ``seen`` counts refreshes."""

@@ -48,6 +48,7 @@ class KFAC(Rule):
         pi: whether the damping is shared out by the factors' traces; of no meaning to ``eigen``.
         newton_steps: two products of the factor's size each, 1 or more.
         graft: what sizes a direction; ``"gradient"`` stands in for K-FAC's clip of the KL divergence, layer by layer.
+        kl_clip: that clip itself, with ``graft=None``: all directions times ``min(1, sqrt(kl_clip / |sum lr^2 <D, G>|))``.
         max_factor: a side larger than this stays the identity.
 
     Raises:
@@ -61,6 +62,7 @@ class KFAC(Rule):
     pi: bool = True
     newton_steps: int = 3
     graft: Graft | None = "gradient"
+    kl_clip: Hyper | None = None
     max_factor: int = 4096
 
     without_state = "both sides exceed max_factor"
@@ -85,6 +87,8 @@ class KFAC(Rule):
             raise ValueError(f"KFAC(inverse={self.inverse!r}): must be 'cholesky', 'eigen' or 'newton'")
         if not isinstance(self.newton_steps, int) or self.newton_steps < 1:
             raise ValueError(f"KFAC(newton_steps={self.newton_steps!r}): must be an integer of at least 1")
+        if self.kl_clip is not None and not number(self.kl_clip, "KFAC(kl_clip=") > 0:
+            raise ValueError(f"KFAC(kl_clip={self.kl_clip!r}): must be positive, e.g. 1e-3, or None")
 
     def overrides(self, function: str) -> bool:
         own = {"derive": self.inverse != "newton", "precondition": self.inverse == "eigen", "sides": self.inverse != "eigen"}

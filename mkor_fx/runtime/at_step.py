@@ -166,19 +166,20 @@ class AtStep(Followed):
         for name, known in sites.items():
             group = groups[id(known.param)]
             base = base_step_of(step.optimizer, group)
+            biases.append(bias := self._bias_to_take(name, known, step))
             job = self.maker.job(name, known.layout, name in refreshed, base=base)
-            if job.bounded:
-                place = place_of_rate(step.optimizer, group)
-                job = self.maker.job(name, known.layout, name in refreshed, (place, None), base)
+            if job.needs_rates:
+                held = (group, None if bias is None else groups[id(bias)])
+                places = tuple(None if at is None else place_of_rate(step.optimizer, at) for at in held)
+                job = self.maker.job(name, known.layout, name in refreshed, places, base)
             jobs.append(job)
-            biases.append(self._bias_to_take(name, known, step))
             carrier = self._statistics(known, others) if name in refreshed else None
             state = self.mkor.create(known.param, known.layout)
             grad = None if biases[-1] is None else biases[-1].grad
             weight = known.param.detach() if job.bounded else None
             weights.append(WeightTensors(state, known.param.grad, grad, carrier, weight=weight))
         clock = torch.full((), iteration, dtype=torch.int64, device=device)
-        borrows = any(job.bounded or job.sizing.momentum_at is not None for job in jobs)
+        borrows = any(job.needs_rates or job.sizing.momentum_at is not None for job in jobs)
         rates = self._numbers_of(step.optimizer, device) if borrows else None
         given = Given(clock, weights, scales, self.maker.numbers(iteration, device), rates)
         directions = iter(self.program("update", jobs, given)(given))

@@ -29,7 +29,7 @@ Place = tuple[int, int | None, float]
 @dataclass(frozen=True)
 class Job:
     """One weight in an update program: its layout, and whether its state is refreshed. ``places`` are those of the weight's
-    and its bias's rates, where their direction is the step itself; ``base`` is what the optimizer would do with its gradient.
+    and its bias's rates, where their direction is the step itself or depends on them; ``base`` is what the optimizer would do with its gradient.
     """
 
     name: str
@@ -46,6 +46,11 @@ class Job:
     def bounded(self) -> bool:
         """Whether the length of its direction depends on the weight and its rate."""
         return self.sizing.graft == "adam"
+
+    @property
+    def needs_rates(self) -> bool:
+        """Whether its direction depends on the rates that it and its bias are stepped with."""
+        return self.bounded or self.layout.rule.kl_clip is not None
 
     @property
     def final(self) -> bool:
