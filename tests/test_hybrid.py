@@ -213,6 +213,11 @@ def test_bad_options_are_refused(options, said):
         Hybrid(**{"rule": MKOR(), **options})
 
 
+def test_one_decides_for_the_whole_model():
+    with pytest.raises(ValueError, match=r"rule for '\*' is a Hybrid, which decides for a whole model.*Hybrid\(\{"):
+        step_for(*build(), {"*": MKOR.hybrid()})
+
+
 def test_the_drop_in_door_says_that_it_sees_no_loss():
     with pytest.raises(ValueError, match=r"decides by the loss.*use mkor_fx\.compile_step"):
         mkor_fx.compile(nn.Linear(2, 2), MKOR.hybrid())

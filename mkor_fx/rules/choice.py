@@ -83,6 +83,8 @@ def check_rule(rule: object, where: str = "") -> None:
     Raises:
         ValueError: it is not; says what to do.
     """
+    if isinstance(rule, Hybrid):
+        raise ValueError(f"rule{where} is a Hybrid, which decides for a whole model: put it around the dict, Hybrid({{...}})")
     if not isinstance(rule, Rule):
         raise ValueError(f"rule={rule!r}{where}: must be an update rule such as mkor_fx.MKOR()")
     name = type(rule).__name__

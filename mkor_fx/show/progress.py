@@ -64,7 +64,8 @@ def _line(done: int, total: int | None, seconds: float, metrics: dict[str, float
     parts = [f"{done:,}" if total is None else f"{done:,}/{total:,} ({done / max(total, 1):.0%})"]
     if "loss" in metrics:
         parts.append(f"loss {metrics['loss']:.4g}")
-    parts.append(f"{metrics['refreshes']:,.0f} refreshes")
+    if "refreshes" in metrics:
+        parts.append(f"{metrics['refreshes']:,.0f} refreshes")
     if "second_order" in metrics:
         parts.append("second order" if metrics["second_order"] else "first order")
     if metrics.get("skipped"):
