@@ -14,7 +14,7 @@ SIDES := $(VENV)/ready-sides
 MINILM := $(VENV)/minilm/vaderSentiment-3.3.1.tar.gz
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-ddp test fuzz nightly check bench overlap convergence minilm clean
+.PHONY: help setup demo demo-ddp test fuzz nightly check bench overlap convergence paper minilm clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -77,9 +77,12 @@ overlap: $(READY)  ## how much communication hides under compute, and weak scali
 convergence: $(MINILM) $(SIDES)  ## every side at its best rate on six tasks (hours; resumes): convergence-output/
 	$(RUN) -m benchmarks.convergence $(ARGS)
 
+paper: $(MINILM)  ## the MKOR paper's table on a small BERT (resumes): paper-output/table.md
+	$(RUN) -m benchmarks.paper $(ARGS)
+
 minilm: $(MINILM)  ## fine-tune MiniLM with trained weights on rated film reviews, without and with mkor_fx (slow)
 	$(RUN) -m benchmarks.minilm $(ARGS)
 
 clean:  ## remove what the targets wrote; the virtual environment stays
-	rm -rf demo-output convergence-output build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf demo-output convergence-output paper-output build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -66,14 +66,20 @@ class Search:
         self.ledger, self.task, self.side, self.backend, self.steps = ledger, task, side, backend, steps or task.steps
         self._trainer: Trainer | None = None
 
+    @property
+    def trainer(self) -> Trainer:
+        """Compiled when it is first asked for."""
+        if self._trainer is None:
+            self._trainer = build(self.task, self.side, self.backend)
+            seconds = self._trainer.compile_seconds
+            print(f"{self.task.name} | {self.side}: compiled in {seconds:.0f} s", flush=True)
+        return self._trainer
+
     def run(self, lr: float, seed: int) -> Run:
         key = (self.task.name, identity(self.side), self.steps, lr, seed)
         if key not in self.ledger.runs:
             name = f"{self.task.name} | {self.side}"
-            if self._trainer is None:
-                self._trainer = build(self.task, self.side, self.backend)
-                print(f"{name}: compiled in {self._trainer.compile_seconds:.0f} s", flush=True)
-            self.ledger.add(key, self._trainer.run(lr, seed, self.steps))
+            self.ledger.add(key, self.trainer.run(lr, seed, self.steps))
             found = self.ledger.runs[key]
             losses = f"{found.final():.5g} | {found.final('held_out'):.5g}"
             print(f"{name}: lr {lr:g}, seed {seed}: {losses} ({found.cpu_ms:.1f} ms)", flush=True)

@@ -12,10 +12,18 @@ import mkor_fx
 from benchmarks.hooked_kfac import HookedKFAC
 from benchmarks.tasks import Task
 from benchmarks.training import EagerTrainer, Trainer, adamw, muon, sgd
+from mkor_fx.optim import LAMB
 
 
 def rmsprop(task: Task, model: nn.Module) -> list[Optimizer]:
     return [torch.optim.RMSprop(model.parameters(), momentum=0.9)]
+
+
+def own_lamb(task: Task, model: nn.Module) -> list[Optimizer]:
+    """LAMB in apex's convention: no decay, and no trust ratio, of biases and norms."""
+    parts = ([p for p in model.parameters() if (p.dim() > 1) == matrix] for matrix in (True, False))
+    decays = zip(parts, (0.01, 0.0), strict=True)
+    return [LAMB([{"params": params, "weight_decay": decay} for params, decay in decays])]
 
 
 def lamb(task: Task, model: nn.Module) -> list[Optimizer]:
@@ -54,7 +62,7 @@ def hooked_kfac(task: Task, model: nn.Module) -> list[Optimizer]:
 
 
 #: without a rule, in one compiled step; or behind one
-COMPILED = {"AdamW": adamw, "SGD": sgd, "Muon": muon, "RMSprop": rmsprop}
+COMPILED = {"AdamW": adamw, "SGD": sgd, "Muon": muon, "RMSprop": rmsprop, "LAMB": own_lamb}
 #: that cannot be compiled
 EAGER = {"SOAP": soap, "Shampoo": shampoo, "Lamb": lamb}
 #: whose hooks a compiled model would not run

@@ -214,7 +214,7 @@ def test_bad_options_are_refused(options, said):
 
 
 def test_one_decides_for_the_whole_model():
-    with pytest.raises(ValueError, match=r"rule for '\*' is a Hybrid, which decides for a whole model.*Hybrid\(\{"):
+    with pytest.raises(ValueError, match=r"rule for '\*' is a Hybrid, which decides for a whole model.*as Hybrid\(\{"):
         step_for(*build(), {"*": MKOR.hybrid()})
 
 

@@ -84,7 +84,7 @@ def check_rule(rule: object, where: str = "") -> None:
         ValueError: it is not; says what to do.
     """
     if isinstance(rule, Hybrid):
-        raise ValueError(f"rule{where} is a Hybrid, which decides for a whole model: put it around the dict, Hybrid({{...}})")
+        raise ValueError(f"rule{where} is a Hybrid, which decides for a whole model: put it around, as Hybrid({{...}})")
     if not isinstance(rule, Rule):
         raise ValueError(f"rule={rule!r}{where}: must be an update rule such as mkor_fx.MKOR()")
     name = type(rule).__name__

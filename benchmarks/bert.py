@@ -1,0 +1,163 @@
+"""A small BERT (transformers) that learns masked words of real English text, and then to rate sentences.
+
+The text is the King James Bible of the Debian packages `bible-kjv` and `bible-kjv-text` (820 000 words); where they are not
+installed, the language reference that comes with Python (`pydoc_data.topics`). Words and marks are tokens, of which the
+most frequent are known. Shapes: B batch, T positions, V words.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+from collections import Counter
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from benchmarks import minilm
+from benchmarks.tasks import Batch, Examples, Source, Task
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+VOCABULARY, CONTEXT = 5000, 64
+MASK, UNKNOWN, PADDING = 0, 1, 2
+FIRST_WORD = 3
+NOT_ASKED = -100  # what cross_entropy passes over
+
+
+@cache
+def words() -> list[str]:
+    """The text in lower case, cut into words and marks."""
+    if shutil.which("bible"):
+        call = ["bible", "-f", "gen1:1-rev22:21"]
+        text = subprocess.run(call, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True).stdout
+        text = re.sub(r"^\S+ ", "", text, flags=re.M)  # chapter and verse
+    else:
+        from pydoc_data.topics import topics
+
+        text = "\n".join(topics.values())
+    return tokens(text)
+
+
+def tokens(text: str) -> list[str]:
+    return re.findall(r"[a-z']+|[^\sa-z]", text.lower())
+
+
+@cache
+def vocabulary() -> dict[str, int]:
+    """The ids of the most frequent words."""
+    frequent = Counter(words()).most_common(VOCABULARY - FIRST_WORD)
+    return {word: FIRST_WORD + i for i, (word, _) in enumerate(frequent)}
+
+
+def encoded(text: list[str]) -> Tensor:
+    known = vocabulary()
+    return torch.tensor([known.get(word, UNKNOWN) for word in text])
+
+
+@dataclass(frozen=True, eq=False)
+class MaskedText:
+    """Windows of one long text in which 15 % of the words are asked for: of these eight in ten are masked, one is another
+    word, one is left. The target is the word, or ``NOT_ASKED``."""
+
+    ids: Tensor
+
+    def draw(self, size: int, generator: torch.Generator) -> Batch:
+        starts = torch.randint(len(self.ids) - CONTEXT, (size, 1), generator=generator)
+        ids = self.ids[starts + torch.arange(CONTEXT)]
+        chance, kind = (torch.rand(ids.shape, generator=generator) for _ in range(2))
+        other = torch.randint(FIRST_WORD, VOCABULARY, ids.shape, generator=generator)
+        asked = chance < 0.15
+        shown = torch.where(kind < 0.8, torch.full_like(ids, MASK), torch.where(kind < 0.9, other, ids))
+        return torch.where(asked, shown, ids), torch.where(asked, ids, torch.full_like(ids, NOT_ASKED))
+
+
+@cache
+def load_masked() -> tuple[Source, Source]:
+    """Nine tenths of the text to train on, the last to hold out."""
+    ids = encoded(words())
+    cut = 9 * len(ids) // 10
+    return MaskedText(ids[:cut]), MaskedText(ids[cut:])
+
+
+@cache
+def load_rated() -> tuple[Source, Source]:
+    """Sentences of film reviews, cut or padded to half the context, with the sign of their rating."""
+    rated = minilm.rated_sentences(minilm.DATA)
+    ids = torch.full((len(rated), CONTEXT // 2), PADDING)
+    for row, (_, text) in zip(ids, rated, strict=True):
+        found = encoded(tokens(text)[: len(row)])
+        row[: len(found)] = found
+    signs = torch.tensor([int(rating > 0) for rating, _ in rated])
+    held_out = torch.arange(len(rated)) % 10 == 0
+    training, rest = (Examples(ids[part], signs[part]) for part in (~held_out, held_out))
+    return training, rest
+
+
+class Masked(nn.Module):
+    """``[B, T] -> [B, T, V]``"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        import transformers
+
+        config = transformers.BertConfig(
+            vocab_size=VOCABULARY, hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=1024,
+            max_position_embeddings=CONTEXT, pad_token_id=PADDING, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        )  # fmt: skip
+        self.bert = transformers.BertForMaskedLM(config)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.bert(input_ids=ids).logits
+
+
+class Rated(nn.Module):
+    """The encoder of a ``Masked``, the mean of its outputs over a sentence, two classes: ``[B, T] -> [B, 2]``."""
+
+    def __init__(self, encoder: Any = None) -> None:
+        super().__init__()
+        self.encoder = Masked().bert.bert if encoder is None else encoder
+        self.head = nn.Linear(self.encoder.config.hidden_size, 2)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        kept = (ids != PADDING).to(torch.float32)
+        states = self.encoder(input_ids=ids, attention_mask=kept).last_hidden_state
+        return self.head((states * kept.unsqueeze(-1)).sum(1) / kept.sum(1, keepdim=True))
+
+
+def masked_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy in nats a word that is asked for."""
+    return functional.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=NOT_ASKED)
+
+
+PRETRAINING = Task(
+    name="bert",
+    title="BERT (4 layers of width 256) on masked words of the King James Bible",
+    load=load_masked,
+    architecture=Masked,
+    loss_fn=masked_entropy,
+    loss_name="nats a masked word",
+    batch=16,
+    steps=150,
+    evaluate_every=12,
+    evaluation_size=64,
+    inner="bert.bert.encoder.*",
+    grid=(5e-4, 1e-3, 2e-3, 4e-3),
+)
+FINE_TUNING = Task(
+    name="bert-rated",
+    title="that BERT fine-tuned on rated sentences",
+    load=load_rated,
+    architecture=Rated,
+    loss_fn=functional.cross_entropy,
+    loss_name="cross-entropy",
+    batch=32,
+    steps=80,
+    evaluate_every=8,
+    evaluation_size=512,
+    inner="encoder.encoder.*",
+)

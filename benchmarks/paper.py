@@ -1,0 +1,135 @@
+"""`make paper`: the table of the MKOR paper, steps and time to LAMB's final loss on a BERT, at a size for two cores.
+
+    python -m benchmarks.paper --out paper-output            # goes on where it stopped
+    python -m benchmarks.paper --steps 60 --rates 2e-3       # a quick look
+
+Every side is compiled by this library and has its best rate of one grid. Steps, and CPU seconds, are those
+until the smoothed training loss is as low as LAMB's in the end; `sent` is what a side's statistics would send between ranks
+until then, in numbers. The paper's figures are its own, on 64 GPUs (Mozaffari et al., NeurIPS 2023, Table 2).
+"""
+
+import argparse
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tabulate import tabulate
+
+import mkor_fx
+from benchmarks.bert import FINE_TUNING, PRETRAINING, Rated, load_rated
+from benchmarks.convergence import Ledger, Search, best
+from benchmarks.sides import NAMED, build, identity, rule_of
+from benchmarks.training import Run
+
+
+class Side(NamedTuple):
+    """``key`` as benchmarks.sides reads it; the paper's steps, and time over LAMB's, where it has them."""
+
+    key: str
+    steps: int | None = None
+    speed: float | None = None
+
+
+SIDES = {
+    "LAMB": Side("LAMB", 1563, 1.0),
+    "AdamW": Side("AdamW"),
+    "Muon + AdamW": Side("Muon"),
+    "KAISA + LAMB": Side("KFAC(pi=False) every 10 behind LAMB", 1000, 1.39),
+    "Eva + LAMB": Side("Eva() behind LAMB"),
+    "MKOR published + LAMB": Side("MKOR.published() every 10 behind LAMB", 1000, 1.52),
+    "MKOR-H published + LAMB": Side("Hybrid(MKOR.published(), window=20) every 10 behind LAMB", 600, 2.57),
+    "MKOR": Side("MKOR()"),
+    "MKOR-H": Side("Hybrid(MKOR(), window=20)"),
+}
+
+
+class Tuned(NamedTuple):
+    """Loss and share of right signs on held-out sentences, behind fine-tuning."""
+
+    loss: float
+    accuracy: float
+
+
+def sent(key: str, steps: int | None) -> str:
+    """Numbers of statistics that a side sends in so many steps."""
+    if steps is None or key in NAMED:
+        return "" if steps is None else "0"
+    rule, every, _ = rule_of(key)
+    x, _ = next(PRETRAINING.batches(seed=0))
+    coverage = mkor_fx.explain(PRETRAINING.build(seed=0), x, rule=rule)
+    return f"{sum(entry.sent for entry in coverage) * -(-steps // every):,}"
+
+
+def fine_tuned(search: Search, lr: float, seed: int) -> Tuned:
+    """The encoder, trained anew at a side's best rate, fine-tuned by the same side at a quarter of it."""
+    search.trainer.run(lr, seed, search.steps)
+    trained: Any = search.trainer.model
+    task = replace(FINE_TUNING, architecture=lambda: Rated(copy.deepcopy(trained.bert.bert)))
+    tuner = build(task, search.side, search.backend)
+    run = tuner.run(lr / 4, seed, min(search.steps, task.steps))
+    _, held_out = load_rated()
+    x, y = held_out.draw(len(held_out.targets), torch.Generator().manual_seed(0))  # type: ignore[attr-defined]
+    with torch.no_grad():
+        right = sum(int((tuner.model(part).argmax(1) == signs).sum()) for part, signs in zip(x.split(256), y.split(256)))
+    return Tuned(run.final("held_out"), right / len(y))
+
+
+def row(name: str, side: Side, run: Run, base: Run, tuned: Tuned) -> list[str]:
+    target, whole = base.final(), base.steps_to(base.final())
+    steps = run.steps_to(target)
+    assert whole is not None
+    reached = steps is not None
+    paper_steps = "" if side.steps is None else f"{side.steps} ({side.steps / 1563:.2f})"
+    return [
+        name,
+        f"{run.lr:g}",
+        f"{run.final():.4g} / {run.final('held_out'):.4g}",
+        f"{steps} ({steps / whole:.2f})" if reached else "never",  # type: ignore[operator]
+        f"{steps * run.cpu_ms / 1e3:.0f} s" if reached else "",  # type: ignore[operator]
+        f"{whole * base.cpu_ms / (steps * run.cpu_ms):.2f}" if reached else "",  # type: ignore[operator]
+        sent(side.key, steps),
+        paper_steps,
+        "" if side.speed is None else f"{side.speed:.2f}",
+        f"{tuned.loss:.3f}, {tuned.accuracy:.1%}",
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--side", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--rates", type=float, nargs="+", help="grid to begin with")
+    parser.add_argument("--steps", type=int, help="training steps (default: the task's)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--backend", default="inductor", choices=("inductor", "eager"))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path("paper-output"), help="of runs.jsonl and table.md")
+    options = parser.parse_args()
+
+    torch.set_num_threads(options.threads)
+    ledger, rows = Ledger(options.out / "runs.jsonl"), []
+    kept = options.out / "fine-tuned.json"
+    tuned = json.loads(kept.read_text()) if kept.exists() else {}
+    base: Run | None = None
+    for name in dict.fromkeys(["LAMB", *options.side]):
+        search = Search(ledger, PRETRAINING, SIDES[name].key, options.backend, options.steps)
+        (run,) = best(search.all([options.seed], options.rates or PRETRAINING.grid))
+        base = base or run
+        about = f"{identity(search.side)}, {search.steps} steps, rate {run.lr:g}, seed {options.seed}"
+        if about not in tuned:
+            tuned[about] = fine_tuned(search, run.lr, options.seed)
+            kept.write_text(json.dumps(tuned))
+        rows.append(row(name, SIDES[name], run, base, Tuned(*tuned[about])))
+    headers = (
+        *("side", "rate", "training / held out", "steps to LAMB's loss", "CPU time", "speed-up", "sent"),
+        *("paper: steps", "paper: speed-up", "fine-tuned, held out: loss, right"),
+    )
+    table = tabulate(rows, headers, tablefmt="pipe", disable_numparse=True, colalign=("left",) + ("right",) * 9)
+    (options.out / "table.md").write_text(f"{table}\n")
+    print(f"\n{table}")
+
+
+if __name__ == "__main__":
+    main()
