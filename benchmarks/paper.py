@@ -54,7 +54,7 @@ class Tuned(NamedTuple):
 
 
 def sent(key: str, steps: int | None) -> str:
-    """Numbers of statistics that a side sends in so many steps."""
+    """Numbers of statistics that a side sends in so many steps; of MKOR-H if all were by the rule."""
     if steps is None or key in NAMED:
         return "" if steps is None else "0"
     rule, every, _ = rule_of(key)
@@ -88,8 +88,8 @@ def row(name: str, side: Side, run: Run, base: Run, tuned: Tuned) -> list[str]:
         f"{run.lr:g}",
         f"{run.final():.4g} / {run.final('held_out'):.4g}",
         f"{steps} ({steps / whole:.2f})" if reached else "never",  # type: ignore[operator]
-        f"{steps * run.cpu_ms / 1e3:.0f} s" if reached else "",  # type: ignore[operator]
-        f"{whole * base.cpu_ms / (steps * run.cpu_ms):.2f}" if reached else "",  # type: ignore[operator]
+        f"{steps * run.mean_cpu_ms / 1e3:.0f} s" if reached else "",  # type: ignore[operator]
+        f"{whole * base.mean_cpu_ms / (steps * run.mean_cpu_ms):.2f}" if reached else "",  # type: ignore[operator]
         sent(side.key, steps),
         paper_steps,
         "" if side.speed is None else f"{side.speed:.2f}",

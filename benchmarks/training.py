@@ -35,6 +35,7 @@ class Run:
     held_out: list[float]
     step_ms: float
     cpu_ms: float = math.nan
+    mean_cpu_ms: float = math.nan  # with the steps that do more than others, without those that compile
 
     def final(self, part: str = "training") -> float:
         """Smoothed loss at the end; infinite where the run diverged."""
@@ -151,6 +152,7 @@ class Trainer:
             held_out=held_out,
             step_ms=1e3 * statistics.median(seconds),
             cpu_ms=1e3 * statistics.median(busy),
+            mean_cpu_ms=1e3 * statistics.fmean(s for s in busy if s <= 50 * statistics.median(busy)),
         )
 
 

@@ -147,7 +147,8 @@ def compile_step(
             ``.loss``, or a tuple that begins with it).
         optimizer: a torch.optim optimizer over parameters of ``model``, or several, each with its own, as
             ``[Muon(...), AdamW(...)]``.
-        rule: as in :func:`compile`; ``None`` is the plain compiled step.
+        rule: as in :func:`compile`; ``None`` is the plain compiled step; a ``Hybrid`` leaves its rule where the loss says
+            so, for which the host waits once a window (``step.mkor.switch`` tells).
         refresh_every: steps per factor refresh; the first step refreshes.
         skip: glob patterns of parameter names that keep their raw gradient.
         skip_nonfinite: a step whose loss or gradients are not finite changes nothing at all (``step.skipped`` counts).

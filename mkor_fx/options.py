@@ -129,5 +129,6 @@ class Options:
     @property
     def about(self) -> str:
         """What all ranks must have alike, and what programs depend on."""
-        names = ("refresh_every", "skip", "backend", "without", "skip_nonfinite", "stale", "communication", "hybrid")
-        return ", ".join(f"{name} {getattr(self, name)}" for name in names)
+        names = ("refresh_every", "skip", "backend", "without", "skip_nonfinite", "stale", "communication")
+        hybrid = "" if self.hybrid is None else f", hybrid {self.hybrid.about}"
+        return ", ".join(f"{name} {getattr(self, name)}" for name in names) + hybrid

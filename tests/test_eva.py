@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.functional import mse_loss
 
 import mkor_fx
-from mkor_fx import Eva
+from mkor_fx import KFAC, Eva
 from mkor_fx.rules import Gradient
 
 
@@ -29,6 +29,16 @@ def test_a_gradient_at_right_angles_is_only_scaled():
     a, g = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0])
     G = torch.tensor([[3.0, 4.0], [0.0, 5.0]])  # g^T G a = 0
     assert torch.equal(Eva(damping=0.5).precondition({"a": a, "g": g}, Gradient(G)).weight, 2 * G)
+
+
+@pytest.mark.parametrize("rule", [Eva(), KFAC(inverse="eigen")], ids=["eva", "eigen"])
+def test_lengths_that_overflow_float16_do_not(rule):
+    torch.manual_seed(0)
+    G, eye = torch.randn(4, 6).half(), torch.eye
+    state = {"a": 300 * torch.ones(6), "g": torch.ones(4), "L_basis": eye(4), "R_basis": eye(6), "derived": torch.ones(()),
+             "L_values": torch.ones(4), "R_values": 1e5 * torch.ones(6)}  # fmt: skip
+    found = rule.precondition(state, Gradient(G, G[:, 0])).weight
+    assert found.dtype == torch.float16 and torch.isfinite(found).all() and found.any()
 
 
 @pytest.mark.parametrize("outputs", ["mean", "sum"])

@@ -191,6 +191,14 @@ def test_newton_in_the_program_is_cholesky_in_the_end():
         torch.testing.assert_close(newton[name], exact[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("inverse", ["cholesky", "eigen", "newton"])
+def test_numbers_that_change_are_numbers(inverse):
+    changing = trained(KFAC(inverse=inverse, derive_every=1, damping=lambda step: 0.1, decay=lambda step: 0.9))
+    constant = trained(KFAC(inverse=inverse, derive_every=1, damping=0.1, decay=0.9))
+    for key, tensor in constant.items():
+        torch.testing.assert_close(changing[key], tensor, rtol=1e-5, atol=1e-6, msg=key)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -121,5 +121,7 @@ def test_where_it_cannot_be_it_is_refused():
         mkor_fx.compile_step(model, mse_loss, sgd(model), RULE, placement="owner", backend="eager")
     with pytest.raises(ValueError, match=r"sizes all directions together \(kl_clip\).*precondition='step'"):
         mkor_fx.compile(model, RULE, precondition="backward", backend="eager")
+    with pytest.raises(ValueError, match=r"KFAC\(kl_clip=0\.1, graft='gradient'\): .*use graft=None"):
+        mkor_fx.compile(model, KFAC(kl_clip=0.1), backend="eager")
     with pytest.raises(ValueError, match=r"KFAC\(kl_clip=0\.0\): must be positive, e\.g\. 1e-3, or None"):
         KFAC(kl_clip=0.0)

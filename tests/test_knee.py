@@ -41,6 +41,13 @@ def test_patience_and_the_least_rate():
     assert knee.knees == [11, 33] and optimizer.param_groups[0]["lr"] == 0.05
 
 
+def test_a_rate_below_the_least_stays():
+    optimizer, knee = schedule(patience=10, min_lr=0.05)
+    optimizer.param_groups[0]["lr"] = 0.01
+    run(knee, [2.0] + 30 * [1.0])
+    assert knee.knees == [11] and optimizer.param_groups[0]["lr"] == 0.01
+
+
 def test_noise_is_averaged_away():
     generator = torch.Generator().manual_seed(0)
     losses = [10 - 0.01 * t + 0.1 * float(torch.randn((), generator=generator)) for t in range(400)]

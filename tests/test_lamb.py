@@ -143,7 +143,7 @@ def test_inductor_and_a_schedule_without_another_program():
 def test_mkor_in_front_takes_its_trust_ratio(door):
     model, data = build()
     nn.init.normal_(model[3].weight)
-    optimizer = LAMB(model.parameters(), lr=0.03, weight_decay=0.0)
+    optimizer = LAMB(model.parameters(), lr=0.03, weight_decay=0.0, adapt_all=True)
     step = stepper(door, model, optimizer, MKOR())
     before = model[0].weight.detach().clone()
     step(*data[0])
@@ -190,7 +190,12 @@ def test_a_thousand_steps_in_bfloat16():
     for count in range(1000):
         step(*data[count % len(data)])
     assert all(torch.isfinite(p).all() for p in model.parameters())
-    assert {t.dtype for state in optimizer.state.values() for t in state.values()} == {torch.float32}
+    again = LAMB(groups(model), lr=0.01)
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for one in (optimizer, again):
+        assert {t.dtype for state in one.state.values() for t in state.values()} == {torch.float32}
+    first = model[0].weight
+    assert torch.equal(again.state[first]["exp_avg_sq"], optimizer.state[first]["exp_avg_sq"])
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -21,8 +22,9 @@ class KneePointLR(LRScheduler):
         a knee: ``e_t < beta a_t`` and ``t - s >= patience``; then ``lr <- factor lr`` and ``s = t``
 
     A straight line has no knee; noise needs ``rho`` near 1. A loss that is not finite is passed over. With ``delay`` the
-    loss is looked at that many steps later: a tensor on a device is then read when it has long been computed, and the
-    step waits for nothing.
+    loss is looked at that many steps later: a tensor on a device is copied to the host meanwhile, and the step waits for
+    nothing. On several ranks give each the same loss, such as the mean that a compiled step returns: they have to find the
+    same knees.
 
         ``schedule.step(loss)`` behind every ``optimizer.step()``
 
@@ -33,7 +35,7 @@ class KneePointLR(LRScheduler):
         rho: weight of the old average, in [0, 1).
         patience: steps without a knee behind each cut, and at the start.
         delay: steps between a loss and the look at it.
-        min_lr: no rate is cut below.
+        min_lr: no rate is cut below; one that lies below stays.
 
     Raises:
         ValueError: for an option outside its range, naming it.
@@ -55,7 +57,7 @@ class KneePointLR(LRScheduler):
         self.factor, self.beta, self.rho, self.patience = factor, beta, rho, patience
         self.delay, self.min_lr = delay, min_lr
         self.knees: list[int] = []
-        self._waiting: list[float | Tensor] = []
+        self._waiting: list[Any] = []
         self._first: float | None = None
         self._last, self._mean, self._seen = 0.0, 0.0, 0
         super().__init__(optimizer)
@@ -70,15 +72,15 @@ class KneePointLR(LRScheduler):
         if loss is None:
             raise TypeError("KneePointLR.step(loss): pass the loss of this step; a knee is found in nothing else")
         self.last_epoch += 1
-        self._waiting.append(loss.detach().clone() if isinstance(loss, Tensor) else loss)
-        if len(self._waiting) > self.delay and self._is_knee(float(self._waiting.pop(0))):
+        self._waiting.append(_sent_to_host(loss) if isinstance(loss, Tensor) else loss)
+        if len(self._waiting) > self.delay and self._is_knee(_arrived(self._waiting.pop(0))):
             self.knees.append(self.last_epoch)
             for group in self.optimizer.param_groups:
-                cut = group["lr"] * self.factor
-                if isinstance(group["lr"], Tensor):
-                    group["lr"].copy_(cut.clamp(min=self.min_lr))
+                rate = group["lr"]
+                if isinstance(rate, Tensor):
+                    rate.copy_(torch.maximum(rate * self.factor, rate.clamp(max=self.min_lr)))
                 else:
-                    group["lr"] = max(cut, self.min_lr)
+                    group["lr"] = max(rate * self.factor, min(rate, self.min_lr))
         self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
     def _is_knee(self, x: float) -> bool:
@@ -103,4 +105,22 @@ class KneePointLR(LRScheduler):
     def state_dict(self) -> dict[str, Any]:
         """Numbers only; losses that wait to be looked at are read."""
         state = {name: value for name, value in vars(self).items() if name != "optimizer" and not callable(value)}
-        return {**state, "_waiting": [float(loss) for loss in self._waiting], "knees": list(self.knees)}
+        return {**state, "_waiting": [_arrived(loss) for loss in self._waiting], "knees": list(self.knees)}
+
+
+def _sent_to_host(loss: Tensor) -> Any:
+    """A copy of the loss; from CUDA one on its way to the host, with the event behind it."""
+    if not loss.is_cuda:
+        return loss.detach().clone()
+    host = torch.empty((), dtype=loss.dtype, pin_memory=True)
+    host.copy_(loss.detach(), non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    return host, event
+
+
+def _arrived(loss: Any) -> float:
+    if isinstance(loss, tuple):
+        loss, event = loss
+        event.synchronize()
+    return float(loss)

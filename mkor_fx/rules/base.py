@@ -75,7 +75,8 @@ class Rule(ABC):
     #: dtype of the two products; None is that of the gradient; "fast" is bfloat16 for float32 gradients, where the device
     #: multiplies that natively, and else the gradient's
     product_dtype: torch.dtype | Literal["fast"] | None = None
-    #: bound on what a step may change, by ``sum lr^2 <D, G>`` over all weights of the rule, which shorten alike; None: none
+    #: bound on what a step may change, by ``sum lr^2 <D, G>`` over all weights of the rule, which shorten alike (in
+    #: ``compile``: over those that one optimizer steps); None: none. For rules with ``graft=None``
     kl_clip: Hyper | None = None
     #: "gradient": the base optimizer gets the direction in place of the gradient. "update": the direction is the step
     #: itself, ``W <- W (1 - lr wd) - lr D`` with the rate and weight decay of the weight's own group, and the base

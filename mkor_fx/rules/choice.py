@@ -123,6 +123,11 @@ def check_rule(rule: object, where: str = "") -> None:
         )
     if not rule.overrides("sides") and not rule.overrides("precondition"):
         raise ValueError(f"{name} gives no direction: define sides(state) or precondition(state, grad)")
+    if rule.kl_clip is not None and rule.graft is not None:
+        raise ValueError(
+            f"{name}(kl_clip={rule.kl_clip!r}, graft={rule.graft!r}): either sizes directions, each by itself or all "
+            "together: use graft=None with kl_clip"
+        )
     if rule.overrides("normalize") and rule.overrides("precondition"):
         raise ValueError(
             f"{name}.precondition takes the place of the two sides and of normalize, whose state would stand still: define "

@@ -31,6 +31,9 @@ class Gradient(NamedTuple):
         """Those that there are, by name."""
         return {name: t for name, t in self._asdict().items() if t is not None}
 
+    def to(self, dtype: torch.dtype) -> Gradient:
+        return Gradient(self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
+
 
 class Sides(NamedTuple):
     """The direction is ``left @ G @ right``: symmetric ``[O, O]`` and ``[I, I]``; None is the identity. That of a bias is

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..kinds import Kind
-from ..prims import column_sum
+from ..prims import accumulation_dtype, column_sum
 from .base import Rule, Shape, State, Use
 from .direction import Gradient, Graft
 from .hyper import Hyper, number
@@ -82,11 +82,12 @@ class Eva(Rule):
         return {**averaged, "seen": state["seen"] + 1}
 
     def precondition(self, state: State, grad: Gradient) -> Gradient:
-        G = grad.weight
-        a_I, g_O = (state[name].to(G.dtype) for name in ("a", "g"))
+        dtype = accumulation_dtype(grad.weight.dtype)  # in float16 lengths overflow
+        G, b = grad.to(dtype)
+        a_I, g_O = (state[name].to(dtype) for name in ("a", "g"))
         along, length = g_O @ G @ a_I, a_I.dot(a_I)
-        if grad.bias is not None:
-            along, length = along + g_O.dot(grad.bias.to(G.dtype)), length + 1
+        if b is not None:
+            along, length = along + g_O.dot(b), length + 1
         share = along / (self.damping + length * g_O.dot(g_O))
         weight = (G - share * torch.outer(g_O, a_I)) / self.damping
-        return Gradient(weight, None if grad.bias is None else (grad.bias - share * g_O) / self.damping)
+        return Gradient(weight, None if b is None else (b - share * g_O) / self.damping).to(grad.weight.dtype)

@@ -32,8 +32,9 @@ class Hybrid:
         threshold: of the best gain, in [0, 1).
         patience: windows, 1 or more.
         hysteresis: how much better the rule has to be to come back, 0 or more.
-        cost: of a step of the base optimizer, over one with the rule, in (0, 1]; None: counted from the graphs' products. 1
-            compares what steps gain, whatever they cost.
+        cost: of a step of the base optimizer, over one with the rule, in (0, 1]; None: counted from the graphs' products
+            when the first window ends; what a rule derives outside of the step is not counted, give a number for such
+            ones. 1 compares what steps gain, whatever they cost.
         one_way: never come back.
 
     Raises:
@@ -47,6 +48,11 @@ class Hybrid:
     hysteresis: float = 0.2
     cost: float | None = None
     one_way: bool = False
+
+    @property
+    def about(self) -> str:
+        """All but the rule."""
+        return ", ".join(f"{name} {value}" for name, value in vars(self).items() if name != "rule")
 
     def __post_init__(self) -> None:
         for name, least in (("window", 2), ("patience", 1)):

@@ -156,7 +156,7 @@ class KFAC(Rule):
         """The factors with their damping."""
         factors = {name: state[name] for name in ("L", "R") if name in state}
         means = {name: factor.diagonal(dim1=-2, dim2=-1).mean(-1) for name, factor in factors.items()}
-        damping = torch.ones_like(state["seen"]) * self.damping
+        damping = (torch.ones_like(state["seen"]) * self.damping).to(state["seen"].dtype)
         pi = torch.ones_like(state["seen"])
         if self.pi:
             damping = damping.sqrt()
@@ -173,7 +173,8 @@ class KFAC(Rule):
         """In the bases of both factors; a bias is a weight of one input that is always 1."""
         if self.inverse != "eigen":
             return super().precondition(state, grad)
-        dtype = grad.weight.dtype
+        dtype = accumulation_dtype(grad.weight.dtype)  # in float16 products of eigenvalues overflow
+        given, grad = grad.weight.dtype, grad.to(dtype)
         Q_L, Q_R = (None if f"{name}_basis" not in state else state[f"{name}_basis"].to(dtype) for name in ("L", "R"))
         q_L, q_R = (grad.weight.new_ones(()) if (q := state.get(f"{n}_values")) is None else q.to(dtype) for n in ("L", "R"))
         into = grad.weight if Q_L is None else Q_L.mT @ grad.weight
@@ -185,7 +186,7 @@ class KFAC(Rule):
         if bias is not None and Q_L is not None:
             turned = Q_L @ ((Q_L.mT @ bias[..., None]) / (q_L[..., None] + self.damping))
             bias = torch.where(ready, turned[..., 0], bias)
-        return Gradient(torch.where(ready, made, grad.weight), bias)
+        return Gradient(torch.where(ready, made, grad.weight), bias).to(given)
 
 
 def newton_inverse(matrix_DD: Tensor, guess_DD: Tensor, steps: int) -> Tensor:

@@ -25,6 +25,8 @@ def base_step_of(optimizer: Groups, at: int) -> BaseStep:
     Adam's relatives have its name in theirs, as ``FusedAdam`` and ``AdamW8bit``; so have LAMB and LARS."""
     group, owner = optimizer.param_groups[at], owner_of(optimizer, at)
     names = [cls.__name__.lower() for cls in type(owner).__mro__]
+    if group.get("adapt_all") is False and not group["weight_decay"]:  # our LAMB without its trust ratio
+        return BaseStep("adam")
     if any("lamb" in name or "lars" in name for name in names):
         return BaseStep("trust")
     if any("adam" in name for name in names) or group.get("adjust_lr_fn") == "match_rms_adamw":

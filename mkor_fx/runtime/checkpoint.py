@@ -55,7 +55,8 @@ class Saved:
         raise NotImplementedError
 
     def state_dict(self, *, full: bool = False) -> dict[str, Tensor]:
-        """``{"<parameter>.L": [O, O], "<parameter>.R": [I, I], ..., "step": []}``, copies; plain tensors only.
+        """``{"<parameter>.L": [O, O], "<parameter>.R": [I, I], ..., "step": []}``, copies; plain tensors only. Under a
+        ``Hybrid`` also ``"switch"``, where it stands.
 
         With owners it is this rank's part: what ``torch.distributed.checkpoint`` saves of all ranks together is the whole.
         ``full=True`` fetches the rest, for ``torch.save``: every rank must call it, and gets the same.

@@ -150,13 +150,22 @@ class CompiledStep:
             )
         self._loss = loss = result[0] if isinstance(result, tuple) else result
         if self.mkor.switch is not None:
-            self.mkor.switch.observe(loss, step, lambda: self.coverage.cost_of_base(self.mkor.refresh_every))
+            self.mkor.switch.observe(loss, step, self._cost_of_base)
         self.mkor.advance()
         self._fresh_groups.clear()
         for optimizer in self.optimizers.members:
             optimizer._opt_called = True  # type: ignore[attr-defined]  # what learning-rate schedulers look at
         self._derive(step, counted)
         return result
+
+    def _cost_of_base(self) -> float:
+        """Of a step without the rules, over one with them: what the first rank has counted, whose batch may be another one."""
+        cost = self.coverage.cost_of_base(self.mkor.refresh_every)
+        if self.ranks is None:
+            return cost
+        agreed = torch.tensor(cost, device=next(self.model.parameters()).device)
+        self.ranks.copy_from_first([agreed])
+        return float(agreed)
 
     def _run(self, variant: Any, args: tuple, kwargs: dict) -> Any:
         if variant.name not in self._programs:

@@ -20,7 +20,7 @@ class Trend(NamedTuple):
 
     ``first_order``: 1 without the rule. ``trial``: windows that are left of one. ``mean``: loss of the last window; ``gain``
     and ``best`` since the last trial; ``low``: windows below the threshold, of ``wait``; ``before``: gain in front of the
-    trial, ``half``: that of its first window that counts.
+    trial, ``half``: that of its first window that counts. ``cost`` of a step without the rule, over one with it.
     """
 
     first_order: float = 0.0
@@ -32,6 +32,7 @@ class Trend(NamedTuple):
     wait: float = math.nan
     before: float = math.nan
     half: float = math.nan
+    cost: float = math.nan
 
 
 class Switch:
@@ -44,11 +45,11 @@ class Switch:
 
     def __init__(self, settings: Any) -> None:
         self.settings = settings
-        self.history: list[tuple[int, str]] = []
         self.reset()
 
     def reset(self) -> None:
         self.trend = Trend(wait=float(self.settings.patience))
+        self.history: list[tuple[int, str]] = []
         self._losses: list[Tensor] = []
         self._read: list[float] = []
 
@@ -58,7 +59,7 @@ class Switch:
 
     def observe(self, loss: Tensor, step: int, cost: Callable[[], float]) -> None:
         """The loss of step ``step``. It is read with the others of its window, when that ends. ``cost()`` is that of a step
-        without the rule, over one with it."""
+        without the rule, over one with it, alike on all ranks; asked for once, when the first window ends."""
         self._losses.append(loss.detach().to(torch.float64, copy=True))
         if len(self._read) + len(self._losses) < self.settings.window:
             return
@@ -80,9 +81,8 @@ class Switch:
         """The trend behind a window of this mean loss."""
         trend, settings = self.trend, self.settings
         if math.isnan(trend.mean):
-            return trend._replace(mean=mean)
-        share = 1.0 if not trend.first_order else cost() if settings.cost is None else settings.cost
-        gain = (trend.mean - mean) / (settings.window * share)
+            return trend._replace(mean=mean, cost=cost() if settings.cost is None else settings.cost)
+        gain = (trend.mean - mean) / (settings.window * (trend.cost if trend.first_order else 1.0))
         trend, last = trend._replace(mean=mean, gain=gain), gain if math.isnan(trend.gain) else trend.gain
         if trend.trial:
             return self._in_trial(trend)
@@ -127,8 +127,11 @@ class Switch:
     # ---- files ----------------------------------------------------------------------------------------------------------
 
     def state(self) -> Tensor:
-        """The trend, and the losses of the window that has begun: ``[9 + n]`` float64. Waits for the device."""
-        return torch.tensor([*self.trend, *self._numbers()], dtype=torch.float64)
+        """The trend, and how many losses the window that has begun has and which: ``[11 + window]`` float64, always as long.
+        Waits for the device."""
+        losses = self._numbers()
+        rest = [0.0] * (self.settings.window - len(losses))
+        return torch.tensor([*self.trend, float(len(losses)), *losses, *rest], dtype=torch.float64)
 
     def load(self, state: Tensor) -> None:
         """Take over a ``state()``.
@@ -137,7 +140,11 @@ class Switch:
             ValueError: it is none.
         """
         known = len(Trend._fields)
-        if state.dim() != 1 or len(state) < known:
-            raise ValueError(f"the state's 'switch' has shape {tuple(state.shape)}: it is none of Hybrid's")
+        if state.shape != (known + 1 + self.settings.window,):
+            raise ValueError(
+                f"the state's 'switch' has shape {tuple(state.shape)}: it is none of a Hybrid with windows of "
+                f"{self.settings.window} steps"
+            )
         numbers = state.tolist()
-        self.trend, self._losses, self._read = Trend(*numbers[:known]), [], numbers[known:]
+        self.reset()
+        self.trend, self._read = Trend(*numbers[:known]), numbers[known + 1 : known + 1 + int(numbers[known])]

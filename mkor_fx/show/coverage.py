@@ -237,9 +237,9 @@ class Coverage:
         self.graphs.to_html(path)
 
     def cost_of_base(self, refresh_every: int) -> float:
-        """Flops of a step without the rules over those with them, as far as they are counted."""
-        counted = [costs for e in self if (costs := self.costs(e.name)) is not None]
-        plain = sum(costs.layer_flops or 0 for costs in counted)
+        """Flops of a step without the rules over those with them, of the weights whose rows are known; 1 if none are."""
+        counted = [costs for e in self if (costs := self.costs(e.name)) is not None and costs.layer_flops is not None]
+        plain = sum(costs.layer_flops for costs in counted if costs.layer_flops is not None)
         added = sum(costs.refresh_flops / refresh_every + costs.precondition_flops for costs in counted)
         return plain / (plain + added) if plain else 1.0
 

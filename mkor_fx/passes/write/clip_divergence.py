@@ -19,7 +19,7 @@ def clip_divergence(draft: Draft) -> None:
     """For each rule with a ``kl_clip``: ``D <- nu D`` with ``nu = min(1, sqrt(kl_clip / |sum lr^2 <D, G>|))``, the sum over all of
     its weights and their biases (Martens and Grosse, 2015; KAISA)."""
     for rule in draft.rules:
-        items = [item for item in draft.items.values() if item.layout.rule == rule]
+        items = [item for item in draft.items.values() if item.layout.rule in {rule}]  # by hash: tensors are not read
         if rule.kl_clip is None or not items:
             continue
         pairs = [(item.key, item.grad) for item in items] + [(item.bias_key, item.bias) for item in items if item.bias]
