@@ -1,4 +1,4 @@
-"""Thirty random programs agree with their reference, and at least nine in ten of their supported weights are sites."""
+"""Random programs agree with their reference, and at least nine in ten of their supported weights are sites."""
 
 from dataclasses import replace
 
@@ -9,7 +9,7 @@ from fuzz.program import Part, draw
 from mkor_fx import MKOR
 
 
-@pytest.mark.parametrize("seeds", [range(15), range(15, 30)], ids=str)
+@pytest.mark.parametrize("seeds", [range(15), pytest.param(range(15, 50), marks=pytest.mark.nightly)], ids=str)
 def test_random_programs_agree_and_declining_does_not_pass_for_being_right(seeds):
     outcomes = {seed: check.check(draw(seed)) for seed in seeds}
     failures = [f"seed {s}: {o.failure}\n{o.detail}\n{o.program}" for s, o in outcomes.items() if o.failure]
