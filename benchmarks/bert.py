@@ -5,7 +5,6 @@ installed, the language reference that comes with Python (`pydoc_data.topics`). 
 most frequent are known. Shapes: B batch, T positions, V words.
 """
 
-import os
 import re
 import shutil
 import subprocess
@@ -19,9 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks import minilm
-from benchmarks.tasks import Batch, Examples, Source, Task
-
-os.environ["HF_HUB_OFFLINE"] = "1"
+from benchmarks.tasks import Batch, Examples, Source, Task, Text
 
 VOCABULARY, CONTEXT = 5000, 64
 MASK, UNKNOWN, PADDING = 0, 1, 2
@@ -64,11 +61,10 @@ class MaskedText:
     """Windows of one long text in which 15 % of the words are asked for: of these eight in ten are masked, one is another
     word, one is left. The target is the word, or ``NOT_ASKED``."""
 
-    ids: Tensor
+    text: Text
 
     def draw(self, size: int, generator: torch.Generator) -> Batch:
-        starts = torch.randint(len(self.ids) - CONTEXT, (size, 1), generator=generator)
-        ids = self.ids[starts + torch.arange(CONTEXT)]
+        ids, _ = self.text.draw(size, generator)
         chance, kind = (torch.rand(ids.shape, generator=generator) for _ in range(2))
         other = torch.randint(FIRST_WORD, VOCABULARY, ids.shape, generator=generator)
         asked = chance < 0.15
@@ -81,7 +77,7 @@ def load_masked() -> tuple[Source, Source]:
     """Nine tenths of the text to train on, the last to hold out."""
     ids = encoded(words())
     cut = 9 * len(ids) // 10
-    return MaskedText(ids[:cut]), MaskedText(ids[cut:])
+    return MaskedText(Text(ids[:cut], CONTEXT)), MaskedText(Text(ids[cut:], CONTEXT))
 
 
 @cache
@@ -92,8 +88,7 @@ def load_rated() -> tuple[Source, Source]:
     for row, (_, text) in zip(ids, rated, strict=True):
         found = encoded(tokens(text)[: len(row)])
         row[: len(found)] = found
-    signs = torch.tensor([int(rating > 0) for rating, _ in rated])
-    held_out = torch.arange(len(rated)) % 10 == 0
+    signs, held_out = minilm.labelled(rated)
     training, rest = (Examples(ids[part], signs[part]) for part in (~held_out, held_out))
     return training, rest
 
@@ -126,7 +121,7 @@ class Rated(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         kept = (ids != PADDING).to(torch.float32)
         states = self.encoder(input_ids=ids, attention_mask=kept).last_hidden_state
-        return self.head((states * kept.unsqueeze(-1)).sum(1) / kept.sum(1, keepdim=True))
+        return self.head(minilm.mean_of_words(states, kept))
 
 
 def masked_entropy(logits: Tensor, target: Tensor) -> Tensor:

@@ -58,6 +58,17 @@ def rated_sentences(source: Path) -> list[tuple[float, str]]:
     return [(float(rating), text) for _, rating, text in (line.split("\t") for line in lines if line)]
 
 
+def labelled(rated: list[tuple[float, str]]) -> tuple[Tensor, Tensor]:
+    """1 where a rating is positive, int64; and which sentences are held out."""
+    return torch.tensor([int(rating > 0) for rating, _ in rated]), torch.arange(len(rated)) % 10 == 0
+
+
+def mean_of_words(states: Tensor, mask: Tensor) -> Tensor:
+    """``[B, T, D], [B, T] -> [B, D]``, over those words that are none of the padding."""
+    weight = mask.unsqueeze(-1).to(states.dtype)
+    return (states * weight).sum(1) / weight.sum(1)
+
+
 @dataclass(frozen=True)
 class Examples:
     """``ids`` and ``mask`` are ``[N, T]``; ``labels`` ``[N]`` are 1 for positive ratings."""
@@ -78,8 +89,7 @@ def examples(source: Path, length: int) -> tuple[Examples, Examples]:
     tokens = transformers.AutoTokenizer.from_pretrained(weights())(
         [text for _, text in rated], padding="max_length", truncation=True, max_length=length, return_tensors="pt"
     )
-    labels = torch.tensor([int(rating > 0) for rating, _ in rated])
-    held_out = torch.arange(len(rated)) % 10 == 0
+    labels, held_out = labelled(rated)
     return tuple(  # type: ignore[return-value]
         Examples(tokens["input_ids"][part], tokens["attention_mask"][part], labels[part])
         for part in (~held_out, held_out)
@@ -100,8 +110,7 @@ class Classifier(nn.Module):
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         states = self.bert(input_ids=ids, attention_mask=mask).last_hidden_state
-        weight = mask.unsqueeze(-1).to(states.dtype)
-        return self.head((states * weight).sum(1) / weight.sum(1))
+        return self.head(mean_of_words(states, mask))
 
 
 class PackedClassifier(Classifier):

@@ -33,8 +33,9 @@ class Side(NamedTuple):
     speed: float | None = None
 
 
+PAPER_LAMB = 1563  # its steps
 SIDES = {
-    "LAMB": Side("LAMB", 1563, 1.0),
+    "LAMB": Side("LAMB", PAPER_LAMB, 1.0),
     "AdamW": Side("AdamW"),
     "Muon + AdamW": Side("Muon"),
     "KAISA + LAMB": Side("KFAC(pi=False) every 10 behind LAMB", 1000, 1.39),
@@ -82,7 +83,7 @@ def row(name: str, side: Side, run: Run, base: Run, tuned: Tuned) -> list[str]:
     steps = run.steps_to(target)
     assert whole is not None
     reached = steps is not None
-    paper_steps = "" if side.steps is None else f"{side.steps} ({side.steps / 1563:.2f})"
+    paper_steps = "" if side.steps is None else f"{side.steps} ({side.steps / PAPER_LAMB:.2f})"
     return [
         name,
         f"{run.lr:g}",

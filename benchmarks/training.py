@@ -144,6 +144,7 @@ class Trainer:
                     report(done + 1, losses[0])
                 if not math.isfinite(losses[0]):
                     break
+        typical = statistics.median(busy)
         return Run(
             lr=lr,
             seed=seed,
@@ -151,8 +152,8 @@ class Trainer:
             training=training,
             held_out=held_out,
             step_ms=1e3 * statistics.median(seconds),
-            cpu_ms=1e3 * statistics.median(busy),
-            mean_cpu_ms=1e3 * statistics.fmean(s for s in busy if s <= 50 * statistics.median(busy)),
+            cpu_ms=1e3 * typical,
+            mean_cpu_ms=1e3 * statistics.fmean(s for s in busy if s <= 50 * typical),
         )
 
 

@@ -12,6 +12,7 @@ from torch.nn import functional
 import mkor_fx
 from mkor_fx import MKOR
 from mkor_fx.optim import LAMB
+from mkor_fx.runtime.base_step import base_step_of
 
 CONVENTIONS = {
     "apex": (LAMB, {}),
@@ -149,6 +150,12 @@ def test_mkor_in_front_takes_its_trust_ratio(door):
     step(*data[0])
     moved = (model[0].weight.detach() - before).norm()
     torch.testing.assert_close(moved, 0.03 * before.norm(), rtol=1e-6, atol=0)
+
+
+def test_without_a_trust_ratio_it_is_adam_to_a_rule():
+    model, _ = build()
+    kinds = [[base_step_of(make(groups(model)), at).kind for at in (0, 1)] for make in (LAMB, LAMB.deepspeed)]
+    assert kinds == [["trust", "adam"], ["trust", "trust"]]
 
 
 def on_a_rank(rank, size):

@@ -73,22 +73,23 @@ class Variant:
         return name in self.passes
 
 
+#: from gradients to new weights by a rule
+DIRECT = ("precondition", "clip_divergence", "optimize", "write_back")
 VARIANTS = {
     variant.name: variant
     for variant in (
-        Variant("refresh", ("seed", "reduce", "statistics", "refresh", "precondition", "clip_divergence", "optimize", "write_back")),
-        Variant("reuse", ("seed", "reduce", "precondition", "clip_divergence", "optimize", "write_back")),
+        Variant("refresh", ("seed", "reduce", "statistics", "refresh", *DIRECT)),
+        Variant("reuse", ("seed", "reduce", *DIRECT)),
         # no rule
         Variant("plain", ("seed", "reduce", "optimize", "write_back")),
         # a rule that is not used for now: exactly the base optimizer
         Variant("fallback", ("seed", "reduce", "optimize", "write_back")),
         # statistics one step late: they leave and the last ones arrive, they only leave, they only arrive
-        Variant("late refresh", ("seed", "reduce", "statistics", "send", "arrive", "refresh", "precondition", "clip_divergence", "optimize",
-                                 "write_back")),
-        Variant("collect", ("seed", "reduce", "statistics", "send", "precondition", "clip_divergence", "optimize", "write_back")),
-        Variant("catch up", ("seed", "reduce", "arrive", "refresh", "precondition", "clip_divergence", "optimize", "write_back")),
+        Variant("late refresh", ("seed", "reduce", "statistics", "send", "arrive", "refresh", *DIRECT)),
+        Variant("collect", ("seed", "reduce", "statistics", "send", *DIRECT)),
+        Variant("catch up", ("seed", "reduce", "arrive", "refresh", *DIRECT)),
     )
-}  # fmt: skip
+}
 
 
 def choose(step: int, refresh_every: int, *, rule: bool = True, fallback: bool = False, stale: int = 0) -> Variant:

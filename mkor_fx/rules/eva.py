@@ -12,7 +12,7 @@ from ..kinds import Kind
 from ..prims import accumulation_dtype, column_sum
 from .base import Rule, Shape, State, Use
 from .direction import Gradient, Graft
-from .hyper import Hyper, number
+from .hyper import Hyper, check_decay, check_positive, weight_of_old
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,14 +49,12 @@ class Eva(Rule):
     kinds = {"a": Kind.MOMENT, "g": Kind.MOMENT}  # noqa: RUF012
 
     def __post_init__(self) -> None:
-        if not number(self.damping, "Eva(damping=") > 0:
-            raise ValueError(f"Eva(damping={self.damping!r}): must be positive, e.g. 0.03")
-        if not 0 <= number(self.decay, "Eva(decay=") < 1:
-            raise ValueError(f"Eva(decay={self.decay!r}): the weight of the old average must lie in [0, 1), e.g. 0.05")
+        check_positive(self, "damping", "0.03")
+        check_decay(self, "0.05")
         if self.outputs not in ("mean", "sum"):
             raise ValueError(f"Eva(outputs={self.outputs!r}): must be 'mean' or 'sum'")
-        if self.kl_clip is not None and not number(self.kl_clip, "Eva(kl_clip=") > 0:
-            raise ValueError(f"Eva(kl_clip={self.kl_clip!r}): must be positive, e.g. 1e-3, or None")
+        if self.kl_clip is not None:
+            check_positive(self, "kl_clip", "1e-3, or None")
 
     def init(self, shape: Shape, device: torch.device) -> State:
         """``a`` ``[I]`` and ``g`` ``[O]``, zero, float32; ``seen`` counts refreshes."""
@@ -77,7 +75,7 @@ class Eva(Rule):
             inputs, outputs = use.summary[0] / rows, use.summary[1] / (rows if self.outputs == "mean" else 1)
             new["a"] = new["a"] + (outputs if use.opposite else inputs).to(new["a"].dtype) / len(uses)
             new["g"] = new["g"] + (inputs if use.opposite else outputs).to(new["g"].dtype) / len(uses)
-        old = torch.where(state["seen"] > 0, torch.ones_like(state["seen"]) * self.decay, torch.zeros_like(state["seen"]))
+        old = weight_of_old(state["seen"], self.decay)
         averaged = {name: old * state[name] + (1 - old) * new[name] for name in new}
         return {**averaged, "seen": state["seen"] + 1}
 

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, get_args
 
+import torch
 from torch import Tensor
 
 #: a rule; what a rule is stands in ``base.py``, above this file
@@ -46,6 +47,25 @@ def value_at(hyper: Hyper, where: str = "", step: int = 0) -> float | Tensor:
 def number(hyper: Hyper, where: str = "", step: int = 0) -> float:
     """As ``value_at``, as a plain number, for checks. Waits for the device of a tensor."""
     return float(value_at(hyper, where, step))
+
+
+def check_positive(rule: Any, name: str, example: str) -> None:
+    """Raises ValueError for a field that is not above zero."""
+    value, where = getattr(rule, name), f"{type(rule).__name__}({name}="
+    if not number(value, where) > 0:
+        raise ValueError(f"{where}{value!r}): must be positive, e.g. {example}")
+
+
+def check_decay(rule: Any, example: str) -> None:
+    """Raises ValueError for a ``decay`` that is no weight of an old average."""
+    where = f"{type(rule).__name__}(decay="
+    if not 0 <= number(rule.decay, where) < 1:
+        raise ValueError(f"{where}{rule.decay!r}): the weight of the old average must lie in [0, 1), e.g. {example}")
+
+
+def weight_of_old(seen: Tensor, decay: Any) -> Tensor:
+    """``decay``, or zero where nothing was ``seen`` yet: the first statistic is taken as it is."""
+    return torch.where(seen > 0, torch.ones_like(seen) * decay, torch.zeros_like(seen))
 
 
 def bind(rule: R, values: Mapping[str, Any]) -> R:

@@ -12,7 +12,7 @@ from ..kinds import Kind
 from ..prims import accumulation_dtype
 from .base import Rule, Shape, State, Use
 from .direction import Gradient, Graft, Sides
-from .hyper import Hyper, number
+from .hyper import Hyper, check_decay, check_positive, weight_of_old
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,10 +76,8 @@ class KFAC(Rule):
     }
 
     def __post_init__(self) -> None:
-        if not number(self.damping, "KFAC(damping=") > 0:
-            raise ValueError(f"KFAC(damping={self.damping!r}): must be positive, e.g. 1e-3")
-        if not 0 <= number(self.decay, "KFAC(decay=") < 1:
-            raise ValueError(f"KFAC(decay={self.decay!r}): the weight of the old average must lie in [0, 1), e.g. 0.95")
+        check_positive(self, "damping", "1e-3")
+        check_decay(self, "0.95")
         if not isinstance(self.max_factor, int) or self.max_factor < 0:
             raise ValueError(f"KFAC(max_factor={self.max_factor!r}): must be an integer, 0 (no factors) or more")
 
@@ -87,8 +85,8 @@ class KFAC(Rule):
             raise ValueError(f"KFAC(inverse={self.inverse!r}): must be 'cholesky', 'eigen' or 'newton'")
         if not isinstance(self.newton_steps, int) or self.newton_steps < 1:
             raise ValueError(f"KFAC(newton_steps={self.newton_steps!r}): must be an integer of at least 1")
-        if self.kl_clip is not None and not number(self.kl_clip, "KFAC(kl_clip=") > 0:
-            raise ValueError(f"KFAC(kl_clip={self.kl_clip!r}): must be positive, e.g. 1e-3, or None")
+        if self.kl_clip is not None:
+            check_positive(self, "kl_clip", "1e-3, or None")
 
     def overrides(self, function: str) -> bool:
         own = {"derive": self.inverse != "newton", "precondition": self.inverse == "eigen", "sides": self.inverse != "eigen"}
@@ -126,7 +124,7 @@ class KFAC(Rule):
             a_II, g_OO = inputs / rows, outputs * rows
             for name, moment in (("L", a_II if use.opposite else g_OO), ("R", g_OO if use.opposite else a_II)):
                 new[name] = new[name] + moment if name in new else moment
-        old = torch.where(state["seen"] > 0, torch.ones_like(state["seen"]) * self.decay, torch.zeros_like(state["seen"]))
+        old = weight_of_old(state["seen"], self.decay)
         averaged: dict[str, Tensor] = {
             name: old * state[name] + (1 - old) * new[name].to(state[name].dtype) / len(uses)
             for name in ("L", "R")

@@ -255,9 +255,9 @@ class FactorState(Saved):
 
         ``steps`` and ``refreshes`` that they are of (of a ``Hybrid`` whether steps are ``second_order`` now); and what their
         rules say that tensors are: of positive definite matrices ``factor_min`` and ``factor_max``, the extreme diagonal
-        entries (the largest entry lies there; a ``factor_min`` that is not positive says that one is not); of orthogonal ones ``orthogonality``, the largest entry of ``|Q^T Q - I|``; of
-        moments ``moment``, the largest root mean square. ``per_factor`` adds those of each, ``"<parameter>.<factor>.min"``
-        and so on.
+        entries (the largest entry lies there; a ``factor_min`` that is not positive says that one is not); of orthogonal
+        ones ``orthogonality``, the largest entry of ``|Q^T Q - I|``; of moments ``moment``, the largest root mean square.
+        ``per_factor`` adds those of each, ``"<parameter>.<factor>.min"`` and so on.
         """
         kinds = {f"{name}.{key}": self._recipes[name].kind(key) for name, group in self._factors.items() for key in group}
         found: dict[str, float] = {"steps": self.clock}

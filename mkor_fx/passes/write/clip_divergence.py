@@ -22,7 +22,7 @@ def clip_divergence(draft: Draft) -> None:
         items = [item for item in draft.items.values() if item.layout.rule in {rule}]  # by hash: tensors are not read
         if rule.kl_clip is None or not items:
             continue
-        pairs = [(item.key, item.grad) for item in items] + [(item.bias_key, item.bias) for item in items if item.bias]
+        pairs = [(item.key, item.grad) for item in items] + [(item.bias_key, item.bias) for item in items if item.bias is not None]
         keys, grads = zip(*((key, grad) for key, grad in pairs if key in draft.directions), strict=True)
         rates = [draft.rate(key) for key in keys]
         directions = [draft.directions[key] for key in keys]

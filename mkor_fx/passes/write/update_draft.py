@@ -29,7 +29,8 @@ Place = tuple[int, int | None, float]
 @dataclass(frozen=True)
 class Job:
     """One weight in an update program: its layout, and whether its state is refreshed. ``places`` are those of the weight's
-    and its bias's rates, where their direction is the step itself or depends on them; ``base`` is what the optimizer would do with its gradient.
+    and its bias's rates, where their direction is the step itself or depends on them; ``base`` is what the optimizer
+    would do with its gradient.
     """
 
     name: str
