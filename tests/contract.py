@@ -122,7 +122,8 @@ class Contract:
             moved = self.rule.moment(state, grad)
             grad = moved if self.size == "moment" else grad
             weight = moved.weight if left is None else left @ moved.weight
-            weight, _, state = self.rule.normalize(state, weight if right is None else weight @ right)
+            weight = weight if right is None else weight @ right
+            weight, state, *_ = self.rule.normalize(state, weight, moved.weight)
             made = Gradient(weight, moved.bias if moved.bias is None or left is None else left @ moved.bias)
         else:
             made = self.rule.precondition(state, grad)

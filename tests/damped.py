@@ -2,7 +2,8 @@
 
     S <- gamma S + (1 - gamma) (identity + kappa d C / tr C), the identity as unit vectors in turn
     B <- mu B + G, M = G + mu B, D = S_L^-1 M S_R^-1, its rows, then its columns over their mean squares,
-    W <- W (1 - lr wd) - lr s sqrt(O I) / |D| D, s = max(.2, min(|m| / sqrt(v), .03 |W| / lr)) as if m and v were Adam's
+    W <- W (1 - lr wd) - lr s sqrt(O I) / |D| D, s = max(.2, min(|m| / (sqrt(v) c), .03 |W| / lr)) as if m and v were Adam's
+    c = max(1/8, <D, M> / |D| |M|)
 N rows, O outputs, I inputs, d either; of modules Linear, Conv2d, and Embedding as the table of a Linear.
 """
 import math
@@ -51,10 +52,10 @@ class Damped:
         C = sum(V.T @ V / V.norm() ** 2 for V in blocks) / len(blocks)
         return gamma * S + (1 - gamma) * (visited.diag() + self.kappa * d * C)
 
-    def length(self, W, G, B, lr):
+    def length(self, W, G, M, D, lr):
         beta2, t, n, nesterov = self.beta2, self.steps + 1, G.numel() ** 0.5, self.nesterov
         v = self.Q[W] = beta2 * self.Q.get(W, 0) + (1 - beta2) * (G.norm() / n) ** 2
-        m = (1 - self.momentum) / (1 - self.momentum ** (t + nesterov)) * (G + self.momentum * B if nesterov else B)
+        m = (1 - self.momentum) / (1 - self.momentum ** (t + nesterov)) * M / max(1 / 8, (D * M).sum() / D.norm() / M.norm())
         return max(0.2, min(m.norm() / n / (v / (1 - beta2**t)).sqrt(), 0.03 * W.norm() / n / lr)) if beta2 else 0.2
 
     @torch.no_grad()
@@ -64,12 +65,13 @@ class Damped:
             left, right = zip(*self.blocks(W, G), strict=True)
             L, R = self.S[W] = self.moved(L, left), self.moved(R, right)
             B = self.B[W] = self.momentum * self.B.get(W, torch.zeros_like(G)) + G
-            D = L.inverse() @ (G + self.momentum * B if self.nesterov else B) @ R.inverse()
+            M = G + self.momentum * B if self.nesterov else B
+            D = L.inverse() @ M @ R.inverse()
             for dim in (1, 0) if self.beta2 else ():
                 new = (1 - self.beta2) * (D * D).mean(dim, keepdim=True) / (D * D).mean()
                 D = D / self.Q.setdefault((W, dim), torch.zeros_like(new)).mul_(self.beta2).add_(new).sqrt()
             group = next(g for g in self.optimizer.param_groups if {W} & {*g["params"]})
-            D *= group["lr"] * self.length(W, G, B, group["lr"]) * shape.numel() ** 0.5 / D.norm()
+            D *= group["lr"] * self.length(W, G, M, D, group["lr"]) * shape.numel() ** 0.5 / D.norm()
             W.mul_(1 - group["lr"] * group["weight_decay"]).sub_(D.view_as(W)).grad = None
         self.rows, self.steps = {}, self.steps + 1
         self.optimizer.step(), self.optimizer.zero_grad()

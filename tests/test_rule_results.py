@@ -13,7 +13,7 @@ from torch.nn import functional
 import mkor_fx
 from mkor_fx import KFAC, MKOR, Rule
 from mkor_fx.kinds import Kind
-from mkor_fx.rules import Gradient, Hyper, Sides
+from mkor_fx.rules import Gradient, Hyper, Normalized, Sides
 
 DOORS = pytest.mark.parametrize("door", ["compile_step", "compile"])
 
@@ -66,7 +66,7 @@ class Normalizing(Sided):
     def sides(self, state):
         return Sides(state["L"], None)
 
-    def normalize(self, state, product):
+    def normalize(self, state, product, moment):
         return self.told("normalize", state, product)
 
 
@@ -101,12 +101,14 @@ WRONG = {
                                  r"sides returned a right side of a tensor \[4, 4\]: must be \[6, 6\] here, or None"),
     "no sides": (told(Sided, sides=lambda s: None), r"sides returned NoneType None: must be Sides\(left, right\)"),
     "half a normalization": (told(Normalizing, normalize=lambda s, D: (D, s)),
-                             r"normalize returned tuple .*: must be \(direction, its root mean square or None, new state\)"),
-    "a vector of sizes": (told(Normalizing, normalize=lambda s, D: (D, D.mean(1), s)),
+                             r"normalize returned tuple .*: must be Normalized\(direction, state\)"),
+    "a vector of sizes": (told(Normalizing, normalize=lambda s, D: Normalized(D, s, D.mean(1))),
                           r"normalize returned a tensor \[4\] as the root mean square: must be a 0-dim tensor, or None"),
-    "normalized away": (told(Normalizing, normalize=lambda s, D: (D[0], None, s)),
+    "a vector of gains": (told(Normalizing, normalize=lambda s, D: Normalized(D, s, None, D.mean(1))),
+                          r"normalize returned a tensor \[4\] as the gain: must be a 0-dim tensor, or None"),
+    "normalized away": (told(Normalizing, normalize=lambda s, D: Normalized(D[0], s)),
                         r"normalize returned a tensor \[6\] in the place of a tensor \[4, 6\]: must be alike"),
-    "a moment of rows": (told(Normalizing, normalize=lambda s, D: (D, None, {**s, "n": D.mean(1)})),
+    "a moment of rows": (told(Normalizing, normalize=lambda s, D: Normalized(D, {**s, "n": D.mean(1)})),
                          r"normalize returned 'n' as a tensor \[4\]"),
     "state in place": (told(update=lambda s: {**s, "n": s["n"].add_(1)}), r"changes what it is given in place \(aten\.add_"),
     "a view of it": (told(update=lambda s: {**s, "L": s["L"].mT.mul_(2).mT}), r"in place \(aten\.mul_.*compute a new"),
@@ -409,7 +411,7 @@ def test_a_normalized_product_is_sized_by_its_root_mean_square(door, graft, know
 
     def normalize(state, product):
         made = product * torch.arange(1, 7)
-        return made, made.square().mean().sqrt() if known else None, {**state, "n": state["n"] + 10}
+        return Normalized(made, {**state, "n": state["n"] + 10}, made.square().mean().sqrt() if known else None)
 
     rule = type("Sized", (Normalizing,), {"graft": graft})((("normalize", normalize), ("update", lambda s: s)))
     model, (x, y) = linear(), batch()

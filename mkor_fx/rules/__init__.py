@@ -3,7 +3,7 @@
 from ..kinds import Kind
 from .base import Rule, Shape, State, Use
 from .choice import RuleChoice, Rules, check_rule
-from .direction import Gradient, Sides
+from .direction import Gradient, Normalized, Sides
 from .eva import Eva
 from .hybrid import Hybrid
 from .hyper import Hyper
@@ -18,6 +18,7 @@ __all__ = [
     "Hybrid",
     "Hyper",
     "Kind",
+    "Normalized",
     "Rule",
     "RuleChoice",
     "Rules",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..kinds import Kind
-from .direction import Gradient, Sides, from_sides
+from .direction import Gradient, Normalized, Sides, from_sides
 from .hyper import Hyper, bind, changing, number
 
 
@@ -138,10 +138,10 @@ class Rule(ABC):
         """The two sides of the direction, which the library multiplies; None for a rule that has ``precondition``."""
         return None
 
-    def normalize(self, state: State, product: Tensor) -> tuple[Tensor, Tensor | None, State]:
-        """What becomes of the product of the two sides, ``[O, I]``, before it is sized; its root mean square, 0-dim, or None
-        for the library to compute it; and the new state. Every step; for moments of what the factors have made of it."""
-        return product, None, state
+    def normalize(self, state: State, product: Tensor, moment: Tensor) -> Normalized:
+        """What becomes of the product of the two sides with the ``moment``, both ``[O, I]``, before it is sized, and the new
+        state. Every step; for moments of what the factors have made of it."""
+        return Normalized(product, state)
 
     def precondition(self, state: State, grad: Gradient) -> Gradient:
         """The direction; every step. A rule whose direction is no product of two sides defines it, and the library sizes

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..prims import graft_rms, precondition, rescale
+from ..prims import accumulation_dtype, graft_rms, precondition, rescale
 from .results import check_direction, check_normalized, check_sides
 
 Graft = Literal["gradient", "rms"]
@@ -19,6 +19,8 @@ Graft = Literal["gradient", "rms"]
 Size = Literal["gradient", "rms", "moment", "adam"]
 #: the share of a weight's norm that a step longer than 0.2 may move it by
 STRIDE = 0.03
+#: how many times longer than Adam's a step may be, to gain as much
+STRETCH = 8.0
 
 
 class Gradient(NamedTuple):
@@ -33,6 +35,16 @@ class Gradient(NamedTuple):
 
     def to(self, dtype: torch.dtype) -> Gradient:
         return Gradient(self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
+
+
+class Normalized(NamedTuple):
+    """What a rule makes of the product of its two sides, ``[O, I]``, and its new state. ``rms``, the root mean square, and
+    ``gain``, the inner product with the moment, both 0-dim, are the library's to compute where they are None."""
+
+    direction: Tensor
+    state: dict[str, Tensor]
+    rms: Tensor | None = None
+    gain: Tensor | None = None
 
 
 class Sides(NamedTuple):
@@ -74,15 +86,17 @@ def from_sides(
     check_direction(rule, "moment", grad, raw)
     if graft == "moment":
         raw, graft = grad, "gradient"
-    to = _length_of_step(rule.adam_rms(state, grad), longest) if graft == "adam" else None
+    adam = rule.adam_rms(state, grad) if graft == "adam" and longest is not None else None
     joint = rule.joint_bias and raw.bias is not None
     check_sides(rule, sides, joined(grad) if joint else grad.weight)
     left, right = sides
     dtype, bias = rule.product_dtype, grad.bias
-    product, new, rms = _product(left, joined(grad) if joint else grad.weight, right, dtype), state, None
+    moment = joined(grad) if joint else grad.weight
+    product, new, rms, gain = _product(left, moment, right, dtype), state, None, None
     if rule.overrides("normalize"):
-        made, rms, new = check_normalized(rule, rule.normalize(state, product), product, state)
+        made, new, rms, gain = check_normalized(rule, rule.normalize(state, product, moment), product, state)
         product = made.to(product.dtype)
+    to = None if adam is None or longest is None else _length_of_step(adam, longest, _cosine(product, moment, rms, gain))
     if joint:
         together = _sized(product, joined(raw), graft, rms, to)
         return Gradient(together[:, :-1], together[:, -1]), new
@@ -124,12 +138,24 @@ def _sized(
     return direction if graft is None else graft_rms(direction, rms, to)
 
 
-def _length_of_step(adam: Tensor | None, longest: Tensor | None) -> Tensor | None:
-    """The root mean square of Adam's own step, but no more than ``longest`` and no less than 0.2."""
-    if adam is None or longest is None:
-        return None
-    usable = torch.isfinite(adam)
-    return torch.where(usable, torch.minimum(adam, longest.to(adam.dtype)), torch.zeros_like(adam)).clamp_min(0.2)
+def _length_of_step(adam: Tensor, longest: Tensor, cosine: Tensor) -> Tensor:
+    """The root mean square with which a step gains to first order what Adam's own would, ``adam`` over its cosine with the
+    moment, but no more than ``longest`` and no less than 0.2."""
+    wanted = adam / cosine
+    usable = torch.isfinite(wanted)
+    return torch.where(usable, torch.minimum(wanted, longest.to(wanted.dtype)), torch.zeros_like(wanted)).clamp_min(0.2)
+
+
+def _cosine(direction: Tensor, moment: Tensor, rms: Tensor | None, gain: Tensor | None) -> Tensor:
+    """Of the angle between a direction and what it was made of, from ``1 / STRETCH`` to 1; what is not finite is 1."""
+    dtype = accumulation_dtype(direction.dtype)
+    wide, held = direction.to(dtype), moment.to(dtype)
+    if gain is None:
+        gain = (wide * held).sum()
+    if rms is None:
+        rms = wide.square().mean().sqrt()
+    cosine = gain.to(dtype) / (direction.numel() * rms.to(dtype) * held.square().mean().sqrt())
+    return torch.where(torch.isfinite(cosine), cosine.clamp(1 / STRETCH, 1), torch.ones_like(cosine))
 
 
 def joined(grad: Gradient) -> Tensor:

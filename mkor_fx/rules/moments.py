@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..prims import stored
 from .base import State
-from .direction import Gradient
+from .direction import Gradient, Normalized
 from .mkor_options import MKOROptions
 
 
@@ -51,28 +51,28 @@ class Moments(MKOROptions):
         mu: Any = self.momentum
         return adam_rms(moment.weight, state["square"], state["steps"], mu, self.nesterov, self.beta2)
 
-    def normalize(self, state: State, product: Tensor) -> tuple[Tensor, Tensor | None, State]:
+    def normalize(self, state: State, product: Tensor, moment: Tensor) -> Normalized:
         if not self.beta2:
-            return product, None, state
-        made, rms, rows, columns = normalized(product, state["row_squares"], state["column_squares"], self.beta2)
-        return made, rms, {**state, "row_squares": rows, "column_squares": columns}
+            return Normalized(product, state)
+        return normalized(product, moment, state, self.beta2)
 
 
-def normalized(
-    product_OI: Tensor, rows_O: Tensor, columns_I: Tensor, beta2: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``D / sqrt(r c)``, its root mean square, and the new ``r`` and ``c``.
+def normalized(product_OI: Tensor, moment_OI: Tensor, state: State, beta2: float) -> Normalized:
+    """``D / sqrt(r c)`` and the new ``r`` and ``c``, the ``row_squares`` and ``column_squares`` of ``state``.
 
     ``r`` is a moving average of the mean squares of ``D``'s rows, ``c`` of those of the columns of ``D / sqrt(r)``, each
     over the mean of all: Adafactor's factored second moments (Shazeer and Stern, 2018, arXiv 1804.04235), blind to scale.
     Both start at zero, which costs all entries the same. Of a ``D`` of zeros nothing is taken.
     """
+    rows_O, columns_I = state["row_squares"], state["column_squares"]
     wide = product_OI.to(rows_O.dtype)
     rows_O, row_scale_O = _averaged(rows_O, wide.square().mean(1), beta2)
-    squares_I = (wide * row_scale_O[:, None]).square().mean(0)
+    scaled = wide * row_scale_O[:, None]
+    squares_I, gains_I = scaled.square().mean(0), (scaled * moment_OI.to(wide.dtype)).sum(0)  # one pass
     columns_I, column_scale_I = _averaged(columns_I, squares_I, beta2)
     made = product_OI * row_scale_O.to(product_OI.dtype)[:, None] * column_scale_I.to(product_OI.dtype)
-    return made, (squares_I * column_scale_I.square()).mean().sqrt(), rows_O, columns_I
+    rms, gain = (squares_I * column_scale_I.square()).mean().sqrt(), (gains_I * column_scale_I).sum()
+    return Normalized(made, {**state, "row_squares": rows_O, "column_squares": columns_I}, rms, gain)
 
 
 def _averaged(average: Tensor, squares: Tensor, beta2: float) -> tuple[Tensor, Tensor]:

@@ -46,15 +46,16 @@ def check_direction(rule: Any, function: str, made: Any, grad: Any) -> None:
 
 
 def check_normalized(rule: Any, made: Any, product: Tensor, state: dict[str, Tensor]) -> Any:
-    """``made`` is what ``normalize`` may make of a ``product``: a matrix alike, its root mean square or None, the state."""
+    """``made`` is what ``normalize`` may make of a ``product``: a matrix alike, the state, numbers of the matrix or None."""
     where = f"{type(rule).__name__}.normalize"
-    if not isinstance(made, tuple) or len(made) != 3:
-        raise WrongResult(f"{where} returned {_shown(made)}: must be (direction, its root mean square or None, new state)")
-    direction, rms, new = made
+    if not isinstance(made, tuple) or len(made) != 4:
+        raise WrongResult(f"{where} returned {_shown(made)}: must be Normalized(direction, state), with rms, gain")
+    direction, new, *known = made
     if _shape(direction) != _shape(product):
         raise WrongResult(f"{where} returned {_shown(direction)} in the place of {_shown(product)}: must be alike")
-    if rms is not None and _shape(rms) != ():
-        raise WrongResult(f"{where} returned {_shown(rms)} as the root mean square: must be a 0-dim tensor, or None")
+    for name, number in zip(("root mean square", "gain"), known):
+        if number is not None and _shape(number) != ():
+            raise WrongResult(f"{where} returned {_shown(number)} as the {name}: must be a 0-dim tensor, or None")
     check_state(rule, "normalize", new, state)
     return made
 
