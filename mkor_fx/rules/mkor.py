@@ -41,9 +41,10 @@ class MKOR(Moments):
 
         ``B <- mu B + G``, ``M = G + mu B``, ``D = L M R / sqrt(r c)``, ``W <- W (1 - lr wd) - lr s sqrt(O I) / |D| D``
 
-    with ``r`` and ``c`` the moving averages of the mean squares of the rows and columns of ``L M R``. A step is as long as
-    Adam's, ``s = max(0.2, min(|m| / sqrt(v), 0.03 |W| / (lr sqrt(O I))))`` with ``m`` and ``v`` the averages of ``G`` and of
-    ``|G|^2``; it has Adam's rate and weight decay, and the base optimizer leaves the weight alone. With
+    with ``r`` and ``c`` the moving averages of the mean squares of the rows and columns of ``L M R``. A step gains to first
+    order what Adam's would: ``s = max(0.2, min(|m| / (sqrt(v) cos), 0.03 |W| / (lr sqrt(O I))))`` with ``m`` and ``v`` the
+    averages of ``G`` and of ``|G|^2``, and ``cos`` that of ``D`` and ``M``, at least 1/8. It has Adam's rate and weight
+    decay, and the base optimizer leaves the weight alone. With
     ``momentum=0`` the base optimizer gets ``L G R |G| / |L G R|`` in place of the gradient; the forms of :meth:`published`
     are meant for that.
 
