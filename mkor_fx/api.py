@@ -123,7 +123,7 @@ def compile_step(
     skip: Sequence[str] = (),
     skip_nonfinite: bool = True,
     process_group: ProcessGroup | None = None,
-    placement: Literal["replicated", "owner"] = "replicated",
+    placement: Literal["replicated", "owner"] | float = "replicated",
     stale: Literal[0, 1] = 0,
     communication: Communication = Communication(),  # noqa: B008  (frozen)
     return_outputs: bool = False,
@@ -156,7 +156,10 @@ def compile_step(
             torch.distributed is initialised. Parameters and buffers start as rank 0's, the loss is the mean over ranks.
         placement: ``"replicated"``: every rank keeps all factors. ``"owner"``: each weight's factors live on one rank,
             which gets its gradient and sends its direction back; memory and work of the factors are divided by the number
-            of ranks. ``step.mkor.owners`` says whose is what, ``step.mkor.state_dict()`` has this rank's part.
+            of ranks. A share of the ranks, as 0.5: each weight's factors live on as many, and directions travel within a row
+            of ranks in which every weight has one; KAISA's COMM-OPT, MEM-OPT and HYBRID (Pauloski et al., 2021,
+            arXiv 2107.01739), all at the volume of an all-reduce. ``step.mkor.owners`` says whose is what,
+            ``step.mkor.state_dict()`` has this rank's part.
         stale: 0: a step's statistics refresh the factors that it uses. 1: those that the next step uses, so that their
             sum over ranks has a whole step to arrive. Not for rules that also read the gradient.
         communication: buckets, averaging, checks.

@@ -77,7 +77,7 @@ class Options:
     precondition: str = "step"
     skip_nonfinite: bool = True
     process_group: ProcessGroup | None = None
-    placement: str = "replicated"
+    placement: str | float = "replicated"
     stale: int = 0
     communication: Communication = Communication()
     return_outputs: bool = False
@@ -98,8 +98,12 @@ class Options:
             )
         if self.precondition not in ("step", "backward"):
             raise ValueError(f"precondition={self.precondition!r}: must be 'step' or 'backward'")
-        if self.placement not in ("replicated", "owner"):
-            raise ValueError(f"placement={self.placement!r}: must be 'replicated' or 'owner'")
+        share = isinstance(self.placement, int | float) and not isinstance(self.placement, bool) and 0 < self.placement <= 1
+        if not share and self.placement not in ("replicated", "owner"):
+            raise ValueError(
+                f"placement={self.placement!r}: must be 'replicated', 'owner', or the share of ranks that keep each "
+                "weight's factors, in (0, 1], e.g. 0.5"
+            )
         if self.stale not in (0, 1):
             raise ValueError(
                 f"stale={self.stale!r}: must be 0 (statistics refresh in their own step) or 1 (in the next)"

@@ -28,6 +28,10 @@ def one_rank():
     dist.destroy_process_group()
 
 
+def group_of(sizes):
+    return Group(dist.group.WORLD.group_name, 1, sizes)
+
+
 def half(x, y, scale):
     return torch.cat([x.sum(0), y.sum(0) * scale, (y * y).sum().reshape(1)])
 
@@ -36,7 +40,7 @@ def program(layers=4):
     """Products forward and backward; each layer's vector (one of them a sum of two) and gradient are summed over ranks.
     Outputs: what has been summed, and its sum as a write to an input."""
     graph, mode = fx.Graph(), FakeTensorMode()
-    network = Network(graph, Group(dist.group.WORLD.group_name, 1, Sizes()))
+    network = Network(graph, group_of(Sizes()))
 
     def given(name, *shape):
         node = graph.placeholder(name)
@@ -88,7 +92,7 @@ def test_bucket_changes_no_bit_and_leaves_few_collectives():
     step = program()
     before = outputs_of(step)
     assert len(starts(step.graph)) == 8
-    bucket(step, sizes=Sizes())
+    bucket(step, group=group_of(Sizes()))
     step.graph.lint()
     assert equal(outputs_of(step), before)
     vectors = [message for message in describe(step.graph) if "statistics" in message]
@@ -99,7 +103,7 @@ def test_bucket_changes_no_bit_and_leaves_few_collectives():
 
 def test_bucket_sends_what_the_forward_has_by_itself():
     step = program()
-    bucket(step, sizes=Sizes())
+    bucket(step, group=group_of(Sizes()))
     forward = [start for start in starts(step.graph) if [m.numel for m in start.meta["mkor_messages"]] == [WIDTH] * 4]
     (start,) = forward
     assert [m.name for m in start.meta["mkor_messages"]] == ["w0", "w1", "w2", "w3"]
@@ -116,7 +120,7 @@ def test_bucket_sends_what_the_forward_has_by_itself():
 def test_bucket_is_full_at_its_size(size, gradients):
     step = program()
     before = outputs_of(step)
-    bucket(step, sizes=Sizes(gradients=size))
+    bucket(step, group=group_of(Sizes(gradients=size)))
     assert sum("gradient" in line for line in describe(step.graph)) == gradients
     assert equal(outputs_of(step), before)
 
@@ -124,7 +128,7 @@ def test_bucket_is_full_at_its_size(size, gradients):
 def test_bucket_in_half_precision_spares_single_numbers():
     step = program()
     before = outputs_of(step)
-    bucket(step, sizes=Sizes(dtype=torch.bfloat16))
+    bucket(step, group=group_of(Sizes(dtype=torch.bfloat16)))
     after = outputs_of(step)
     assert not equal(after, before)
     for one, other in zip(after, before, strict=True):
@@ -142,7 +146,7 @@ def test_schedule_starts_at_once_and_waits_late(bucketed):
     step = program()
     before = outputs_of(step)
     if bucketed:
-        bucket(step, sizes=Sizes(gradients=2 * WIDTH * WIDTH * 4))
+        bucket(step, group=group_of(Sizes(gradients=2 * WIDTH * WIDTH * 4)))
     schedule(step)
     step.graph.lint()
     assert equal(outputs_of(step), before)
@@ -172,7 +176,7 @@ def ancestors_of(node):
 
 def test_schedule_works_on_results_in_the_order_of_their_arrival():
     step = program()
-    bucket(step, sizes=Sizes(gradients=1))
+    bucket(step, group=group_of(Sizes(gradients=1)))
     schedule(step)
     nodes = list(step.graph.nodes)
     waits = [node for node in nodes if is_wait(node)]
@@ -183,7 +187,7 @@ def test_schedule_works_on_results_in_the_order_of_their_arrival():
 def test_pin_makes_the_order_a_dependency():
     step = program()
     before = outputs_of(step)
-    bucket(step, sizes=Sizes(gradients=1))
+    bucket(step, group=group_of(Sizes(gradients=1)))
     schedule(step)
     between = hidden_under(step.graph).values()
     waits = sum(map(bool, between))
@@ -199,7 +203,7 @@ def test_pin_makes_the_order_a_dependency():
 def test_nothing_to_do_without_collectives():
     step = program(0)
     before = list(step.graph.nodes)
-    bucket(step, sizes=Sizes())
+    bucket(step, group=group_of(Sizes()))
     schedule(step)
     pin(step.graph)
     assert list(step.graph.nodes) == before

@@ -51,10 +51,10 @@ def weights(model):
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-def train(door, model, batches, rule, scale=None):
+def train(door, model, batches, rule, scale=None, **options):
     optimizer = sgd(model)
     if door == "compile_step":
-        step = mkor_fx.compile_step(model, mse_loss, optimizer, rule, backend="eager")
+        step = mkor_fx.compile_step(model, mse_loss, optimizer, rule, backend="eager", **options)
         for batch in batches:
             step(*batch)
         return
@@ -104,21 +104,23 @@ def test_a_loss_scale_does_not_count():
     close(weights(model), reference(RULE)[0])
 
 
-def on_a_rank(rank, size):
+def on_a_rank(rank, size, placement):
     model, batches = build()
-    train("compile_step", model, [(x.chunk(size)[rank], y.chunk(size)[rank]) for x, y in batches], RULE)
+    batches = [(x.chunk(size)[rank], y.chunk(size)[rank]) for x, y in batches]
+    options = {"placement": placement, "communication": mkor_fx.Communication(padding=9.0)}
+    train("compile_step", model, batches, RULE, **options)
     return weights(model)
 
 
-def test_two_ranks_are_one_process():
-    for found in processes.values(on_a_rank, 2):
+@pytest.mark.parametrize(("size", "placement"), [(2, "replicated"), (2, "owner"), (4, 0.5)])
+def test_ranks_are_one_process(size, placement):
+    """A rank without a weight of its own clips alike."""
+    for found in processes.values(on_a_rank, size, placement):
         close(found, reference(RULE)[0])
 
 
 def test_where_it_cannot_be_it_is_refused():
     model = build()[0]
-    with pytest.raises(ValueError, match=r"KFAC\(kl_clip\) sums over the gradients of all weights.*graft='gradient'"):
-        mkor_fx.compile_step(model, mse_loss, sgd(model), RULE, placement="owner", backend="eager")
     with pytest.raises(ValueError, match=r"sizes all directions together \(kl_clip\).*precondition='step'"):
         mkor_fx.compile(model, RULE, precondition="backward", backend="eager")
     with pytest.raises(ValueError, match=r"KFAC\(kl_clip=0\.1, graft='gradient'\): .*use graft=None"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -39,17 +40,48 @@ def find_ranks(process_group: dist.ProcessGroup | None) -> Ranks | None:
 
 
 def group_of(ranks: Ranks | None, options: Options) -> Group | None:
-    return None if ranks is None else Group(ranks.name, ranks.size, options.communication.sizes, ranks.rank)
+    """The ranks and, where each weight is kept by some of them, the grid that they stand in."""
+    if ranks is None:
+        return None
+    sizes = options.communication.sizes
+    whole = Group(ranks.name, ranks.size, sizes, ranks.rank)
+    keepers = keepers_of(options.placement, ranks.size)
+    if keepers == ranks.size:
+        return whole
+    if keepers == 1:
+        return replace(whole, row=whole)
+    row, column = (Group(part.name, part.size, sizes, part.rank) for part in ranks.grid(keepers))
+    return replace(whole, row=row, column=column)
+
+
+def keepers_of(placement: str | float, size: int) -> int:
+    """How many of ``size`` ranks keep each weight's factors.
+
+    Raises:
+        ValueError: that is no whole number, or ranks cannot be divided by it.
+    """
+    if size == 1:
+        return 1
+    if isinstance(placement, str):
+        return {"replicated": size, "owner": 1}[placement]
+    keepers = round(placement * size)
+    if keepers < 1 or abs(keepers - placement * size) > 1e-6 * size or size % keepers:
+        possible = ", ".join(f"{n}/{size}" for n in range(1, size + 1) if size % n == 0)
+        raise ValueError(
+            f"placement={placement:g}: {placement * size:g} of {size} ranks would keep each weight, which must be a whole "
+            f"number that divides them: use one of {possible}"
+        )
+    return keepers
 
 
 def owners_of(
     step: StepGraph, options: Options, group: Group | None, known: Mapping[str, int | None]
 ) -> dict[str, int | None]:
-    """The rank that keeps each weight's factors, by name; None: every rank. Owners that are ``known`` stay."""
+    """The place in each row that keeps a weight's factors, by name; None: every rank. Owners that are ``known`` stay."""
     names = {site.parameter.name: site for site in step.sites.values()}
-    if options.placement == "replicated" or group is None or group.size == 1:
+    if group is None or group.row is None or group.size == 1:
         return dict.fromkeys(names)
-    return assign({name: _load(site) for name, site in names.items()}, group.size, options.communication.padding, known)
+    return assign({name: _load(site) for name, site in names.items()}, group.row.size, options.communication.padding, known)
 
 
 def _load(site: Site) -> Load:

@@ -164,17 +164,12 @@ def check_late(options: Options) -> None:
 
 
 def check_placement(options: Options) -> None:
-    """Raises ValueError for rules whose statistics need state that only one rank has, and for sums over all weights."""
+    """Raises ValueError for rules whose statistics need state that only some ranks have."""
     for rule in options.rules:
-        if options.placement == "owner" and rule.kl_clip is not None:
+        if options.placement not in ("replicated", 1) and rule.reads_state:
             raise ValueError(
-                f"{type(rule).__name__}(kl_clip) sums over the gradients of all weights, which placement='owner' leaves on "
-                "one rank each: use placement='replicated', or graft='gradient' in its place"
-            )
-        if options.placement == "owner" and rule.reads_state:
-            raise ValueError(
-                f"placement='owner' keeps a weight's state on one rank, and {type(rule).__name__} reads it for "
-                "the statistics of every rank (reads_state): use placement='replicated'"
+                f"placement={options.placement!r} keeps a weight's state on some ranks, and {type(rule).__name__} reads it "
+                "for the statistics of every rank (reads_state): use placement='replicated'"
             )
 
 

@@ -31,7 +31,7 @@ from ..runtime.ranks import Ranks
 from ..runtime.switch import Switch
 from ..show.coverage import Coverage
 from ..show.graphs import Graphs
-from .agreement import buffer_names, group_of, owners_of, plan_of, present_numbers
+from .agreement import buffer_names, group_of, keepers_of, owners_of, plan_of, present_numbers
 from .checks import (
     check_call,
     check_gradient_hooks,
@@ -101,14 +101,15 @@ def new_step(
     mkor = FactorState(model, every, expect=possible_states(options.rules))
     if options.hybrid is not None:
         mkor.switch = Switch(options.hybrid)
-    maker = StepMaker(pick, build, check, check_arguments, clock.derive, clock.derive_every, clock.numbers)
+    keepers = keepers_of(options.placement, 1 if ranks is None else ranks.size)
+    maker = StepMaker(pick, build, check, check_arguments, clock.derive, clock.derive_every, clock.numbers, keepers)
     return CompiledStep(model, optimizer, mkor, maker, ranks, options.communication.check_replicas_every)
 
 
 @dataclass(frozen=True)
 class Written:
     """One variant of the whole step as a lowered graph, not yet compiled. ``params``: by input position; ``layouts`` of the
-    sites, ``here`` those whose factors are on this rank."""
+    sites, ``here`` those whose factors are on this rank, which is at ``place`` in its row."""
 
     draft: StepDraft
     variant: Variant
@@ -117,6 +118,7 @@ class Written:
     params: dict[int, nn.Parameter]
     layouts: dict[int, Layout]
     here: list[int]
+    place: int
 
     @property
     def whole(self) -> WholeStep:
@@ -155,8 +157,8 @@ def write_whole_step(
         trace_artifact("mkor_fx_coverage", coverage.to_json)
         owners = owners_of(whole, options, group, step.mkor.owners) if options.rules else {}
         layouts = {index: Layout.of(site) for index, site in whole.sites.items()}
-        rank = 0 if group is None else group.rank
-        here = [i for i, site in whole.sites.items() if owners.get(site.parameter.name) in (None, rank)]
+        place = 0 if group is None else group.place
+        here = [i for i, site in whole.sites.items() if owners.get(site.parameter.name) in (None, place)]
         uses_state = variant.has("precondition") or variant.has("refresh")
         meta = torch.device("meta")
         plan = Plan(
@@ -176,7 +178,7 @@ def write_whole_step(
         draft = StepDraft(whole, plan, None if group is None else Network(whole.graph, group))
         passes = [p for p in REWRITE if variant.has(p.name)]
         synthesise(draft, passes, graphs, group=group, without=options.without)
-    return Written(draft, variant, graphs, coverage, params, layouts, here)
+    return Written(draft, variant, graphs, coverage, params, layouts, here, place)
 
 
 class StepProgram:
@@ -211,7 +213,7 @@ class StepProgram:
         step.compilations += 1
         plan = ""
         if group is not None:
-            owners = written.draft.plan.owners if options.placement == "owner" else options.placement
+            owners = options.placement if group.row is None else written.draft.plan.owners
             about = {"variant": self.variant.name, "owners": owners}
             plan = plan_of(written.whole, step.optimizers, written.trained, options, **about)
         self._owned.append(Run(step, self.clock, written, compiled, plan))
@@ -228,7 +230,7 @@ class Run:
         self._step, self._clock, self._compiled, self._plan = weakref.ref(step), clock, compiled, plan
         self._variant, self._inputs, self._results = written.variant, list(draft.inputs), draft.results
         self._device, self._late, self._owners = draft.device, draft.plan.late, dict(draft.plan.owners)
-        self._layouts, self._here = written.layouts, written.here
+        self._layouts, self._here, self._place = written.layouts, written.here, written.place
         self._trained = [i for i in draft.plan.trained if i not in draft.final]
         self._names = {index: written.whole.parameters[index].name for index in draft.plan.trained}
         self._memory: list[int] = []
@@ -267,9 +269,8 @@ class Run:
 
     def _commit(self, step: CompiledStep, args: Sequence[Any]) -> None:
         """Make what the program changes: factors, and the optimizer's state. Nothing was, before all that can fail."""
-        rank = 0 if step.ranks is None else step.ranks.rank
         if self._variant.has("precondition"):
-            step.mkor.place(self._owners, {args[index]: layout for index, layout in self._layouts.items()}, rank)
+            step.mkor.place(self._owners, {args[index]: layout for index, layout in self._layouts.items()}, self._place)
         step.prepare_optimizer([args[index] for index in self._trained])
         self._ready = True
 

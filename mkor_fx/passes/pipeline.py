@@ -40,6 +40,7 @@ from .write.resize import resize
 from .write.return_state import return_state
 from .write.seed import seed
 from .write.send import send
+from .write.spread_directions import spread_directions
 from .write.statistics import statistics
 from .write.take_directions import take_directions
 from .write.write_back import write_back
@@ -48,7 +49,10 @@ log = logging.getLogger("mkor_fx")
 
 CANONICALIZE = [spell_transposes, drop_detach, cancel_double_transpose]
 #: of a whole step; ``VARIANTS`` says which of them a program has
-REWRITE = [seed, reduce, statistics, send, arrive, refresh, precondition, clip_divergence, optimize, write_back]
+REWRITE = [
+    *(seed, reduce, statistics, send, arrive, refresh),
+    *(precondition, clip_divergence, spread_directions, optimize, write_back),
+]
 #: of the drop-in door: its graphs in both modes, and the programs that run at the optimizer's step and behind the backward
 CARRY = [statistics, carry]
 CARRY_DIRECTIONS = [statistics, precondition_in_backward, carry]
@@ -74,7 +78,7 @@ class Variant:
 
 
 #: from gradients to new weights by a rule
-DIRECT = ("precondition", "clip_divergence", "optimize", "write_back")
+DIRECT = ("precondition", "clip_divergence", "spread_directions", "optimize", "write_back")
 VARIANTS = {
     variant.name: variant
     for variant in (
@@ -153,7 +157,7 @@ def synthesise(
     run_passes(draft.step, kept(rewrite), "rewrite", graphs, draft)
     ordering = kept(SCHEDULE[1:] if partitioned else SCHEDULE)
     if group is not None:
-        ordering = [*kept([bucket], sizes=group.buckets), *kept([issue_alike]), *ordering, *kept([schedule])]
+        ordering = [*kept([bucket], group=group), *kept([issue_alike]), *ordering, *kept([schedule])]
     run_passes(draft.step, ordering, "schedule", graphs)
     lowering = [*kept([shortcut_row_sums]), partial(expand, inductor=inductor)]
     run_passes(draft.step, lowering if partitioned else [*lowering, *kept([store_scalars])], "lower", graphs)

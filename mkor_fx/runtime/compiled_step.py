@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from .census import Census
+from .derivations import Derivations
 from .factors import FactorState, state_of
 from .in_flight import Late
 from .optimizer_state import OptimizerNumbers, initialise_state, structure_of, tensor_state
@@ -29,7 +30,7 @@ class StepMaker:
     ``build(compiled step, variant)`` makes its program. ``check()`` holds model and optimizer to what a step takes,
     ``check_call(args, kwargs)`` the arguments of a call.
     ``derive(step, recipe, state, taken)`` makes state of state, every ``derive_every(recipe)`` steps;
-    ``numbers(step, device)`` are those of the rules.
+    ``numbers(step, device)`` are those of the rules. ``keepers`` is how many ranks keep a weight that has an owner.
     """
 
     choose: Callable[..., Any]
@@ -39,6 +40,7 @@ class StepMaker:
     derive: Callable[..., dict[str, Tensor]]
     derive_every: Callable[[Any], int | None]
     numbers: Callable[[int, torch.device], Tensor | None]
+    keepers: int
 
 
 class _Due(Exception):
@@ -75,7 +77,8 @@ class CompiledStep:
         self.fallback = False
         self._maker = maker
         self._census = Census(model)
-        self._refreshes, self._derives = Windows(mkor), Windows(mkor)
+        self._refreshes = Windows(mkor)
+        self._derivations = Derivations(mkor, maker.derive, maker.derive_every, maker.keepers)
         self._used: list[str] = []
         self._programs: dict[str, Callable[..., Any]] = {}
         self._ran = False
@@ -155,7 +158,9 @@ class CompiledStep:
         self._fresh_groups.clear()
         for optimizer in self.optimizers.members:
             optimizer._opt_called = True  # type: ignore[attr-defined]  # what learning-rate schedulers look at
-        self._derive(step, counted)
+        if not self.fallback:
+            taken = None if self._skipped is None else self._skipped == (0 if counted is None else counted)
+            self._derivations.run(self._used, step, taken)
         return result
 
     def _cost_of_base(self) -> float:
@@ -180,20 +185,6 @@ class CompiledStep:
                 self.ranks.failed(error)
             raise
         return self._run(variant, args, kwargs)
-
-    def _derive(self, step: int, counted: Tensor | None) -> None:
-        """Let the rules derive, behind a step, of the state that it has used, where that is due."""
-        if self.fallback:
-            return
-        taken = None if self._skipped is None else self._skipped == (0 if counted is None else counted)
-        for name in self._used:
-            every = self._maker.derive_every(self.mkor.recipe(name))
-            if every is not None and self._derives.due([name], step, every):
-                new = self.mkor.derived(name, lambda recipe, state: self._maker.derive(step, recipe, state, taken))
-                for key, tensor in self.mkor.state(name).items():
-                    if new[key] is not tensor:
-                        tensor.copy_(new[key])
-                self._derives.done([name], step, every)
 
     def _follow_model(self) -> None:
         """Another model in the same place, parameters and modules replaced or tied, is planned for anew, or refused."""

@@ -169,14 +169,15 @@ class FactorState(Saved):
             self._factors[name] = factors
         self._recipes[name] = recipe
 
-    def place(self, owners: Mapping[str, int | None], recipes: Mapping[nn.Parameter, Recipe], rank: int) -> None:
-        """Create, on rank ``rank``, the factors of those parameters that it owns, or that have no owner. All or none.
+    def place(self, owners: Mapping[str, int | None], recipes: Mapping[nn.Parameter, Recipe], at: int) -> None:
+        """Create, on the rank that is ``at`` in its row, the factors of those parameters that it owns, or that have no owner.
+        All or none.
 
         Raises:
             ValueError: loaded factors do not fit.
         """
         named = {self.name(param): (param, recipe) for param, recipe in recipes.items()}
-        here = {name: entry for name, entry in named.items() if owners.get(name) in (None, rank)}
+        here = {name: entry for name, entry in named.items() if owners.get(name) in (None, at)}
         others = {name: entry[1].fresh_state(torch.device("meta")) for name, entry in named.items() if name not in here}
         for name, group in others.items():
             if name in self._pending and not same_shapes(group, self._pending[name]):

@@ -33,6 +33,7 @@ class Ranks:
         self._prefix, _made[group] = f"mkor_fx/{made}", made + 1
         self._store = _get_process_group_store(group)
         self._round = 0
+        self._grids: dict[int, tuple[Ranks, Ranks]] = {}
 
     # ---- before the first step --------------------------------------------------------------------------------------
 
@@ -86,6 +87,17 @@ class Ranks:
                 )
             time.sleep(pause if missing else 0)
             pause = min(2 * pause, 0.2)
+
+    def grid(self, keepers: int) -> tuple[Ranks, Ranks]:
+        """This rank's row and its column, where all stand row by row in ``keepers`` rows. All ranks must call it."""
+        if keepers not in self._grids:
+            columns = self.size // keepers
+            row, column = divmod(self.rank, columns)
+            parts = [range(row * columns, (row + 1) * columns), range(column, self.size, columns)]
+            members = [[dist.get_global_rank(self.group, rank) for rank in part] for part in parts]
+            groups = [dist.new_group(part, use_local_synchronization=True) for part in members]
+            self._grids[keepers] = (Ranks(groups[0]), Ranks(groups[1]))
+        return self._grids[keepers]
 
     # ---- equal replicas -----------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from ...ir import StepGraph
-from .collectives import Message, Sizes, c10d, copy_of_first_rank, is_wait, starts, sum_over_ranks, wait_of
+from .collectives import Group, Message, Sizes, c10d, copy_of_first_rank, is_wait, starts, sum_over_ranks, wait_of
 from ..core import graph_pass
 from ..match.find_sites import downstream
 from .dependencies import readiness, sort_by_dependencies
@@ -42,17 +42,18 @@ class Bucket:
 
 
 @graph_pass(stage="schedule")
-def bucket(step: StepGraph, *, sizes: Sizes) -> None:
+def bucket(step: StepGraph, *, group: Group) -> None:
     """Concatenate all-reduces and broadcasts in the order in which their operands get ready.
 
-    Statistics, gradients and buffers travel apart, and what the forward has made does not wait for the backward: a
+    Sums over fewer ranks than all stay as they are. Statistics, gradients and buffers travel apart, and what the forward has made does not wait for the backward: a
     statistics vector that is a ``cat`` is taken apart, so that the part about the layer's inputs leaves early. A tensor
     that fills a bucket by itself is sent as it is, and so is what another step waits for. The order depends on the graph
     alone.
     """
-    graph = step.graph
+    graph, sizes = step.graph, group.buckets
     merged = (c10d.all_reduce.default, c10d.broadcast.default)
-    collectives = [s for s in starts(graph) if s.target in merged and all(map(is_wait, s.users))]
+    over_all = [s for s in starts(graph) if s.target in merged and _group_of(s) == group.name]
+    collectives = [s for s in over_all if all(map(is_wait, s.users))]
     if not collectives:
         return
     ready, position = readiness(graph), {node: i for i, node in enumerate(graph.nodes)}
@@ -66,7 +67,7 @@ def bucket(step: StepGraph, *, sizes: Sizes) -> None:
     for piece in pieces:
         kind = piece.message.kind
         limit = sizes.gradients if kind == "gradient" else sizes.statistics
-        if piece.bytes >= limit or kind in ("rows", "norms"):
+        if piece.bytes >= limit or kind in ("rows", "norms", "products"):
             full.append(Bucket([piece]))
             continue
         device = piece.node.meta["val"].device

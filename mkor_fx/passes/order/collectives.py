@@ -35,19 +35,31 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Group:
-    """A process group as graphs know it: its name, how many ranks it has, the size of buckets, and which rank this is."""
+    """A process group as graphs know it: its name, how many ranks it has, the size of buckets, and which rank this is.
+
+    Where weights have owners, ranks stand in a grid: those of a ``row`` keep all weights among them, each its own, and those of a
+    ``column`` keep the same ones. A row of all ranks has columns of one, None.
+    """
 
     name: str
     size: int
     buckets: Sizes
     rank: int = 0
+    row: Group | None = None
+    column: Group | None = None
+
+    @property
+    def place(self) -> int:
+        """The place in its row: what a weight's owner is."""
+        return self.rank if self.row is None else self.row.rank
 
 
 @dataclass(frozen=True)
 class Message:
     """What one tensor in a collective is.
 
-    ``kind`` is "statistics", "gradient", "direction", "norms", "loss", "rows" or "buffer".
+    ``kind`` is "statistics", "gradient", "column" (gradients once more, over the ranks that keep the same weights),
+    "direction", "norms", "products", "loss", "rows" or "buffer".
     """
 
     kind: str
@@ -120,7 +132,11 @@ class Network:
 
     def __init__(self, graph: fx.Graph, group: Group) -> None:
         self.graph, self.group, self.size, self.rank = graph, group.name, group.size, group.rank
-        self.buckets = group.buckets
+        self.grid, self.buckets = group, group.buckets
+
+    def of(self, group: Group | None) -> Network | None:
+        """Over other ranks, in the same graph."""
+        return None if group is None else Network(self.graph, group)
 
     def sum(self, node: fx.Node, kind: str, name: str) -> fx.Node:
         """The sum of ``node`` over all ranks, bitwise the same on each."""
@@ -136,6 +152,10 @@ class Network:
     def gather(self, node: fx.Node, messages: list[Message]) -> fx.Node:
         """All ranks' parts in a row."""
         return self._write(all_parts, node, messages, self.size)
+
+    def sum_of_parts(self, node: fx.Node, messages: list[Message]) -> fx.Node:
+        """The sum over these ranks of what is a part of a sum already."""
+        return self._write(sum_over_ranks, node, messages)
 
     def start_sum(self, node: fx.Node, messages: list[Message]) -> fx.Node:
         """The sum over ranks, on its way: only ``wait`` may read it, in this graph or in another one."""

@@ -12,14 +12,15 @@ from .collectives import in_line, starts
 from .dependencies import readiness, sort_by_dependencies
 
 #: collectives whose operands differ in kind from rank to rank are issued last, and in this order
-LATE = {"direction": 1, "norms": 2}
+LATE = {"products": 1, "direction": 2, "norms": 3}
 
 
 @graph_pass(stage="schedule", exact=True)
 def issue_alike(step: StepGraph) -> None:
     """Put collectives in an order that all ranks derive alike, where weights have owners.
 
-    What the captured program alone determines goes by readiness, then directions, then what decides whether to skip.
+    What the captured program alone determines goes by readiness, then what clips directions, then directions, then what
+    decides whether to skip.
     ``update_when_ready`` and ``schedule`` keep this order.
     """
     if not in_line(step.graph):
@@ -29,7 +30,8 @@ def issue_alike(step: StepGraph) -> None:
     def when(start: fx.Node) -> tuple:
         messages = start.meta["mkor_messages"]
         late = LATE.get(messages[0].kind, 0)
-        return (late,) if late else (late, ready[start], str(start.target), list(map(str, messages)))
+        again = messages[0].kind == "column"
+        return (late,) if late else (late, ready[start], again, str(start.target), list(map(str, messages)))
 
     line = sorted(starts(step.graph), key=when)
     sort_by_dependencies(step.graph, {after: before for before, after in pairwise(line)})

@@ -1,4 +1,4 @@
-"""Each weight's factors on one rank: its gradient goes to its owner, its direction comes back."""
+"""Each weight's factors on one rank of a row: its gradient goes to its owner, its direction comes back."""
 
 from __future__ import annotations
 
@@ -14,14 +14,18 @@ from .placement import Chunk, Part, lay_out
 
 
 class Delivery:
-    """Writes what carries gradients to owners and directions back: a reduce-scatter and an all-gather for each bucket.
+    """Writes what carries gradients to owners and directions back: a reduce-scatter and an all-gather for each bucket, between
+    them a sum over the ``column`` of an owner where there are others that own the same.
 
-    ``owners`` are ranks by name of weight (None: on every rank); a bias goes with its weight. Gradients of one dtype and
-    device are a stream for each owner, in the order in which the backward makes them.
+    ``owners`` are places in the ``row`` by name of weight (None: on every rank); a bias goes with its weight. Gradients of
+    one dtype and device are a stream for each owner, in the order in which the backward makes them. Whatever the grid, that is
+    the volume of an all-reduce: with C ranks in a row and W in a column, ``2 (C-1) / C + 2 (W-1) / (W C) = 2 (1 - 1 / (W C))``.
     """
 
-    def __init__(self, step: StepGraph, network: Network, owners: Mapping[str, int | None]) -> None:
-        self.step, self.network = step, network
+    def __init__(
+        self, step: StepGraph, row: Network, column: Network | None, owners: Mapping[str, int | None]
+    ) -> None:
+        self.step, self.row, self.column = step, row, column
         self.owner: dict[int, int] = {}
         for index, site in step.sites.items():
             owner = owners[site.parameter.name]
@@ -36,8 +40,8 @@ class Delivery:
         self.chunks: list[tuple[Chunk, torch.dtype, torch.device]] = []
         for (dtype, device), indices in streams.items():
             tensors = [(i, self._gradient(i).meta["val"].numel(), self.owner[i]) for i in indices]
-            length = max(1, network.buckets.gradients // (dtype.itemsize * network.size))
-            self.chunks += [(chunk, dtype, device) for chunk in lay_out(tensors, network.size, length)]
+            length = max(1, row.buckets.gradients // (dtype.itemsize * row.size))
+            self.chunks += [(chunk, dtype, device) for chunk in lay_out(tensors, row.size, length)]
         self._received: list[fx.Node] = []
 
     @property
@@ -56,8 +60,11 @@ class Delivery:
             for chunk, dtype, device in self.chunks:
                 parts = [_sources({p.key: self._gradient(p.key) for p in rank}, rank) for rank in chunk.parts]
                 flat = insert(self.step.graph, _padded, parts, chunk.length, dtype, device, label="gradients to owners")
-                self._received.append(self.network.scatter(flat, self._messages("gradient", chunk)))
-                for part, offset in chunk.place(self.network.rank):
+                received = self.row.scatter(flat, self._messages("gradient", chunk))
+                if self.column is not None:
+                    received = self.column.sum_of_parts(received, self._messages("column", chunk))
+                self._received.append(received)
+                for part, offset in chunk.place(self.row.rank):
                     pieces.setdefault(part.key, []).append((self._received[-1], offset, offset + _size(part)))
             return self._restored(pieces)
 
@@ -66,12 +73,12 @@ class Delivery:
         pieces: dict[int, list[tuple[fx.Node, int, int]]] = {}
         with self.step.graph.inserting_before(self.step.output):
             for (chunk, dtype, _), received in zip(self.chunks, self._received):
-                parts = _sources(directions, chunk.parts[self.network.rank])
-                filled = sum(map(_size, chunk.parts[self.network.rank]))
+                parts = _sources(directions, chunk.parts[self.row.rank])
+                filled = sum(map(_size, chunk.parts[self.row.rank]))
                 parts += [(received, filled, chunk.length)] if filled < chunk.length else []
                 flat = insert(self.step.graph, _joined, parts, dtype, label="directions from owners")
-                gathered = self.network.gather(flat, self._messages("direction", chunk))
-                for rank in range(self.network.size):
+                gathered = self.row.gather(flat, self._messages("direction", chunk))
+                for rank in range(self.row.size):
                     for part, offset in chunk.place(rank):
                         at = rank * chunk.length + offset
                         pieces.setdefault(part.key, []).append((gathered, at, at + _size(part)))

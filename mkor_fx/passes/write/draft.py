@@ -128,6 +128,10 @@ class Draft:
     def apply_optimizer(self) -> None:
         """The base optimizer's step on every other parameter, where it is part of the program."""
 
+    def over_owners(self, parts: Mapping[Any, fx.Node], kind: str, *, label: str) -> list[fx.Node]:
+        """Numbers, 0-dim, whose sum is the same on all ranks, of one for each gradient or direction that this rank has."""
+        return [*parts.values()]
+
     def spread_directions(self) -> None:
         """Make the directions that this rank has known to all."""
 

@@ -17,8 +17,8 @@ def absolute(loss: Tensor) -> Tensor:
     return loss.detach().abs()
 
 
-def total(norms: list[Tensor], loss: Tensor, dtype: torch.dtype) -> Tensor:
-    return sum(norms, torch.zeros((), dtype=dtype, device=loss.device))
+def total(parts: list[Tensor], loss: Tensor, dtype: torch.dtype) -> Tensor:
+    return sum(parts, torch.zeros((), dtype=dtype, device=loss.device))
 
 
 def all_finite(norms: list[Tensor]) -> Tensor:

@@ -39,7 +39,6 @@ def precondition(draft: Draft) -> None:
         draft.directions |= found
         if item.sizing.final:
             draft.final |= found.keys()
-    draft.spread_directions()
 
 
 # ---- what is traced into the graphs -----------------------------------------------------------------------------------

@@ -67,7 +67,9 @@ class StepDraft(Draft):
         self.plan, self.inputs = plan, [inputs.Seed(step.seeds[0].meta["val"].dtype)]
         self._last = step.graph.find_nodes(op="placeholder")[-1]
         self._nodes: dict[inputs.Input, fx.Node] = {self.inputs[0]: step.seeds[0]}
-        self.delivery = Delivery(step, network, plan.owners) if network is not None and plan.owners else None
+        self.delivery = None
+        if network is not None and plan.owners and (row := network.of(network.grid.row)) is not None:
+            self.delivery = Delivery(step, row, network.of(network.grid.column), plan.owners)
         self.share: float | fx.Node = 1.0
         self.gradients = {i: step.parameters[i].grad for i in plan.trained}
         self.outputs: list[fx.Node] = [step.returned(position) for position in step.results]
@@ -164,6 +166,16 @@ class StepDraft(Draft):
         assert rule is not None
         return Sizing.of(rule, base_step_of(self.plan.optimizer, self._group(index)))
 
+    def over_owners(self, parts: Mapping[Any, fx.Node], kind: str, *, label: str) -> list[fx.Node]:
+        if self.delivery is None:
+            return [*parts.values()]
+        own = [part for key, part in parts.items() if key in self.delivery.owner]
+        dtype = torch.float64 if torch.float64 in self.delivery.dtypes else torch.float32
+        whole = self.insert(total, own, self.outputs[0], dtype, label=label)
+        with self.graph.inserting_before(self.step.output):
+            summed = self.delivery.row.sum(whole, kind, "gradients")
+        return [*(part for key, part in parts.items() if key not in self.delivery.owner), summed]
+
     def spread_directions(self) -> None:
         if self.delivery is None:
             return
@@ -215,15 +227,9 @@ class StepDraft(Draft):
         return self._keep
 
     def _norms(self, label: str) -> list[fx.Node]:
-        """Of all gradients; those of owners' ones are summed over ranks, or ranks would decide apart."""
+        """Of all gradients; were those of owners' ones not summed over ranks, ranks would decide apart."""
         norms = {i: self.insert(norm, grad, label=label) for i, grad in self.gradients.items()}
-        if self.delivery is None:
-            return [*norms.values()]
-        kind = torch.float64 if torch.float64 in self.delivery.dtypes else torch.float32
-        own = self.insert(total, [norms.pop(i) for i in self.delivery.owner if i in norms], self.outputs[0], kind,
-                          label=label)  # fmt: skip
-        with self.graph.inserting_before(self.step.output):
-            return [*norms.values(), self.network.sum(own, "norms", "gradients")]
+        return self.over_owners(norms, "norms", label=label)
 
     def finish(self) -> None:
         """The plain outputs; behind them whether this step counts, and what it has sent."""
