@@ -394,6 +394,36 @@ def test_state_follows_its_weight_and_keeps_its_dtypes(name):
     assert {t.device.type for t in step.mkor.of(model[0].weight).values()} == {"meta"}
 
 
+HALF = {
+    "mkor": MKOR(factor_dtype=torch.bfloat16),
+    "mkor, published": MKOR.published(factor_dtype=torch.bfloat16),
+    "eva": Eva(),
+    "kfac": KFAC(),
+    "kfac, eigen": KFAC(inverse="eigen"),
+    "kfac, newton": KFAC(inverse="newton"),
+}
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", HALF)
+def test_a_thousand_steps_in_bfloat16(name):
+    """Of model, gradients and, where a rule has them, factors."""
+    model, batches = build("bias")
+    model.to(torch.bfloat16)
+    other = nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 4)).to(torch.bfloat16)
+    batches = [(x.bfloat16(), other(x.bfloat16()).detach()) for x, _ in batches]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    step = mkor_fx.compile_step(model, loss_fn, optimizer, HALF[name], backend="eager")
+    losses = [float(step(*batches[number % len(batches)])) for number in range(1000)]
+    assert sum(losses[-5:]) < 0.3 * sum(losses[:5])
+    state = step.mkor.state_dict()
+    assert all(torch.isfinite(t).all() for t in [*state.values(), *model.parameters()])
+    assert step.metrics()["skipped"] == 0 and {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    for key, tensor in state.items():
+        if HALF[name].kinds.get(key.rpartition(".")[2]) is Kind.POSITIVE:
+            assert torch.linalg.eigvalsh(tensor.double()).min() > 0
+
+
 class Alternating(nn.Module):
     """Heads that take turns, as of several tasks."""
 
