@@ -81,10 +81,15 @@ def build(side: str, case: Case, backend: str) -> tuple[Any, float]:
     if side == LEFT:
         assert step.mkor.switch is not None
         step.mkor.switch.trend = step.mkor.switch.trend._replace(first_order=1.0)
+    return step, compile_seconds(step, case)
+
+
+def compile_seconds(step: Any, case: Case) -> float:
+    """Of the programs with and without a refresh, compiled by running them."""
     started = time.perf_counter()
-    for _ in range(2):  # both variants
+    for _ in range(2):
         step(*case.batch)
-    return step, time.perf_counter() - started
+    return time.perf_counter() - started
 
 
 def measure(steps: dict[str, Any], case: Case, rounds: int, length: int) -> list[dict]:
@@ -102,7 +107,7 @@ def measure(steps: dict[str, Any], case: Case, rounds: int, length: int) -> list
     return records
 
 
-def timings(records: list[dict], compile_seconds: dict[str, float]) -> str:
+def timings(records: list[dict], compiled_in: dict[str, float]) -> str:
     """Median milliseconds a step and the ratios to the first side."""
     baseline = next(iter(records[0]))
     rows = []
@@ -112,7 +117,7 @@ def timings(records: list[dict], compile_seconds: dict[str, float]) -> str:
             row.append(f"{1e3 * statistics.median(record[name][clock] for record in records):.1f}")
             ratio = statistics.median(record[name][clock] / record[baseline][clock] for record in records)
             row.append(f"{ratio:.3f}")
-        rows.append((*row, f"{compile_seconds[name]:.0f}"))
+        rows.append((*row, f"{compiled_in[name]:.0f}"))
     headers = ("compiled step", "CPU ms", "ratio", "wall ms", "ratio", "compile s")
     return tabulate(rows, headers, disable_numparse=True, colalign=("left",) + ("right",) * 5)
 
@@ -153,10 +158,10 @@ def main() -> None:
 
     case = gpt(options.width, options.depth) if options.model == "gpt" else mlp()
     print(f"{case.title}, {torch.get_num_threads()} threads\n\n{counts(case)}", flush=True)
-    steps, compile_seconds = {}, {}
+    steps, compiled_in = {}, {}
     for name in (ADAMW, *(options.side or (MUON, *RULES))):
-        steps[name], compile_seconds[name] = build(name, case, options.backend)
-    print(f"\n{timings(measure(steps, case, options.rounds, options.length), compile_seconds)}")
+        steps[name], compiled_in[name] = build(name, case, options.backend)
+    print(f"\n{timings(measure(steps, case, options.rounds, options.length), compiled_in)}")
 
 
 if __name__ == "__main__":
