@@ -15,15 +15,17 @@ from .doors.checks import (
     check_drop_in,
     check_gradient_hooks,
     check_late,
+    check_loss,
+    check_materialised,
     check_model,
     check_not_compiled,
-    check_optimizer,
     check_placement,
     check_sharding,
     without_ddp,
 )
 from .doors.drop_in import DropIn
 from .doors.handle import inside_ddp, plain_model
+from .doors.optimizer_checks import check_optimizer
 from .doors.whole_step import new_step
 from .options import Communication, Options
 from .passes.naming import Naming
@@ -202,6 +204,8 @@ def compiled_step(
     check_placement(options)
     model, process_group = without_ddp(plain_model(model), options.process_group)
     check_sharding(model, "step", whole_step=True)
+    check_materialised(model)
+    check_loss(loss_fn)
     check_optimizer(model, optimizer)
     check_gradient_hooks(model.named_parameters())
     Naming.of(model, options.skip, options.rules)

@@ -95,7 +95,7 @@ def test_nothing_to_train(door):
         door(frozen, **options)
     with pytest.raises(ValueError, match="no trainable parameter"):
         mkor_fx.explain(frozen, X)
-    with pytest.raises(ValueError, match=r"nn\.Module, got function"):
+    with pytest.raises(ValueError, match=r"nn\.Module, got a function"):
         door(lambda x: x, **options)
 
 
@@ -109,7 +109,7 @@ def test_bad_optimizers():
         (mixed, r"2 of the optimizer's 6 parameters are not this model's \(shapes \[\(3, 4\), \(3,\)\]\)"),
         (hooked, r"hooks.*mkor_fx\.compile\(model\)"),
         (torch.optim.LBFGS(model.parameters()), r"LBFGS cannot be compiled.*mkor_fx\.compile"),
-        (torch.optim.SGD, r"must be a torch\.optim\.Optimizer instance"),
+        (torch.optim.SGD, r"must be a torch\.optim\.Optimizer, as AdamW"),
     ]
     for optimizer, message in cases:
         before = snapshot(model)

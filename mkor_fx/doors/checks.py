@@ -15,18 +15,45 @@ from torch.optim import Optimizer
 
 from ..options import Options
 from ..runtime.census import hooked
-from ..runtime.optimizers import Optimizers
 
 
 def check_model(model: object) -> None:
     """A module with at least one trainable parameter."""
     if not isinstance(model, nn.Module):
-        raise ValueError(f"expected an nn.Module, got {type(model).__name__}")
+        what = f"the class {model.__name__}: pass an instance" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise ValueError(f"model: must be a torch.nn.Module, got {what}")
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(
             f"{type(model).__name__} has no trainable parameter: nothing to precondition. Set requires_grad, "
             "or use torch.compile for inference"
         )
+
+
+def check_materialised(model: nn.Module) -> None:
+    """Raises ValueError for parameters without memory."""
+    for name, param in model.named_parameters():
+        if param.is_meta:
+            raise ValueError(
+                f"{name} is on the meta device and has no values to train: call model.to_empty(device=...) and initialise it"
+            )
+
+
+def check_loss(loss_fn: object) -> None:
+    """None, or a function of outputs and target: not its name, its class, or what stands next to it among the arguments."""
+    if loss_fn is None or (callable(loss_fn) and not isinstance(loss_fn, type)):
+        return
+    if isinstance(loss_fn, type):
+        wrong = f"={loss_fn.__name__}: a class. Pass an instance, {loss_fn.__name__}()"
+    elif isinstance(loss_fn, Optimizer):
+        wrong = f"={type(loss_fn).__name__}: an optimizer. The order is compile_step(model, loss_fn, optimizer)"
+    elif isinstance(loss_fn, Tensor):
+        wrong = ": a tensor, as of a loss that is computed already. Pass the function that computes it"
+    else:
+        wrong = f"={loss_fn!r}: must be callable as loss_fn(outputs, target)"
+    raise ValueError(
+        f"loss_fn{wrong}, e.g. torch.nn.functional.cross_entropy or torch.nn.CrossEntropyLoss(); None for a model that "
+        "returns its loss"
+    )
 
 
 def check_not_compiled(model: nn.Module) -> None:
@@ -36,63 +63,6 @@ def check_not_compiled(model: nn.Module) -> None:
             "the model is compiled by torch.compile already, in whose place mkor_fx.compile stands: pass the model itself "
             "(model._orig_mod)"
         )
-
-
-def check_optimizer(model: nn.Module, optimizer: object, *, changed: bool = False) -> None:
-    """A torch optimizer that can be compiled, or several, all of whose parameters are the model's and none of which two
-    hold. In a model that has ``changed`` since then, they may still hold what is gone from it, as long as they hold all that
-    is trained."""
-    members: list[Any] = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
-    if not members:
-        raise ValueError("optimizer=[]: pass at least one torch.optim.Optimizer")
-    for at, member in enumerate(members):
-        what = "optimizer" if member is optimizer else f"optimizer[{at}]"
-        if not isinstance(member, Optimizer):
-            raise ValueError(
-                f"{what}={type(member).__name__}: must be a torch.optim.Optimizer instance, or a list of them, as in "
-                "[Muon(...), AdamW(...)]"
-            )
-        if isinstance(member, (torch.optim.LBFGS, torch.optim.SparseAdam)):
-            raise ValueError(
-                f"{type(member).__name__} cannot be compiled into a step; use mkor_fx.compile with your loop"
-            )
-    optimizers = Optimizers.of(members)
-    check_step_hooks(optimizers)
-    own = {id(p) for p in model.parameters() if p.requires_grad} if changed else {id(p) for p in model.parameters()}
-    held = [p for group in optimizers.param_groups for p in group["params"]]
-    foreign = [tuple(p.shape) for p in held if id(p) not in own]
-    lost = own - {id(p) for p in held}
-    if foreign and (lost or not changed):
-        raise ValueError(
-            f"{len(foreign)} of the optimizer's {len(held)} parameters are not this model's (shapes "
-            f"{foreign[:3]}{', ...' if len(foreign) > 3 else ''}): was it built over another model, or before "
-            "the parameters were replaced? Build it from model.parameters()"
-        )
-    _check_held_once(model, optimizers)
-
-
-def _check_held_once(model: nn.Module, optimizers: Optimizers) -> None:
-    names = {id(p): name for name, p in model.named_parameters()}
-    holder = dict[int, str]()
-    for at, member in enumerate(optimizers.members):
-        own = f"optimizer[{at}] ({type(member).__name__})"
-        for p in (p for group in member.param_groups for p in group["params"]):
-            if holder.setdefault(id(p), own) != own:
-                raise ValueError(
-                    f"{names.get(id(p), tuple(p.shape))} is held by {holder[id(p)]} and by {own}: which one trains it? Give "
-                    "each parameter to one optimizer"
-                )
-
-
-def check_step_hooks(optimizers: Optimizers) -> None:
-    """Raises ValueError for hooks on an optimizer's step, which a compiled step does not call."""
-    for optimizer in optimizers.members:
-        hooks = len(optimizer._optimizer_step_pre_hooks) + len(optimizer._optimizer_step_post_hooks)
-        if hooks:
-            raise ValueError(
-                f"the optimizer has step hooks ({hooks}), which a compiled step cannot run: remove them, or use "
-                "mkor_fx.compile(model) with your own loop"
-            )
 
 
 def check_gradient_hooks(named: Iterable[tuple[str, Tensor]]) -> None:

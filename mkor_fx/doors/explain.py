@@ -20,7 +20,8 @@ from ..runtime.compiled_step import CompiledStep
 from ..runtime.optimizers import Optimizers
 from ..show.coverage import Coverage
 from ..show.graphs import Graphs
-from .checks import check_model, check_optimizer
+from .checks import check_model
+from .optimizer_checks import check_optimizer
 
 
 def explain(

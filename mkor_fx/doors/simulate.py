@@ -31,7 +31,8 @@ from ..rules import MKOR, RuleChoice
 from ..runtime.compiled_step import CompiledStep
 from ..show.recorder import module_path, target_name
 from ..show.timeline import COMMUNICATION, COMPUTE, Event, Simulation
-from .checks import check_model, check_optimizer, check_sharding, without_ddp
+from .checks import check_model, check_sharding, without_ddp
+from .optimizer_checks import check_optimizer
 from .whole_step import Written, loss_function, new_step, write_whole_step
 
 

@@ -28,6 +28,7 @@ from ..runtime.compiled_step import CompiledStep, StepMaker
 from ..runtime.factors import FactorState
 from ..runtime.inputs import Call
 from ..runtime.ranks import Ranks
+from ..runtime.silence import warn_of_fresh_factors
 from ..runtime.switch import Switch
 from ..show.coverage import Coverage
 from ..show.graphs import Graphs
@@ -37,10 +38,9 @@ from .checks import (
     check_gradient_hooks,
     check_memory,
     check_model,
-    check_optimizer,
-    check_step_hooks,
     check_still_alone,
 )
+from .optimizer_checks import check_optimizer, check_step_hooks
 from .rule_clock import RuleClock
 from .states import possible_states
 
@@ -270,6 +270,8 @@ class Run:
     def _commit(self, step: CompiledStep, args: Sequence[Any]) -> None:
         """Make what the program changes: factors, and the optimizer's state. Nothing was, before all that can fail."""
         if self._variant.has("precondition"):
+            states = [step.optimizers.state_of(args[index]) for index in self._names]
+            warn_of_fresh_factors(step.mkor, states, step.optimizers.names)
             step.mkor.place(self._owners, {args[index]: layout for index, layout in self._layouts.items()}, self._place)
         step.prepare_optimizer([args[index] for index in self._trained])
         self._ready = True

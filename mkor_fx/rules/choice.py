@@ -86,7 +86,8 @@ def check_rule(rule: object, where: str = "") -> None:
     if isinstance(rule, Hybrid):
         raise ValueError(f"rule{where} is a Hybrid, which decides for a whole model: put it around, as Hybrid({{...}})")
     if not isinstance(rule, Rule):
-        raise ValueError(f"rule={rule!r}{where}: must be an update rule such as mkor_fx.MKOR()")
+        given = f"the class {rule.__name__}, which needs its brackets" if isinstance(rule, type) else repr(rule)
+        raise ValueError(f"rule={given}{where}: must be an update rule such as mkor_fx.MKOR(), or None")
     name = type(rule).__name__
     if not dataclasses.is_dataclass(rule) or not rule.__dataclass_params__.frozen:  # type: ignore[attr-defined]
         raise ValueError(

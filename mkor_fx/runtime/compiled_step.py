@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
+from . import whole_state
 from .census import Census
 from .derivations import Derivations
 from .factors import FactorState, state_of
@@ -110,6 +111,24 @@ class CompiledStep:
 
     def __reduce__(self) -> Any:
         return self.__deepcopy__({})
+
+    def __repr__(self) -> str:
+        programs = ", ".join(self.variants) or "none yet"
+        return f"CompiledStep({type(self.model).__name__}, {self.optimizers.names}, programs: {programs}, {self.mkor!r})"
+
+    def state_dict(self, *, full: bool = False) -> dict[str, Any]:
+        """A checkpoint of it all: ``{"model", "optimizer", "mkor"}``, each that part's ``state_dict()``; of several optimizers a
+        list. ``full``: with owners, what other ranks keep as well; every rank must call it."""
+        return whole_state.saved(self.model, self.optimizer, self.mkor, full)
+
+    def load_state_dict(self, state: Mapping[str, Any], *, strict: bool = True) -> None:
+        """Take over a ``state_dict()``; the next step is the one that the run before would have taken. A file without ``"mkor"``
+        starts the factors afresh, with a warning.
+
+        Raises:
+            ValueError: parts are missing or another model's or optimizer's; names them, and changes nothing.
+        """
+        whole_state.load(self.model, self.optimizers.members, self.mkor, state, strict)
 
     def _own_tensors(self) -> list[Tensor]:
         return [*self.model.parameters(), *self.model.buffers()]

@@ -55,6 +55,11 @@ class FactorState(Saved):
         #: how often the state was replaced from outside, and the step it was then at
         self.generation, self.loaded_step = 0, 0
 
+    def __repr__(self) -> str:
+        """Without waiting for the device."""
+        held = sum(t.numel() * t.element_size() for t in self.tensors().values()) / 2**20
+        return f"FactorState(step {self.step}, {len(self._factors)} weights, {held:.1f} MiB, refresh every {self.refresh_every})"
+
     # ---- steps ------------------------------------------------------------------------------------------------------
 
     @property

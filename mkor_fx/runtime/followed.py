@@ -15,7 +15,7 @@ from .carriers import Carriers, Watch
 from .factors import FactorState
 from .given import Given
 from .ranks import Ranks, Replicas
-from .silence import Seen, Silence
+from .silence import Seen, Silence, warn_of_fresh_factors
 from .steps import Step, follow
 from .windows import Windows
 
@@ -56,6 +56,7 @@ class Followed:
         self._replicas, self._silence = replicas, Silence()
         self._refreshes, self._derives = Windows(mkor), Windows(mkor)
         self._programs: dict[tuple, Program] = {}
+        self._met = False
         follow(self)
 
     # ---- the forward's side -------------------------------------------------------------------------------------------
@@ -98,6 +99,14 @@ class Followed:
     def holds(self, optimizer: Optimizer) -> bool:
         """Whether an optimizer has parameters of this model."""
         return any(self.mkor.known(p) is not None for group in optimizer.param_groups for p in group["params"])
+
+    def meet(self, optimizer: Optimizer) -> None:
+        """An optimizer is about to step parameters of this model: say once if it has done so before, and the rule has not."""
+        if not self._met:
+            self._met = True
+            held = [p for group in optimizer.param_groups for p in group["params"] if self.mkor.known(p) is not None]
+            states = [optimizer.state[p] for p in held if p in optimizer.state]
+            warn_of_fresh_factors(self.mkor, states, type(optimizer).__name__)
 
     def act(self, step: Step, others: list[Followed]) -> None:
         """See to the parameters of a step that are this model's and nobody's yet."""

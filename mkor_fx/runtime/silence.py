@@ -6,11 +6,13 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from .carriers import local
 from .checkpoint import some
+from .factors import FactorState
 
 
 @dataclass
@@ -57,6 +59,17 @@ class Seen:
         )
 
 
+def warn_of_fresh_factors(mkor: FactorState, states: Iterable[dict[str, Any]], optimizer: str) -> None:
+    """Before a first step with factors that nobody has loaded, beside an optimizer whose ``states`` are of steps taken."""
+    if mkor.clock == mkor.generation == 0 and any(map(_has_stepped, states)):
+        warnings.warn(
+            f"mkor_fx: {optimizer} has stepped these parameters before, and the factors start afresh. If this run is resumed, save "
+            "model.mkor.state_dict() (or step.mkor.state_dict()) with each checkpoint and give it to mkor.load_state_dict "
+            "before the first step",
+            stacklevel=2,
+        )
+
+
 class Silence:
     """Ends a silence: warns of each parameter once."""
 
@@ -82,6 +95,11 @@ class Silence:
         """At the first, second, fourth, eighth ... time."""
         self._looked[name] += 1
         return not self._looked[name] & (self._looked[name] - 1)
+
+
+def _has_stepped(state: dict[str, Any]) -> bool:
+    count = state.get("step")
+    return state.get("momentum_buffer") is not None if count is None else bool(count > 0)
 
 
 def _moves(param: nn.Parameter) -> bool:

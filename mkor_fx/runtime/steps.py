@@ -29,6 +29,8 @@ class Follower(Protocol):
 
     def holds(self, optimizer: Optimizer) -> bool: ...
 
+    def meet(self, optimizer: Optimizer) -> None: ...
+
     def act(self, step: Step, others: list[Any]) -> None: ...
 
     def look(self, step: Step, called: list[Any]) -> None: ...
@@ -144,6 +146,8 @@ def _before_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple
 
     def act() -> None:
         step.handled = set(handled)
+        for follower in followers:
+            follower.meet(optimizer)
         for follower in followers:
             follower.act(step, followers)
         step.note_others()

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ..naming import Naming
+from .failures import failed_call
 
 _copies = itertools.count()
 
@@ -212,6 +213,11 @@ def facing_user(compiled: Callable[..., Any]) -> Callable[..., Any]:
             if isinstance(failure.inner_exception, ValueError):
                 raise failure.inner_exception from None
             raise
+        except (torch._dynamo.exc.TorchRuntimeError, torch._dynamo.exc.Unsupported) as failure:
+            unsupported = isinstance(failure, torch._dynamo.exc.Unsupported)
+            if unsupported and "when making fake tensor call" not in str(failure):
+                raise
+            raise failed_call(failure, args, kwargs) from failure
         except torch._dynamo.exc.FailOnRecompileLimitHit as failure:
             raise RuntimeError(
                 f"torch.compile has reached its recompile limit ({config.recompile_limit} programs) and compiles no further: "
