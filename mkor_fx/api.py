@@ -123,6 +123,7 @@ def compile_step(
     *,
     refresh_every: int = 1,
     skip: Sequence[str] = (),
+    clip_norm: float | None = None,
     skip_nonfinite: bool = True,
     process_group: ProcessGroup | None = None,
     placement: Literal["replicated", "owner"] | float = "replicated",
@@ -153,6 +154,8 @@ def compile_step(
             so, for which the host waits once a window (``step.mkor.switch`` tells).
         refresh_every: steps per factor refresh; the first step refreshes.
         skip: glob patterns of parameter names that keep their raw gradient.
+        clip_norm: as ``torch.nn.utils.clip_grad_norm_`` in front of an optimizer's step: all gradients are shortened by one
+            factor where their norm together is larger. ``step.metrics()["gradient_norm"]`` is that norm, unclipped.
         skip_nonfinite: a step whose loss or gradients are not finite changes nothing at all (``step.skipped`` counts).
         process_group: ranks that train together, each on its part of the batch; None is the world where
             torch.distributed is initialised. Parameters and buffers start as rank 0's, the loss is the mean over ranks.
@@ -176,6 +179,7 @@ def compile_step(
         rule=rule,
         refresh_every=refresh_every,
         skip=skip,
+        clip_norm=clip_norm,
         skip_nonfinite=skip_nonfinite,
         process_group=process_group,
         placement=placement,

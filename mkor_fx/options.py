@@ -75,6 +75,7 @@ class Options:
     refresh_every: int = 1
     skip: Sequence[str] = ()
     precondition: str = "step"
+    clip_norm: float | None = None
     skip_nonfinite: bool = True
     process_group: ProcessGroup | None = None
     placement: str | float = "replicated"
@@ -104,6 +105,9 @@ class Options:
                 f"placement={self.placement!r}: must be 'replicated', 'owner', or the share of ranks that keep each "
                 "weight's factors, in (0, 1], e.g. 0.5"
             )
+        clip = self.clip_norm
+        if clip is not None and (not isinstance(clip, int | float) or isinstance(clip, bool) or not clip > 0):
+            raise ValueError(f"clip_norm={clip!r}: must be positive, the largest norm of all gradients together, or None")
         if self.stale not in (0, 1):
             raise ValueError(
                 f"stale={self.stale!r}: must be 0 (statistics refresh in their own step) or 1 (in the next)"
@@ -133,6 +137,6 @@ class Options:
     @property
     def about(self) -> str:
         """What all ranks must have alike, and what programs depend on."""
-        names = ("refresh_every", "skip", "backend", "without", "skip_nonfinite", "stale", "communication")
+        names = ("refresh_every", "skip", "backend", "without", "clip_norm", "skip_nonfinite", "stale", "communication")
         hybrid = "" if self.hybrid is None else f", hybrid {self.hybrid.about}"
         return ", ".join(f"{name} {getattr(self, name)}" for name in names) + hybrid

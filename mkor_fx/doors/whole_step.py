@@ -172,6 +172,7 @@ def write_whole_step(
             late=buffers_of(whole) if options.stale and options.rules else (),
             due=variant.due,
             rows=options.communication.average == "rows",
+            clip_norm=options.clip_norm,
             skip_nonfinite=options.skip_nonfinite,
             refreshes=variant.has("refresh"),
         )

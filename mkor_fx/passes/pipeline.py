@@ -29,6 +29,7 @@ from .order.update_when_ready import update_when_ready
 from .write.arrive import arrive
 from .write.carry import carry
 from .write.clip_divergence import clip_divergence
+from .write.clip_gradients import clip_gradients
 from .write.draft import Draft
 from .write.optimize import optimize
 from .write.precondition import precondition
@@ -50,7 +51,7 @@ log = logging.getLogger("mkor_fx")
 CANONICALIZE = [spell_transposes, drop_detach, cancel_double_transpose]
 #: of a whole step; ``VARIANTS`` says which of them a program has
 REWRITE = [
-    *(seed, reduce, statistics, send, arrive, refresh),
+    *(seed, reduce, clip_gradients, statistics, send, arrive, refresh),
     *(precondition, clip_divergence, spread_directions, optimize, write_back),
 ]
 #: of the drop-in door: its graphs in both modes, and the programs that run at the optimizer's step and behind the backward
@@ -82,16 +83,16 @@ DIRECT = ("precondition", "clip_divergence", "spread_directions", "optimize", "w
 VARIANTS = {
     variant.name: variant
     for variant in (
-        Variant("refresh", ("seed", "reduce", "statistics", "refresh", *DIRECT)),
-        Variant("reuse", ("seed", "reduce", *DIRECT)),
+        Variant("refresh", ("seed", "reduce", "clip_gradients", "statistics", "refresh", *DIRECT)),
+        Variant("reuse", ("seed", "reduce", "clip_gradients", *DIRECT)),
         # no rule
-        Variant("plain", ("seed", "reduce", "optimize", "write_back")),
+        Variant("plain", ("seed", "reduce", "clip_gradients", "optimize", "write_back")),
         # a rule that is not used for now: exactly the base optimizer
-        Variant("fallback", ("seed", "reduce", "optimize", "write_back")),
+        Variant("fallback", ("seed", "reduce", "clip_gradients", "optimize", "write_back")),
         # statistics one step late: they leave and the last ones arrive, they only leave, they only arrive
-        Variant("late refresh", ("seed", "reduce", "statistics", "send", "arrive", "refresh", *DIRECT)),
-        Variant("collect", ("seed", "reduce", "statistics", "send", *DIRECT)),
-        Variant("catch up", ("seed", "reduce", "arrive", "refresh", *DIRECT)),
+        Variant("late refresh", ("seed", "reduce", "clip_gradients", "statistics", "send", "arrive", "refresh", *DIRECT)),
+        Variant("collect", ("seed", "reduce", "clip_gradients", "statistics", "send", *DIRECT)),
+        Variant("catch up", ("seed", "reduce", "clip_gradients", "arrive", "refresh", *DIRECT)),
     )
 }
 

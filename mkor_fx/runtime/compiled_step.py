@@ -16,6 +16,7 @@ from . import whole_state
 from .census import Census
 from .derivations import Derivations
 from .factors import FactorState, state_of
+from .gauges import Gauges
 from .in_flight import Late
 from .optimizer_state import OptimizerNumbers, initialise_state, structure_of, tensor_state
 from .optimizers import Optimizers
@@ -87,7 +88,7 @@ class CompiledStep:
         self._branches: tuple = ()
         self._numbers: OptimizerNumbers | None = None
         self._fresh_groups: set[int] = set()
-        self._skipped: Tensor | None = None
+        self.gauges = Gauges()
         self._arguments: tuple[tuple, dict] = ((), {})
         self._plans: dict[str, str] = {}
         self._replicas = Replicas(ranks, mkor, check_replicas_every, self.state_tensors, self._own_tensors)
@@ -142,11 +143,13 @@ class CompiledStep:
     @property
     def skipped(self) -> int:
         """Steps skipped because the loss or a gradient was not finite. Reading it waits for the device."""
-        return 0 if self._skipped is None else int(self._skipped)
+        return int(self.gauges.of("skipped") or 0)
 
     def metrics(self, per_factor: bool = False) -> dict[str, float]:
-        """The last ``loss``, steps ``skipped`` so far, and ``mkor.metrics()``, as plain numbers. Waits for the device."""
-        last = {} if self._loss is None else {"loss": float(self._loss)}
+        """The last ``loss`` and, with ``clip_norm``, ``gradient_norm``, steps ``skipped`` so far, and ``mkor.metrics()``, as plain
+        numbers. Waits for the device."""
+        known = {"loss": self._loss, "gradient_norm": self.gauges.of("gradient_norm")}
+        last = {name: float(value) for name, value in known.items() if value is not None}
         return {**last, "skipped": self.skipped, **self.mkor.metrics(per_factor)}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -159,7 +162,8 @@ class CompiledStep:
         self._follow_optimizer()
         if self.mkor.switch is not None:
             self.fallback = self.mkor.switch.first_order
-        step, counted = self.mkor.step, None if self._skipped is None else self._skipped.clone()
+        step, skipped = self.mkor.step, self.gauges.of("skipped")
+        counted = 0 if skipped is None else skipped.clone()
         self._ran, self._arguments = False, (args, kwargs)
         try:
             result = self._run(self._maker.choose(step, self.fallback), args, kwargs)
@@ -178,8 +182,8 @@ class CompiledStep:
         for optimizer in self.optimizers.members:
             optimizer._opt_called = True  # type: ignore[attr-defined]  # what learning-rate schedulers look at
         if not self.fallback:
-            taken = None if self._skipped is None else self._skipped == (0 if counted is None else counted)
-            self._derivations.run(self._used, step, taken)
+            skipped = self.gauges.of("skipped")
+            self._derivations.run(self._used, step, None if skipped is None else skipped == counted)
         return result
 
     def _cost_of_base(self) -> float:
@@ -293,8 +297,3 @@ class CompiledStep:
         numbers = self._maker.numbers(self.mkor.step, device)
         assert numbers is not None
         return numbers
-
-    def skip_counter(self, device: torch.device) -> Tensor:
-        if self._skipped is None:
-            self._skipped = torch.zeros((), dtype=torch.int64, device=device)
-        return self._skipped

@@ -107,7 +107,15 @@ class Skipped(Input):
     """The number of steps that were skipped, 0-dim int64, counted in place."""
 
     def fetch(self, call: Call) -> Tensor:
-        return call.step.skip_counter(call.device)
+        return call.step.gauges.make("skipped", torch.int64, call.device)
+
+
+@dataclass(frozen=True)
+class GradientNorm(Input):
+    """The norm of all gradients before they were clipped, 0-dim float32, written in place."""
+
+    def fetch(self, call: Call) -> Tensor:
+        return call.step.gauges.make("gradient_norm", torch.float32, call.device)
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ def bucket(step: StepGraph, *, group: Group) -> None:
     for piece in pieces:
         kind = piece.message.kind
         limit = sizes.gradients if kind == "gradient" else sizes.statistics
-        if piece.bytes >= limit or kind in ("rows", "norms", "products"):
+        if piece.bytes >= limit or kind in ("rows", "norms", "squares", "products"):
             full.append(Bucket([piece]))
             continue
         device = piece.node.meta["val"].device

@@ -59,7 +59,7 @@ class Message:
     """What one tensor in a collective is.
 
     ``kind`` is "statistics", "gradient", "column" (gradients once more, over the ranks that keep the same weights),
-    "direction", "norms", "products", "loss", "rows" or "buffer".
+    "direction", "norms", "squares", "products", "loss", "rows" or "buffer".
     """
 
     kind: str

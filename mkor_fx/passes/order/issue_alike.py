@@ -12,7 +12,7 @@ from .collectives import in_line, starts
 from .dependencies import readiness, sort_by_dependencies
 
 #: collectives whose operands differ in kind from rank to rank are issued last, and in this order
-LATE = {"products": 1, "direction": 2, "norms": 3}
+LATE = {"squares": 1, "products": 2, "direction": 3, "norms": 4}
 
 
 @graph_pass(stage="schedule", exact=True)

@@ -48,6 +48,7 @@ class Plan:
     late: tuple[Buffer, ...] = ()
     due: frozenset[str] | None = None
     rows: bool = False
+    clip_norm: float | None = None
     skip_nonfinite: bool = True
     refreshes: bool = True
 
@@ -79,6 +80,7 @@ class StepDraft(Draft):
         self.update: Update | None = None
         self.writes |= {target: step.returned(at) for target, at in step.mutations}
         self._keep: fx.Node | None = None
+        self.norm: fx.Node | None = None  # of all gradients, where they are clipped
         self._groups = groups_of(plan.optimizer)
         for index, state in plan.states.items():
             self._add_item(index, state)
@@ -221,7 +223,8 @@ class StepDraft(Draft):
         if self._keep is None:
             label = "skip_nonfinite"
             counter = self.scalar(inputs.Skipped(), torch.int64)
-            checked = [self.insert(absolute, self.outputs[0], label=label), *self._norms(label)]
+            norms = self._norms(label) if self.norm is None else [self.norm]
+            checked = [self.insert(absolute, self.outputs[0], label=label), *norms]
             self._keep = self.insert(all_finite, checked, label=label)
             self.settled[counter] = self.insert(count_skip, counter, self._keep, label=label)
         return self._keep
