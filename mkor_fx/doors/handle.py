@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -31,8 +33,13 @@ def plain_model(model: nn.Module) -> nn.Module:
 
 
 def compiled_handle(model: nn.Module, run: Callable[..., Any], **shown: Any) -> nn.Module:
-    """A handle whose call, and whose ``forward``, is ``run``; inside of another torch.compile it is called as it is."""
+    """A handle whose call, and whose ``forward``, is ``run``; inside of another torch.compile it is called as it is.
+
+    A ``forward`` that is set on it and calls the one that was there, as accelerate's in mixed precision, goes around
+    ``run``: set on the model it would be traced, and call itself. Any other is the model's.
+    """
     call = torch.compiler.disable(run, reason="a compiled model of mkor_fx is compiled already")
+    around = list[Callable[..., Any]]()
 
     def compile(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         raise RuntimeError(
@@ -44,8 +51,36 @@ def compiled_handle(model: nn.Module, run: Callable[..., Any], **shown: Any) -> 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return call(*args, **kwargs)
 
-    does = {"__call__": lambda self, *args, **kwargs: call(*args, **kwargs), "forward": forward, "compile": compile}
+    def get_forward(self: nn.Module) -> Callable[..., Any]:
+        return around[-1] if around else types.MethodType(forward, self)
+
+    def set_forward(self: nn.Module, value: Callable[..., Any]) -> None:
+        around.clear()
+        if getattr(value, "__func__", value) is forward:
+            return
+        if _leads_to(value, forward):
+            around.append(value)
+        elif getattr(value, "__func__", value) is type(model).forward:  # as it was made
+            self.__dict__.pop("forward", None)
+        else:
+            self.__dict__["forward"] = value
+
+    def enter(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return (around[-1] if around else call)(*args, **kwargs)
+
+    does = {"__call__": enter, "forward": property(get_forward, set_forward), "compile": compile}
     return _another(model, does, shown)
+
+
+def _leads_to(function: Any, target: Callable[..., Any], depth: int = 8) -> bool:
+    """Whether a function is ``target``, or a wrapper that holds it."""
+    if function is target:
+        return True
+    held = [getattr(function, name, None) for name in ("__wrapped__", "__func__", "func")]
+    for cell in getattr(function, "__closure__", None) or ():
+        with contextlib.suppress(ValueError):  # an empty one
+            held.append(cell.cell_contents)
+    return depth > 0 and any(callable(one) and _leads_to(one, target, depth - 1) for one in held)
 
 
 def inside_ddp(ddp: DistributedDataParallel, handle: nn.Module) -> nn.Module:
