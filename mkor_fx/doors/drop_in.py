@@ -40,6 +40,7 @@ from ..runtime.given import Given
 from ..runtime.ranks import Ranks
 from ..show.coverage import Coverage
 from ..show.graphs import Graphs
+from ..show.waiting import shown
 from .agreement import group_of, plan_of_update
 from .checks import check_sharding, check_still_alone
 from .handle import compiled_handle
@@ -145,7 +146,8 @@ class DropIn:
 
     def _backend(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """Dynamo's backend."""
-        self._owned.append(self._compile(gm, inputs))
+        with shown(f"compiling graph {self._graphs_seen} of {type(self.model).__name__}"):
+            self._owned.append(self._compile(gm, inputs))
         return held_weakly(self._owned[-1])
 
     def _compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -198,7 +200,10 @@ class DropIn:
         rules, group = list(self.rules), None if kind == "apply" else self.group
         try:
             rewrite = self.mode.programs[kind]
-            program = build_program(jobs, rules, given, rewrite, self.options.compiler, graphs, group, self.options.without)
+            with shown(f"compiling the {kind} of {len(jobs)} weights of {type(self.model).__name__}"):
+                program = build_program(
+                    jobs, rules, given, rewrite, self.options.compiler, graphs, group, self.options.without
+                )
             self.coverage.graphs.updates.append(graphs)
         except Exception as error:
             if self.ranks is not None:

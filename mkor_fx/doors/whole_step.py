@@ -32,6 +32,7 @@ from ..runtime.silence import warn_of_fresh_factors
 from ..runtime.switch import Switch
 from ..show.coverage import Coverage
 from ..show.graphs import Graphs
+from ..show.waiting import shown
 from .agreement import buffer_names, group_of, keepers_of, owners_of, plan_of, present_numbers
 from .checks import (
     check_call,
@@ -202,10 +203,11 @@ class StepProgram:
         group = group_of(step.ranks, options)
         if group is None:
             check_still_alone()
-        written = write_whole_step(step, self.variant, options, group, gm, inputs)
         keep_order = None if group is None or "pin" in options.without else Overlap()
-        with plain_tracing():
-            compiled = compile_graph(written.whole.module, options.compiler, written.graphs.code, keep_order)
+        with shown(f"compiling the {self.variant.name} program of {type(step.model).__name__}"):
+            written = write_whole_step(step, self.variant, options, group, gm, inputs)
+            with plain_tracing():
+                compiled = compile_graph(written.whole.module, options.compiler, written.graphs.code, keep_order)
         if written.draft.update is not None:
             step.follow_branches(written.draft.update.branches)
         written.coverage.switch = step.mkor.switch

@@ -12,8 +12,9 @@ from ..runtime.factors import FactorState
 class MKORLightningCallback(Callback):
     """Keeps the factors of all compiled models inside of a ``LightningModule`` with its checkpoints.
 
-    ``self.net = mkor_fx.compile(net)`` in the module's ``__init__`` and ``Trainer(callbacks=[MKORLightningCallback()])``. The module
-    itself is not what to compile: Lightning calls its ``training_step``, and only what is called as ``self.net(x)`` is seen.
+    ``self.net = mkor_fx.compile(net)`` in the module's ``__init__`` and
+    ``Trainer(callbacks=[MKORLightningCallback()])``. The module itself is not what to compile: Lightning calls its
+    ``training_step``, and only what is called as ``self.net(x)`` is seen.
 
     Raises:
         ValueError: when training begins: nothing in the module is compiled.

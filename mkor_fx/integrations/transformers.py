@@ -18,8 +18,8 @@ FILE = "mkor_fx.pt"
 class MKORTrainerCallback(TrainerCallback):
     """Writes ``mkor_fx.pt`` into each checkpoint of a ``Trainer``, and reads it where training is resumed from one.
 
-    ``Trainer(model=mkor_fx.compile(model), args=..., callbacks=[MKORTrainerCallback()])``; nothing else of the loop changes, and
-    the model's own files have the names and keys that they have without.
+    ``Trainer(model=mkor_fx.compile(model), args=..., callbacks=[MKORTrainerCallback()])``; nothing else of the loop changes,
+    and the model's own files have the names and keys that they have without.
     """
 
     def on_save(
