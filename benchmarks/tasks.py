@@ -212,7 +212,7 @@ TASKS = {
             steps=300,
             evaluate_every=5,
             evaluation_size=2000,
-            rates={"baseline": 8e-3, "muon": 8e-3, "mkor": 8e-3},
+            rates={"baseline": 8e-3, "muon": 8e-3, "mkor": 4e-3},
         ),
         Task(
             name="fashion-ae",
@@ -265,7 +265,7 @@ TASKS = {
             steps=1000,
             evaluate_every=25,
             evaluation_size=64,
-            rates={"baseline": 5e-4, "muon": 2e-3, "mkor": 4e-3},
+            rates={"baseline": 5e-4, "muon": 2e-3, "mkor": 1e-3},
             inner="blocks.*",
             grid=(1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3),
         ),
