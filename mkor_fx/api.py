@@ -123,6 +123,7 @@ def compile_step(
     *,
     refresh_every: int = 1,
     skip: Sequence[str] = (),
+    accumulate: int = 1,
     clip_norm: float | None = None,
     skip_nonfinite: bool = True,
     process_group: ProcessGroup | None = None,
@@ -154,6 +155,9 @@ def compile_step(
             so, for which the host waits once a window (``step.mkor.switch`` tells).
         refresh_every: steps per factor refresh; the first step refreshes.
         skip: glob patterns of parameter names that keep their raw gradient.
+        accumulate: parts in which each batch is run, for its memory: all arguments with as many rows as the target are cut
+            along their first dimension, the last part may be smaller, and the step is that of the whole batch with the mean
+            loss over its rows. Random signs are drawn anew in each part.
         clip_norm: as ``torch.nn.utils.clip_grad_norm_`` in front of an optimizer's step: all gradients are shortened by one
             factor where their norm together is larger. ``step.metrics()["gradient_norm"]`` is that norm, unclipped.
         skip_nonfinite: a step whose loss or gradients are not finite changes nothing at all (``step.skipped`` counts).
@@ -179,6 +183,7 @@ def compile_step(
         rule=rule,
         refresh_every=refresh_every,
         skip=skip,
+        accumulate=accumulate,
         clip_norm=clip_norm,
         skip_nonfinite=skip_nonfinite,
         process_group=process_group,

@@ -75,6 +75,7 @@ class Options:
     refresh_every: int = 1
     skip: Sequence[str] = ()
     precondition: str = "step"
+    accumulate: int = 1
     clip_norm: float | None = None
     skip_nonfinite: bool = True
     process_group: ProcessGroup | None = None
@@ -105,6 +106,11 @@ class Options:
                 f"placement={self.placement!r}: must be 'replicated', 'owner', or the share of ranks that keep each "
                 "weight's factors, in (0, 1], e.g. 0.5"
             )
+        if not isinstance(self.accumulate, int) or isinstance(self.accumulate, bool) or self.accumulate < 1:
+            raise ValueError(f"accumulate={self.accumulate!r}: must be an integer of at least 1, parts of a batch")
+        if self.accumulate > 1 and (self.return_outputs or self.stale):
+            other = "return_outputs=True" if self.return_outputs else "stale=1"
+            raise ValueError(f"accumulate={self.accumulate} runs a batch in parts, which cannot have {other}: leave one out")
         clip = self.clip_norm
         if clip is not None and (not isinstance(clip, int | float) or isinstance(clip, bool) or not clip > 0):
             raise ValueError(f"clip_norm={clip!r}: must be positive, the largest norm of all gradients together, or None")
@@ -137,6 +143,7 @@ class Options:
     @property
     def about(self) -> str:
         """What all ranks must have alike, and what programs depend on."""
-        names = ("refresh_every", "skip", "backend", "without", "clip_norm", "skip_nonfinite", "stale", "communication")
+        names = ("refresh_every", "skip", "backend", "without", "accumulate", "clip_norm", "skip_nonfinite", "stale",
+                 "communication")  # fmt: skip
         hybrid = "" if self.hybrid is None else f", hybrid {self.hybrid.about}"
         return ", ".join(f"{name} {getattr(self, name)}" for name in names) + hybrid

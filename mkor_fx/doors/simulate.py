@@ -32,8 +32,9 @@ from ..runtime.compiled_step import CompiledStep
 from ..show.recorder import module_path, target_name
 from ..show.timeline import COMMUNICATION, COMPUTE, Event, Simulation
 from .checks import check_model, check_sharding, without_ddp
+from .loss_function import loss_function
 from .optimizer_checks import check_optimizer
-from .whole_step import Written, loss_function, new_step, write_whole_step
+from .whole_step import Written, new_step, write_whole_step
 
 
 def simulate(

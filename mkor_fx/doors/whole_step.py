@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 
@@ -18,17 +17,18 @@ from ..passes.match.layout import Layout
 from ..passes.naming import Naming
 from ..passes.order.collectives import Group, Network
 from ..passes.order.pin import Overlap
-from ..passes.pipeline import REWRITE, Variant, analyse, choose, refresh_of, synthesise
+from ..passes.pipeline import REWRITE, Variant, analyse, choose, part_of, refresh_of, synthesise
 from ..passes.torch_api.backend import FakeTensorMode, compile_graph, plain_tracing
 from ..passes.torch_api.capture import WholeStep, capture_whole_step, trace_artifact
 from ..passes.torch_api.dynamo import dynamo_compile, dynamo_parameters, held_weakly
 from ..passes.write.late_statistics import buffers_of, nothing, refresh_now
 from ..passes.write.step_draft import Plan, StepDraft
-from ..runtime.compiled_step import CompiledStep, StepMaker
+from ..runtime.compiled_step import CompiledStep
 from ..runtime.factors import FactorState
 from ..runtime.inputs import Call
 from ..runtime.ranks import Ranks
 from ..runtime.silence import warn_of_fresh_factors
+from ..runtime.step_maker import StepMaker
 from ..runtime.switch import Switch
 from ..show.coverage import Coverage
 from ..show.graphs import Graphs
@@ -41,36 +41,10 @@ from .checks import (
     check_model,
     check_still_alone,
 )
+from .loss_function import loss_function
 from .optimizer_checks import check_optimizer, check_step_hooks
 from .rule_clock import RuleClock
 from .states import possible_states
-
-
-def loss_function(model: nn.Module, loss_fn: Callable | None, return_outputs: bool) -> Callable[..., Any]:
-    """What Dynamo captures: the loss first, then whatever else is wanted, detached."""
-
-    def loss_of(*args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_dynamo_compiling():
-            raise RuntimeError(
-                "a compiled step was about to run without being compiled, which would train nothing: torch.compile is "
-                "switched off or has given up (torch.compiler.set_stance, TORCH_COMPILE_DISABLE, a recompile limit)"
-            )
-        if loss_fn is None:
-            outputs = model(*args, **kwargs)
-            if isinstance(outputs, Tensor):
-                loss = outputs
-            elif isinstance(outputs, (tuple, list)):
-                loss = outputs[0]
-            else:
-                loss = outputs["loss"] if isinstance(outputs, dict) else outputs.loss
-        else:
-            outputs = model(*args[:-1], **kwargs)
-            loss = loss_fn(outputs, args[-1])
-        if return_outputs:
-            return loss, pytree.tree_map_only(Tensor, Tensor.detach, outputs)
-        return loss
-
-    return loss_of
 
 
 def new_step(
@@ -103,7 +77,10 @@ def new_step(
     if options.hybrid is not None:
         mkor.switch = Switch(options.hybrid)
     keepers = keepers_of(options.placement, 1 if ranks is None else ranks.size)
-    maker = StepMaker(pick, build, check, check_arguments, clock.derive, clock.derive_every, clock.numbers, keepers)
+    maker = StepMaker(
+        pick, build, check, check_arguments, clock.derive, clock.derive_every, clock.numbers, keepers, part_of,
+        options.accumulate,
+    )  # fmt: skip
     return CompiledStep(model, optimizer, mkor, maker, ranks, options.communication.check_replicas_every)
 
 
@@ -160,7 +137,8 @@ def write_whole_step(
         layouts = {index: Layout.of(site) for index, site in whole.sites.items()}
         place = 0 if group is None else group.place
         here = [i for i, site in whole.sites.items() if owners.get(site.parameter.name) in (None, place)]
-        uses_state = variant.has("precondition") or variant.has("refresh")
+        reads_state = variant.has("statistics") and any(rule.reads_state for rule in options.rules)
+        uses_state = variant.has("precondition") or variant.has("refresh") or reads_state
         meta = torch.device("meta")
         plan = Plan(
             step.optimizers,
@@ -174,7 +152,8 @@ def write_whole_step(
             due=variant.due,
             rows=options.communication.average == "rows",
             clip_norm=options.clip_norm,
-            skip_nonfinite=options.skip_nonfinite,
+            parts=options.accumulate > 1,
+            skip_nonfinite=options.skip_nonfinite and not variant.has("accumulate"),
             refreshes=variant.has("refresh"),
         )
         draft = StepDraft(whole, plan, None if group is None else Network(whole.graph, group))
@@ -234,6 +213,7 @@ class Run:
         self._variant, self._inputs, self._results = written.variant, list(draft.inputs), draft.results
         self._device, self._late, self._owners = draft.device, draft.plan.late, dict(draft.plan.owners)
         self._layouts, self._here, self._place = written.layouts, written.here, written.place
+        self._keeps = written.variant.has("precondition") or bool(draft.plan.states)
         self._trained = [i for i in draft.plan.trained if i not in draft.final]
         self._names = {index: written.whole.parameters[index].name for index in draft.plan.trained}
         self._memory: list[int] = []
@@ -272,11 +252,12 @@ class Run:
 
     def _commit(self, step: CompiledStep, args: Sequence[Any]) -> None:
         """Make what the program changes: factors, and the optimizer's state. Nothing was, before all that can fail."""
-        if self._variant.has("precondition"):
+        if self._keeps:
             states = [step.optimizers.state_of(args[index]) for index in self._names]
             warn_of_fresh_factors(step.mkor, states, step.optimizers.names)
             step.mkor.place(self._owners, {args[index]: layout for index, layout in self._layouts.items()}, self._place)
-        step.prepare_optimizer([args[index] for index in self._trained])
+        if self._variant.has("optimize"):
+            step.prepare_optimizer([args[index] for index in self._trained])
         self._ready = True
 
     def _settle(self, step: CompiledStep, layouts: dict[str, Layout], tensors: list[Tensor]) -> dict[str, Tensor]:

@@ -26,6 +26,8 @@ from .order.issue_alike import issue_alike
 from .order.recompute_checkpoints import recompute_checkpoints
 from .order.schedule import schedule
 from .order.update_when_ready import update_when_ready
+from .write.accumulate import accumulate
+from .write.add_parts import add_parts
 from .write.arrive import arrive
 from .write.carry import carry
 from .write.clip_divergence import clip_divergence
@@ -51,7 +53,7 @@ log = logging.getLogger("mkor_fx")
 CANONICALIZE = [spell_transposes, drop_detach, cancel_double_transpose]
 #: of a whole step; ``VARIANTS`` says which of them a program has
 REWRITE = [
-    *(seed, reduce, clip_gradients, statistics, send, arrive, refresh),
+    *(seed, statistics, accumulate, add_parts, reduce, clip_gradients, send, arrive, refresh),
     *(precondition, clip_divergence, spread_directions, optimize, write_back),
 ]
 #: of the drop-in door: its graphs in both modes, and the programs that run at the optimizer's step and behind the backward
@@ -78,21 +80,25 @@ class Variant:
         return name in self.passes
 
 
-#: from gradients to new weights by a rule
+#: from this rank's gradients to those of the whole batch; from there to new weights by a rule
+WHOLE = ("add_parts", "reduce", "clip_gradients")
 DIRECT = ("precondition", "clip_divergence", "spread_directions", "optimize", "write_back")
 VARIANTS = {
     variant.name: variant
     for variant in (
-        Variant("refresh", ("seed", "reduce", "clip_gradients", "statistics", "refresh", *DIRECT)),
-        Variant("reuse", ("seed", "reduce", "clip_gradients", *DIRECT)),
+        Variant("refresh", ("seed", "statistics", *WHOLE, "refresh", *DIRECT)),
+        Variant("reuse", ("seed", *WHOLE, *DIRECT)),
         # no rule
-        Variant("plain", ("seed", "reduce", "clip_gradients", "optimize", "write_back")),
+        Variant("plain", ("seed", *WHOLE, "optimize", "write_back")),
+        # a part of a batch, whose last one is any of the others
+        Variant("part", ("seed", "statistics", "accumulate", "write_back")),
+        Variant("part without statistics", ("seed", "accumulate", "write_back")),
         # a rule that is not used for now: exactly the base optimizer
-        Variant("fallback", ("seed", "reduce", "clip_gradients", "optimize", "write_back")),
+        Variant("fallback", ("seed", *WHOLE, "optimize", "write_back")),
         # statistics one step late: they leave and the last ones arrive, they only leave, they only arrive
-        Variant("late refresh", ("seed", "reduce", "clip_gradients", "statistics", "send", "arrive", "refresh", *DIRECT)),
-        Variant("collect", ("seed", "reduce", "clip_gradients", "statistics", "send", *DIRECT)),
-        Variant("catch up", ("seed", "reduce", "clip_gradients", "arrive", "refresh", *DIRECT)),
+        Variant("late refresh", ("seed", "statistics", *WHOLE, "send", "arrive", "refresh", *DIRECT)),
+        Variant("collect", ("seed", "statistics", *WHOLE, "send", *DIRECT)),
+        Variant("catch up", ("seed", *WHOLE, "arrive", "refresh", *DIRECT)),
     )
 }
 
@@ -106,6 +112,11 @@ def choose(step: int, refresh_every: int, *, rule: bool = True, fallback: bool =
         return VARIANTS["refresh" if used else "reuse"]
     return VARIANTS[{(True, True): "late refresh", (True, False): "collect", (False, True): "catch up"}.get(
         (taken, used), "reuse")]  # fmt: skip
+
+
+def part_of(variant: Variant) -> Variant:
+    """The program of the parts of a batch whose last one is ``variant``'s."""
+    return VARIANTS["part" if variant.has("statistics") else "part without statistics"]
 
 
 def refresh_of(due: Collection[str]) -> Variant:

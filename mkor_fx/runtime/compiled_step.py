@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,29 +19,10 @@ from .gauges import Gauges
 from .in_flight import Late
 from .optimizer_state import OptimizerNumbers, initialise_state, structure_of, tensor_state
 from .optimizers import Optimizers
+from .parts import Part, Sums, cut
 from .ranks import Ranks, Replicas
+from .step_maker import StepMaker
 from .windows import Windows
-
-
-@dataclass(frozen=True)
-class StepMaker:
-    """What the runtime is handed, which knows neither rules nor graphs.
-
-    ``choose(step, fallback, due)`` names the variant of a step, or that of one which refreshes the weights ``due`` alone;
-    ``build(compiled step, variant)`` makes its program. ``check()`` holds model and optimizer to what a step takes,
-    ``check_call(args, kwargs)`` the arguments of a call.
-    ``derive(step, recipe, state, taken)`` makes state of state, every ``derive_every(recipe)`` steps;
-    ``numbers(step, device)`` are those of the rules. ``keepers`` is how many ranks keep a weight that has an owner.
-    """
-
-    choose: Callable[..., Any]
-    build: Callable[[CompiledStep, Any], Callable[..., Any]]
-    check: Callable[[], None]
-    check_call: Callable[[tuple, dict], None]
-    derive: Callable[..., dict[str, Tensor]]
-    derive_every: Callable[[Any], int | None]
-    numbers: Callable[[int, torch.device], Tensor | None]
-    keepers: int
 
 
 class _Due(Exception):
@@ -88,7 +68,7 @@ class CompiledStep:
         self._branches: tuple = ()
         self._numbers: OptimizerNumbers | None = None
         self._fresh_groups: set[int] = set()
-        self.gauges = Gauges()
+        self.gauges, self.sums, self.part = Gauges(), Sums(), Part()
         self._arguments: tuple[tuple, dict] = ((), {})
         self._plans: dict[str, str] = {}
         self._replicas = Replicas(ranks, mkor, check_replicas_every, self.state_tensors, self._own_tensors)
@@ -166,7 +146,7 @@ class CompiledStep:
         counted = 0 if skipped is None else skipped.clone()
         self._ran, self._arguments = False, (args, kwargs)
         try:
-            result = self._run(self._maker.choose(step, self.fallback), args, kwargs)
+            result = self._run_parts(self._maker.choose(step, self.fallback), args, kwargs)
         finally:
             self._arguments = ((), {})
         if not self._ran:
@@ -195,6 +175,19 @@ class CompiledStep:
         self.ranks.copy_from_first([agreed])
         return float(agreed)
 
+    def _run_parts(self, variant: Any, args: tuple, kwargs: dict) -> Any:
+        """Of a batch in parts the last one takes the step."""
+        if self._maker.parts == 1:
+            return self._run(variant, args, kwargs)
+        self._maker.check_call(args, kwargs)
+        self.sums.clear()
+        *before, last = cut(args, kwargs, self._maker.parts)
+        for number, (own, named, share) in enumerate(before):
+            self.part = Part(number, share)
+            self._run(self._maker.part_of(variant), own, named)
+        self.part = Part(len(before), last[2])
+        return self._run(variant, *last[:2])
+
     def _run(self, variant: Any, args: tuple, kwargs: dict) -> Any:
         if variant.name not in self._programs:
             self._maker.check_call(args, kwargs)
@@ -202,6 +195,11 @@ class CompiledStep:
         try:
             return self._programs[variant.name](*args, **kwargs)
         except _Due as due:
+            if self._maker.parts > 1:
+                raise RuntimeError(
+                    f"accumulate: {', '.join(sorted(due.names))} took part in no step of this window before, so that the parts of "
+                    "this batch had no statistics of it: use refresh_every=1, or accumulate=1"
+                ) from None
             variant = self._maker.choose(self.mkor.step, False, due.names)
         except Exception as error:
             if self.ranks is not None:

@@ -99,7 +99,31 @@ class Draw(Input):
     """What random signs are drawn by, 0-dim int64."""
 
     def fetch(self, call: Call) -> Tensor:
-        return draw_of(call.step.mkor.step, 0, call.step.ranks, call.device)
+        return draw_of(call.step.mkor.step, call.step.part.number, call.step.ranks, call.device)
+
+
+@dataclass(frozen=True)
+class Share(Input):
+    """This part's share of the batch's rows, 0-dim float64."""
+
+    def fetch(self, call: Call) -> Tensor:
+        return torch.full((), call.step.part.share, dtype=torch.float64, device=call.device)
+
+
+@dataclass(frozen=True)
+class Sum(Input):
+    """What the parts of a batch have come to so far."""
+
+    key: tuple
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        return f"mkor_sum_{'_'.join(map(str, self.key))}"
+
+    def fetch(self, call: Call) -> Tensor:
+        return call.step.sums.of(self.key, self.shape, self.dtype, call.device)
 
 
 @dataclass(frozen=True)

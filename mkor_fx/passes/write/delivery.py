@@ -53,12 +53,12 @@ class Delivery:
         assert grad is not None
         return grad
 
-    def to_owners(self) -> dict[int, fx.Node]:
-        """This rank's own gradients, of all ranks together, by input position."""
+    def to_owners(self, gradients: Mapping[int, fx.Node]) -> dict[int, fx.Node]:
+        """This rank's own weights' ``gradients``, of all ranks together, by input position."""
         pieces: dict[int, list[tuple[fx.Node, int, int]]] = {}
         with self.step.graph.inserting_before(self.step.output):
             for chunk, dtype, device in self.chunks:
-                parts = [_sources({p.key: self._gradient(p.key) for p in rank}, rank) for rank in chunk.parts]
+                parts = [_sources(gradients, rank) for rank in chunk.parts]
                 flat = insert(self.step.graph, _padded, parts, chunk.length, dtype, device, label="gradients to owners")
                 received = self.row.scatter(flat, self._messages("gradient", chunk))
                 if self.column is not None:

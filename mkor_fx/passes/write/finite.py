@@ -17,6 +17,14 @@ def absolute(loss: Tensor) -> Tensor:
     return loss.detach().abs()
 
 
+def of_part(loss: Tensor, share: Tensor) -> Tensor:
+    return loss.detach().to(share.dtype) * share
+
+
+def weighted(loss: Tensor, share: Tensor | float) -> Tensor:
+    return loss.detach() * share
+
+
 def total(parts: list[Tensor], loss: Tensor, dtype: torch.dtype) -> Tensor:
     return sum(parts, torch.zeros((), dtype=dtype, device=loss.device))
 

@@ -17,7 +17,7 @@ aten = torch.ops.aten
 def seed(draft: StepDraft) -> None:
     """Write the gradient of the mean loss over ranks with respect to this rank's: one without a network.
 
-    Ranks weigh the same, or each by its number of rows. Left out, it stays an input, which is one.
+    Ranks weigh the same, or each by its number of rows; of a part of a batch it is the part's share of that. Left out, it stays an input, which is one.
     """
     graph, network = draft.graph, draft.network
     value = draft.step.seeds[0].meta["val"]
@@ -34,7 +34,13 @@ def seed(draft: StepDraft) -> None:
                 aten.full.default, ([], draft.share), {"dtype": value.dtype, "device": value.device}
             )
             share.meta["val"] = value
+        if draft.plan.parts:
+            share = insert(graph, times, share, draft.share_of_batch(), label="share of the batch")
     draft.replace_seed(share)
+
+
+def times(share: Tensor, part: Tensor) -> Tensor:
+    return share * part.to(share.dtype)
 
 
 def share_of(rows: Tensor, total: Tensor, dtype: torch.dtype) -> Tensor:

@@ -10,8 +10,7 @@ from .vectors import write_vectors
 
 @graph_pass(stage="rewrite")
 def statistics(draft: Draft) -> None:
-    """A statistics vector for each orientation in which a site's weight is used; of all ranks together, but for those that
-    travel late."""
+    """A statistics vector for each orientation in which a site's weight is used."""
     graph = draft.graph
     for index, site in draft.step.sites.items():
         assert site.rule is not None
@@ -23,7 +22,5 @@ def statistics(draft: Draft) -> None:
         with graph.inserting_before(draft.step.output):
             key = draft.draw() if site.rule.draws else None
             vectors = write_vectors(graph, site, numbers, state, key, dtype)
-            if draft.network is not None and not draft.sends_late:
-                vectors = {k: draft.network.sum(vector, "statistics", name) for k, vector in vectors.items()}
         draft.statistics[index] = vectors
     draft.hand_out()

@@ -20,7 +20,7 @@ from ..torch_api.capture import WholeStep
 from ..torch_api.tracing import add_input, splice
 from .delivery import Delivery
 from .draft import Draft, Item, Rate, changing_of
-from .finite import absolute, all_finite, count_skip, is_taken, norm, total
+from .finite import absolute, all_finite, count_skip, is_taken, norm, of_part, total
 from .late_statistics import Buffer
 from ..match.layout import Layout
 from .sizing import Sizing
@@ -34,8 +34,8 @@ class Plan:
     ``rules`` are those that may occur, ``params`` by input position, ``trained`` the positions of those that the optimizer
     steps; ``states`` examples of the factors that are kept on this rank, by position. ``buffers`` are the names of the inputs
     that rank 0 decides; ``owners`` the ranks that keep a weight's factors, by name (None: every rank); ``late`` the buffers
-    of statistics that are used one step late; ``due`` the weights whose state is refreshed (None: all). ``refreshes`` only
-    labels.
+    of statistics that are used one step late; ``due`` the weights whose state is refreshed (None: all). ``parts``: the batch is
+    one part of several. ``refreshes`` only labels.
     """
 
     optimizer: Optimizers
@@ -49,6 +49,7 @@ class Plan:
     due: frozenset[str] | None = None
     rows: bool = False
     clip_norm: float | None = None
+    parts: bool = False
     skip_nonfinite: bool = True
     refreshes: bool = True
 
@@ -167,6 +168,20 @@ class StepDraft(Draft):
         rule = self.step.sites[index].rule
         assert rule is not None
         return Sizing.of(rule, base_step_of(self.plan.optimizer, self._group(index)))
+
+    def parts(self) -> dict[tuple, fx.Node]:
+        """What adds up over the parts of a batch, by key: its share of the loss, gradients, statistics of this rank."""
+        found = {("loss",): self.insert(of_part, self.outputs[0], self.share_of_batch(), label="loss")}
+        found |= {("gradient", i): grad for i, grad in self.gradients.items() if grad is not None}
+        return found | {("statistics", i, k): v for i, own in self.statistics.items() for k, v in own.items()}
+
+    def sum_of(self, key: tuple, like: fx.Node) -> fx.Node:
+        """Of the parts before this one."""
+        value = like.meta["val"]
+        return self.input(inputs.Sum(key, tuple(value.shape), value.dtype), value)
+
+    def share_of_batch(self) -> fx.Node:
+        return self.scalar(inputs.Share(), torch.float64)
 
     def over_owners(self, parts: Mapping[Any, fx.Node], kind: str, *, label: str) -> list[fx.Node]:
         if self.delivery is None:

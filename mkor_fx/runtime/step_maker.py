@@ -1,0 +1,34 @@
+"""What the runtime of a compiled step is handed by those who know rules and graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class StepMaker:
+    """What the runtime is handed, which knows neither rules nor graphs.
+
+    ``choose(step, fallback, due)`` names the variant of a step, or that of one which refreshes the weights ``due`` alone;
+    ``build(compiled step, variant)`` makes its program. ``check()`` holds model and optimizer to what a step takes,
+    ``check_call(args, kwargs)`` the arguments of a call.
+    ``derive(step, recipe, state, taken)`` makes state of state, every ``derive_every(recipe)`` steps;
+    ``numbers(step, device)`` are those of the rules. ``keepers`` is how many ranks keep a weight that has an owner.
+    ``part_of(variant)`` is that of the ``parts`` of a batch before the last.
+    """
+
+    choose: Callable[..., Any]
+    build: Callable[[Any, Any], Callable[..., Any]]
+    check: Callable[[], None]
+    check_call: Callable[[tuple, dict], None]
+    derive: Callable[..., dict[str, Tensor]]
+    derive_every: Callable[[Any], int | None]
+    numbers: Callable[[int, torch.device], Tensor | None]
+    keepers: int
+    part_of: Callable[[Any], Any]
+    parts: int = 1
