@@ -19,7 +19,7 @@ from .gauges import Gauges
 from .in_flight import Late
 from .optimizer_state import OptimizerNumbers, initialise_state, structure_of, tensor_state
 from .optimizers import Optimizers
-from .parts import Part, Sums, cut
+from .parts import BatchPart, Sums, cut
 from .ranks import Ranks, Replicas
 from .step_maker import StepMaker
 from .windows import Windows
@@ -68,7 +68,7 @@ class CompiledStep:
         self._branches: tuple = ()
         self._numbers: OptimizerNumbers | None = None
         self._fresh_groups: set[int] = set()
-        self.gauges, self.sums, self.part = Gauges(), Sums(), Part()
+        self.gauges, self.sums, self.part = Gauges(), Sums(), BatchPart()
         self._arguments: tuple[tuple, dict] = ((), {})
         self._plans: dict[str, str] = {}
         self._replicas = Replicas(ranks, mkor, check_replicas_every, self.state_tensors, self._own_tensors)
@@ -183,9 +183,9 @@ class CompiledStep:
         self.sums.clear()
         *before, last = cut(args, kwargs, self._maker.parts)
         for number, (own, named, share) in enumerate(before):
-            self.part = Part(number, share)
+            self.part = BatchPart(number, share)
             self._run(self._maker.part_of(variant), own, named)
-        self.part = Part(len(before), last[2])
+        self.part = BatchPart(len(before), last[2])
         return self._run(variant, *last[:2])
 
     def _run(self, variant: Any, args: tuple, kwargs: dict) -> Any:

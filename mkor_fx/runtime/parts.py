@@ -9,7 +9,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 
-class Part(NamedTuple):
+class BatchPart(NamedTuple):
     """Of a batch: which, 0 first, and its share of the rows."""
 
     number: int = 0
@@ -29,8 +29,8 @@ class Sums:
         return held
 
     def clear(self) -> None:
-        if self._held:
-            torch._foreach_zero_([*self._held.values()])
+        for held in self._held.values():
+            held.zero_()
 
 
 def cut(args: tuple, kwargs: dict[str, Any], count: int) -> list[tuple[tuple, dict[str, Any], float]]:
