@@ -88,7 +88,7 @@ CASES = {
 }
 
 
-SLOW = ("in_out-2", "cnn-2", "gpt-2-clipped", "mlp-4-half")
+SLOW = ("in_out-2", "cnn-2", "gpt-2-clipped", "gpt-4-half")
 
 
 @pytest.mark.parametrize(
