@@ -79,7 +79,7 @@ def owners_of(
 ) -> dict[str, int | None]:
     """The place in each row that keeps a weight's factors, by name; None: every rank. Owners that are ``known`` stay."""
     names = {site.parameter.name: site for site in step.sites.values()}
-    if group is None or group.row is None or group.size == 1:
+    if group is None or group.row is None:
         return dict.fromkeys(names)
     return assign({name: _load(site) for name, site in names.items()}, group.row.size, options.communication.padding, known)
 

@@ -36,6 +36,8 @@ class Derivations:
             every = self._every(self.mkor.recipe(name))
             if every is not None and self._windows.due([name], step, every):
                 due[name] = every
+        if not due:
+            return
         shared = [name for name in due if self._derived.get(name, (None,))[0] == self.mkor.recipe(name)]
         here, sent = set(due), list[tuple[Ranks, dict[str, int]]]()
         for ranks, has_owner in ((self.mkor.ranks, False), (self._column, True)):
@@ -54,7 +56,7 @@ class Derivations:
     @property
     def _column(self) -> Ranks | None:
         ranks = self.mkor.ranks
-        return None if ranks is None or self._keepers == 1 else ranks.grid(self._keepers)[1]
+        return None if ranks is None or self._keepers in (1, ranks.size) else ranks.grid(self._keepers)[1]
 
     def _divide(self, names: Sequence[str], size: int) -> dict[str, int]:
         """The rank that derives each weight's: longest processing time first, a matrix of d rows taking d^3."""

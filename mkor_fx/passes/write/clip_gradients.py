@@ -8,6 +8,7 @@ from torch import Tensor
 from ...prims import accumulation_dtype
 from ...runtime import inputs
 from ..core import graph_pass
+from .clip_divergence import shorten
 from .step_draft import StepDraft
 
 
@@ -37,7 +38,3 @@ def root(squares: list[Tensor]) -> Tensor:
 
 def share_within(norm: Tensor, bound: float) -> Tensor:
     return (bound / (norm + 1e-6)).clamp(max=1.0)
-
-
-def shorten(grad: Tensor, share: Tensor) -> Tensor:
-    return grad * share.to(grad.dtype)
