@@ -125,6 +125,7 @@ def compile_step(
     skip: Sequence[str] = (),
     accumulate: int = 1,
     clip_norm: float | None = None,
+    ema: float | None = None,
     skip_nonfinite: bool = True,
     process_group: ProcessGroup | None = None,
     placement: Literal["replicated", "owner"] | float = "replicated",
@@ -160,6 +161,9 @@ def compile_step(
             loss over its rows. Random signs are drawn anew in each part.
         clip_norm: as ``torch.nn.utils.clip_grad_norm_`` in front of an optimizer's step: all gradients are shortened by one
             factor where their norm together is larger. ``step.metrics()["gradient_norm"]`` is that norm, unclipped.
+        ema: keep exponential moving averages ``A <- ema A + (1 - ema) W`` of the weights behind each step, as
+            ``torch.optim.swa_utils.AveragedModel`` with ``get_ema_multi_avg_fn(ema)``; ``with step.ema.applied():`` puts
+            them into the model.
         skip_nonfinite: a step whose loss or gradients are not finite changes nothing at all (``step.skipped`` counts).
         process_group: ranks that train together, each on its part of the batch; None is the world where
             torch.distributed is initialised. Parameters and buffers start as rank 0's, the loss is the mean over ranks.
@@ -185,6 +189,7 @@ def compile_step(
         skip=skip,
         accumulate=accumulate,
         clip_norm=clip_norm,
+        ema=ema,
         skip_nonfinite=skip_nonfinite,
         process_group=process_group,
         placement=placement,

@@ -77,6 +77,7 @@ class Options:
     precondition: str = "step"
     accumulate: int = 1
     clip_norm: float | None = None
+    ema: float | None = None
     skip_nonfinite: bool = True
     process_group: ProcessGroup | None = None
     placement: str | float = "replicated"
@@ -114,6 +115,9 @@ class Options:
         clip = self.clip_norm
         if clip is not None and (not isinstance(clip, int | float) or isinstance(clip, bool) or not clip > 0):
             raise ValueError(f"clip_norm={clip!r}: must be positive, the largest norm of all gradients together, or None")
+        ema = self.ema
+        if ema is not None and (not isinstance(ema, int | float) or isinstance(ema, bool) or not 0 <= ema < 1):
+            raise ValueError(f"ema={ema!r}: must be in [0, 1), how much of an average a step keeps, e.g. 0.999, or None")
         if self.stale not in (0, 1):
             raise ValueError(
                 f"stale={self.stale!r}: must be 0 (statistics refresh in their own step) or 1 (in the next)"
@@ -143,7 +147,7 @@ class Options:
     @property
     def about(self) -> str:
         """What all ranks must have alike, and what programs depend on."""
-        names = ("refresh_every", "skip", "backend", "without", "accumulate", "clip_norm", "skip_nonfinite", "stale",
+        names = ("refresh_every", "skip", "backend", "without", "accumulate", "clip_norm", "ema", "skip_nonfinite", "stale",
                  "communication")  # fmt: skip
         hybrid = "" if self.hybrid is None else f", hybrid {self.hybrid.about}"
         return ", ".join(f"{name} {getattr(self, name)}" for name in names) + hybrid

@@ -79,7 +79,7 @@ def new_step(
     keepers = keepers_of(options.placement, 1 if ranks is None else ranks.size)
     maker = StepMaker(
         pick, build, check, check_arguments, clock.derive, clock.derive_every, clock.numbers, keepers, part_of,
-        options.accumulate,
+        options.accumulate, options.ema,
     )  # fmt: skip
     return CompiledStep(model, optimizer, mkor, maker, ranks, options.communication.check_replicas_every)
 
@@ -152,6 +152,7 @@ def write_whole_step(
             due=variant.due,
             rows=options.communication.average == "rows",
             clip_norm=options.clip_norm,
+            ema=options.ema,
             parts=options.accumulate > 1,
             skip_nonfinite=options.skip_nonfinite and not variant.has("accumulate"),
             refreshes=variant.has("refresh"),

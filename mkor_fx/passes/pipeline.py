@@ -29,6 +29,7 @@ from .order.update_when_ready import update_when_ready
 from .write.accumulate import accumulate
 from .write.add_parts import add_parts
 from .write.arrive import arrive
+from .write.average_weights import average_weights
 from .write.carry import carry
 from .write.clip_divergence import clip_divergence
 from .write.clip_gradients import clip_gradients
@@ -54,7 +55,7 @@ CANONICALIZE = [spell_transposes, drop_detach, cancel_double_transpose]
 #: of a whole step; ``VARIANTS`` says which of them a program has
 REWRITE = [
     *(seed, statistics, accumulate, add_parts, reduce, clip_gradients, send, arrive, refresh),
-    *(precondition, clip_divergence, spread_directions, optimize, write_back),
+    *(precondition, clip_divergence, spread_directions, optimize, average_weights, write_back),
 ]
 #: of the drop-in door: its graphs in both modes, and the programs that run at the optimizer's step and behind the backward
 CARRY = [statistics, carry]
@@ -82,19 +83,21 @@ class Variant:
 
 #: from this rank's gradients to those of the whole batch; from there to new weights by a rule
 WHOLE = ("add_parts", "reduce", "clip_gradients")
-DIRECT = ("precondition", "clip_divergence", "spread_directions", "optimize", "write_back")
+#: the optimizer's step
+STEP = ("optimize", "average_weights", "write_back")
+DIRECT = ("precondition", "clip_divergence", "spread_directions", *STEP)
 VARIANTS = {
     variant.name: variant
     for variant in (
         Variant("refresh", ("seed", "statistics", *WHOLE, "refresh", *DIRECT)),
         Variant("reuse", ("seed", *WHOLE, *DIRECT)),
         # no rule
-        Variant("plain", ("seed", *WHOLE, "optimize", "write_back")),
+        Variant("plain", ("seed", *WHOLE, *STEP)),
         # a part of a batch, whose last one is any of the others
         Variant("part", ("seed", "statistics", "accumulate", "write_back")),
         Variant("part without statistics", ("seed", "accumulate", "write_back")),
         # a rule that is not used for now: exactly the base optimizer
-        Variant("fallback", ("seed", *WHOLE, "optimize", "write_back")),
+        Variant("fallback", ("seed", *WHOLE, *STEP)),
         # statistics one step late: they leave and the last ones arrive, they only leave, they only arrive
         Variant("late refresh", ("seed", "statistics", *WHOLE, "send", "arrive", "refresh", *DIRECT)),
         Variant("collect", ("seed", "statistics", *WHOLE, "send", *DIRECT)),

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
 
 from . import whole_state
+from .averages import Averages
 from .census import Census
 from .derivations import Derivations
 from .factors import FactorState, state_of
@@ -40,6 +40,7 @@ class CompiledStep:
         mkor: the factors, ``mkor.state_dict()`` and ``mkor.load_state_dict()``.
         graphs: every stage of the pipeline for the variant that refreshes; ``variants`` has all.
         coverage: what is preconditioned and why not, known after the first step.
+        ema: the averages of the weights, where ``compile_step(ema=...)`` asks for them.
         compilations: programs compiled so far.
         fallback: whether steps leave the rule out, its state included, and are the base optimizer's alone; with a ``Hybrid``
             it follows ``mkor.switch``.
@@ -69,7 +70,8 @@ class CompiledStep:
         self._numbers: OptimizerNumbers | None = None
         self._fresh_groups: set[int] = set()
         self.gauges, self.sums, self.part = Gauges(), Sums(), BatchPart()
-        self._arguments: tuple[tuple, dict] = ((), {})
+        self.ema = None if maker.ema is None else Averages(model, maker.ema)
+        self.arguments: tuple[tuple, dict] = ((), {})
         self._plans: dict[str, str] = {}
         self._replicas = Replicas(ranks, mkor, check_replicas_every, self.state_tensors, self._own_tensors)
         self._loss: Tensor | None = None
@@ -98,9 +100,9 @@ class CompiledStep:
         return f"CompiledStep({type(self.model).__name__}, {self.optimizers.names}, programs: {programs}, {self.mkor!r})"
 
     def state_dict(self, *, full: bool = False) -> dict[str, Any]:
-        """A checkpoint of it all: ``{"model", "optimizer", "mkor"}``, each that part's ``state_dict()``; of several optimizers a
-        list. ``full``: with owners, what other ranks keep as well; every rank must call it."""
-        return whole_state.saved(self.model, self.optimizer, self.mkor, full)
+        """A checkpoint of it all: ``{"model", "optimizer", "mkor"}`` and maybe ``"ema"``, each that part's ``state_dict()``; of
+        several optimizers a list. ``full``: with owners, what other ranks keep as well; every rank must call it."""
+        return whole_state.saved(self, full)
 
     def load_state_dict(self, state: Mapping[str, Any], *, strict: bool = True) -> None:
         """Take over a ``state_dict()``; the next step is the one that the run before would have taken. A file without ``"mkor"``
@@ -109,7 +111,7 @@ class CompiledStep:
         Raises:
             ValueError: parts are missing or another model's or optimizer's; names them, and changes nothing.
         """
-        whole_state.load(self.model, self.optimizers.members, self.mkor, state, strict)
+        whole_state.load(self, state, strict)
 
     def _own_tensors(self) -> list[Tensor]:
         return [*self.model.parameters(), *self.model.buffers()]
@@ -138,17 +140,19 @@ class CompiledStep:
                 "a compiled step trains: call it with gradients enabled, outside torch.no_grad() and "
                 "torch.inference_mode(); to evaluate, call the model itself"
             )
+        if self.ema is not None:
+            self.ema.check_not_applied()
         self._follow_model()
         self._follow_optimizer()
         if self.mkor.switch is not None:
             self.fallback = self.mkor.switch.first_order
         step, skipped = self.mkor.step, self.gauges.of("skipped")
         counted = 0 if skipped is None else skipped.clone()
-        self._ran, self._arguments = False, (args, kwargs)
+        self._ran, self.arguments = False, (args, kwargs)
         try:
             result = self._run_parts(self._maker.choose(step, self.fallback), args, kwargs)
         finally:
-            self._arguments = ((), {})
+            self.arguments = ((), {})
         if not self._ran:
             raise RuntimeError(
                 "the step's program did not run, and nothing was trained: torch.compile is switched off or has given up "
@@ -164,6 +168,7 @@ class CompiledStep:
         if not self.fallback:
             skipped = self.gauges.of("skipped")
             self._derivations.run(self._used, step, None if skipped is None else skipped == counted)
+        self.gauges.tell_of_skips()
         return result
 
     def _cost_of_base(self) -> float:
@@ -245,6 +250,8 @@ class CompiledStep:
     def state_tensors(self) -> dict[str, Tensor]:
         """All that a step changes, by name."""
         tensors = state_of(self.model, self.mkor)
+        if self.ema is not None:
+            tensors |= {f"average of {name}": tensor for name, tensor in self.ema.weights().items()}
         for name, param in self.model.named_parameters():
             state = tensor_state(self.optimizers, param)
             tensors |= {f"optimizer state {key} of {name}": tensor for key, tensor in state.items()}
@@ -278,13 +285,6 @@ class CompiledStep:
 
     def follow_branches(self, branches: tuple) -> None:
         self._branches = (*self._branches, *branches)
-
-    def rows(self, device: torch.device) -> Tensor:
-        """The first dimension of the step's last tensor argument, 0-dim float."""
-        tensors = [leaf for leaf in tree_leaves(self._arguments) if isinstance(leaf, Tensor) and leaf.dim()]
-        if not tensors:
-            raise ValueError("average='rows' needs a tensor among the step's arguments, whose first dimension counts")
-        return torch.full((), tensors[-1].shape[0], dtype=torch.float32, device=device)
 
     def numbers(self, device: torch.device) -> Tensor:
         if self._numbers is None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from .draws import draw_of
 
@@ -144,10 +145,36 @@ class GradientNorm(Input):
 
 @dataclass(frozen=True)
 class Rows(Input):
-    """The size of this rank's batch, 0-dim float."""
+    """The size of this rank's batch, 0-dim float: the first dimension of the step's last tensor argument."""
 
     def fetch(self, call: Call) -> Tensor:
-        return call.step.rows(call.device)
+        tensors = [leaf for leaf in tree_leaves(call.step.arguments) if isinstance(leaf, Tensor) and leaf.dim()]
+        if not tensors:
+            raise ValueError("average='rows' needs a tensor among the step's arguments, whose first dimension counts")
+        return torch.full((), tensors[-1].shape[0], dtype=torch.float32, device=call.device)
+
+
+@dataclass(frozen=True)
+class Average(Input):
+    """The moving average of the parameter at ``index``."""
+
+    index: int
+
+    @property
+    def name(self) -> str:
+        return f"mkor_average_{self.index}"
+
+    def fetch(self, call: Call) -> Tensor:
+        param = call.args[self.index]
+        return call.step.ema.of(call.step.mkor.name(param), param)
+
+
+@dataclass(frozen=True)
+class Averaged(Input):
+    """The number of steps that are in the averages of weights, 0-dim int64, counted in place."""
+
+    def fetch(self, call: Call) -> Tensor:
+        return call.step.ema.count(call.device)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ class StepMaker:
     ``check_call(args, kwargs)`` the arguments of a call.
     ``derive(step, recipe, state, taken)`` makes state of state, every ``derive_every(recipe)`` steps;
     ``numbers(step, device)`` are those of the rules. ``keepers`` is how many ranks keep a weight that has an owner.
-    ``part_of(variant)`` is that of the ``parts`` of a batch before the last.
+    ``part_of(variant)`` is that of the ``parts`` of a batch before the last. ``ema`` is the decay of averages of the weights.
     """
 
     choose: Callable[..., Any]
@@ -32,3 +32,4 @@ class StepMaker:
     keepers: int
     part_of: Callable[[Any], Any]
     parts: int = 1
+    ema: float | None = None

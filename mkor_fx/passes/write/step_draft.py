@@ -49,6 +49,7 @@ class Plan:
     due: frozenset[str] | None = None
     rows: bool = False
     clip_norm: float | None = None
+    ema: float | None = None
     parts: bool = False
     skip_nonfinite: bool = True
     refreshes: bool = True
