@@ -184,6 +184,7 @@ class StepProgram:
         if group is None:
             check_still_alone()
         keep_order = None if group is None or "pin" in options.without else Overlap()
+        step.trainable.note(step.model)
         with shown(f"compiling the {self.variant.name} program of {type(step.model).__name__}"):
             written = write_whole_step(step, self.variant, options, group, gm, inputs)
             with plain_tracing():
@@ -191,7 +192,7 @@ class StepProgram:
         if written.draft.update is not None:
             step.follow_branches(written.draft.update.branches)
         written.coverage.switch = step.mkor.switch
-        step.variants[self.variant.name], step.coverage = written.graphs, written.coverage
+        step.variants[self.variant.name] = written.graphs
         written.coverage.graphs.captured += step.variants.values()
         step.compilations += 1
         plan = ""
@@ -214,6 +215,7 @@ class Run:
         self._variant, self._inputs, self._results = written.variant, list(draft.inputs), draft.results
         self._device, self._late, self._owners = draft.device, draft.plan.late, dict(draft.plan.owners)
         self._layouts, self._here, self._place = written.layouts, written.here, written.place
+        self._coverage = written.coverage
         self._keeps = written.variant.has("precondition") or bool(draft.plan.states)
         self._trained = [i for i in draft.plan.trained if i not in draft.final]
         self._names = {index: written.whole.parameters[index].name for index in draft.plan.trained}
@@ -229,6 +231,7 @@ class Run:
         step.begin(self._variant.name, self._plan, present_numbers)
         if not self._ready:
             self._commit(step, args)
+        step.coverage = self._coverage
         receives, sends = self._variant.has("arrive"), self._variant.has("send")
         with plain_tracing():
             waiting = step.late.take(self._late, lambda: nothing(self._late, self._device)) if receives else []

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from . import whole_state
 from .averages import Averages
-from .census import Census
+from .census import Census, Trainable
 from .derivations import Derivations
 from .factors import FactorState, state_of
 from .gauges import Gauges
@@ -59,7 +59,7 @@ class CompiledStep:
         self.compilations = 0
         self.fallback = False
         self._maker = maker
-        self._census = Census(model)
+        self._census, self.trainable = Census(model), Trainable()
         self._refreshes = Windows(mkor)
         self._derivations = Derivations(mkor, maker.derive, maker.derive_every, maker.keepers)
         self._used: list[str] = []
@@ -222,7 +222,7 @@ class CompiledStep:
             "it is compiled again",
             stacklevel=3,
         )
-        self._census = Census(self.model)
+        self._census, self.trainable = Census(self.model), Trainable()
         self.mkor.forget_gone()
         self._programs.clear()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
@@ -90,7 +91,7 @@ class Coverage:
 
     def __init__(self, model: nn.Module) -> None:
         self.graphs = ModelGraphs(self, type(model).__name__)
-        self._entries = _unseen(model)
+        self._model, self._entries = weakref.ref(model), _unseen(model)
         self.trainers: dict[str, str] = {}
         self.switch: Any = None
 
@@ -162,7 +163,10 @@ class Coverage:
             self._entries[entry.name] = entry
 
     def __iter__(self) -> Iterator[Entry]:
-        return iter(self._entries.values())
+        """Those that are trained now: others that were when they were captured have been frozen."""
+        model = self._model()
+        frozen = set() if model is None else {name for name, p in model.named_parameters() if not p.requires_grad}
+        return (entry for name, entry in self._entries.items() if name not in frozen)
 
     def __getitem__(self, name: str) -> Entry:
         return self._entries[name]
@@ -261,7 +265,7 @@ class Coverage:
         matrices = [e for e in self if e.matrix]
         return (
             aligned(rows, headers, "lllrrrl" + "l" * len(trainers))
-            + f"\n{len(self.covered)} of {len(self._entries)} trainable parameters preconditioned, "
+            + f"\n{len(self.covered)} of {len([*self])} trainable parameters preconditioned, "
             f"{sum(e.declined is None for e in matrices)} of {len(matrices)} matrices, "
             f"{self.share()[1]:.1%} of all elements;\n"
             f"state {sum(e.state_bytes for e in self):,} bytes, "
