@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from .doors.agreement import find_ranks
 from .doors.checks import (
+    check_cuda_graphs,
     check_drop_in,
     check_gradient_hooks,
     check_late,
@@ -178,7 +179,8 @@ def compile_step(
         communication: buckets, averaging, checks.
         return_outputs: return ``(loss, outputs)``, the model's outputs detached.
         backend: ``"inductor"``, or ``"eager"`` to run the rewritten graph uncompiled.
-        dynamic, fullgraph, mode, options: as in torch.compile. A whole step needs ``fullgraph=True``.
+        dynamic, fullgraph, mode, options: as in torch.compile. A whole step needs ``fullgraph=True``, and none of the modes
+            with CUDA graphs.
 
     Raises:
         ValueError: bad options, an optimizer over another model, a loss that is not a scalar; nothing is changed.
@@ -214,6 +216,7 @@ def compiled_step(
             "compile_step compiles one graph and needs fullgraph=True; mkor_fx.compile handles graph breaks"
         )
     check_model(model)
+    check_cuda_graphs(options)
     check_late(options)
     check_placement(options)
     model, process_group = without_ddp(plain_model(model), options.process_group)

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from ..options import Options
+from ..passes.torch_api.backend import CUDA_GRAPHS
 from ..runtime.census import hooked
 
 
@@ -117,6 +118,17 @@ def check_call(model: nn.Module, has_target: bool, args: tuple, kwargs: dict) ->
             f"the step was called with {len(args)} positional arguments{named}: {target}{type(model).__name__}.forward "
             f"cannot take the rest ({error})"
         ) from None
+
+
+def check_cuda_graphs(options: Options) -> None:
+    """A whole step writes to its weights and state, which Inductor's CUDA graphs take for inputs of one call."""
+    if options.compiler.options.get(CUDA_GRAPHS):
+        asked = f"mode={options.mode!r}" if options.mode is not None else f"options={{{CUDA_GRAPHS!r}: True}}"
+        raise ValueError(
+            f"compile_step with {asked}: asks for CUDA graphs, which Inductor leaves out, in silence, where a program "
+            "changes its inputs in place, as a step does its weights. Use mode=None or 'max-autotune-no-cudagraphs'; "
+            "mkor_fx.compile takes it, for forward and backward"
+        )
 
 
 def check_late(options: Options) -> None:

@@ -18,6 +18,8 @@ from .capture import decompositions, unrolled_layers
 from .tracing import Decompositions
 
 BACKENDS = ("inductor", "eager")
+#: Inductor's option, which leaves out, and says so in a log alone, what writes to its inputs
+CUDA_GRAPHS = "triton.cudagraphs"
 
 
 def inductor_decompositions() -> Decompositions:
@@ -54,6 +56,7 @@ def compile_graph(
         return module
     from torch._inductor.compile_fx import compile_fx
 
+    options = {**options, CUDA_GRAPHS: False}
     if keep_order is not None:
         options = _with_pass(options, "post_grad_custom_post_pass", keep_order)
     examples = [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")]

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ..naming import Naming
-from .failures import failed_call
+from .failures import STANCE, failed_call, recompile_forbidden
 
 _copies = itertools.count()
 
@@ -224,5 +224,9 @@ def facing_user(compiled: Callable[..., Any]) -> Callable[..., Any]:
                 "something differs at each call, and each value of it asks for another program. TORCH_LOGS=recompiles tells "
                 "what; pad inputs to few sizes, keep counters in buffers, or raise torch._dynamo.config.recompile_limit"
             ) from failure
+        except RuntimeError as failure:
+            if STANCE not in str(failure) or torch._dynamo.eval_frame._stance.stance != STANCE:
+                raise
+            raise recompile_forbidden(failure) from None
 
     return run

@@ -18,6 +18,20 @@ def failed_call(failure: Exception, args: tuple, kwargs: dict[str, Any]) -> Runt
     return RuntimeError(f"called with {given}: {_reason(str(failure))} ({_place(failure)}). Nothing was changed")
 
 
+#: under which torch.compile raises where it would compile
+STANCE = "fail_on_recompile"
+
+
+def recompile_forbidden(failure: Exception) -> RuntimeError:
+    """What a call under that stance says."""
+    found = re.findall(r"^\s*- \S+: (.+)$", str(failure), re.MULTILINE)
+    why = f"another program, since {'; '.join(dict.fromkeys(found))}" if found else "a program that is not there yet"
+    return RuntimeError(
+        f"torch.compiler.set_stance({STANCE!r}) forbids to compile, and this call needs {why}. Nothing was changed: make the "
+        "first call, and that of each new size, under the default stance"
+    )
+
+
 def _reason(text: str) -> str:
     """Torch's own sentence in what Dynamo has wrapped around it."""
     found = re.search(r"got \w+\((['\"])(.*?)\1\)$", text, re.MULTILINE) or re.search(r"debug context: \w+ <.*?>: ()(.+)", text)
