@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+import torch._inductor.config
 from torch import nn
 from torch.nn.functional import mse_loss
 
@@ -131,6 +132,7 @@ def test_cuda_graphs_are_refused_of_a_step_and_left_to_torch_elsewhere(options):
     mkor_fx.compile(model, **options)
 
 
+@torch._inductor.config.patch({"triton.cudagraphs": True})
 def test_a_step_is_compiled_without_them_whatever_torch_is_set_to(monkeypatch):
     seen = []
 
@@ -139,7 +141,6 @@ def test_a_step_is_compiled_without_them_whatever_torch_is_set_to(monkeypatch):
         return module
 
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
-    monkeypatch.setattr(torch._inductor.config.triton, "cudagraphs", True)
     model = nn.Sequential(nn.Linear(6, 5))
     step = mkor_fx.compile_step(model, mse_loss, torch.optim.AdamW(model.parameters()))
     step(torch.ones(8, 6), torch.ones(8, 5))

@@ -24,6 +24,7 @@ from ..passes.torch_api.dynamo import (
     dynamo_compile,
     dynamo_parameters,
     held_weakly,
+    recurrence,
     told_to_stay_out,
     under_transform,
     with_inputs,
@@ -32,7 +33,8 @@ from ..passes.update_program import build_program
 from ..passes.write.draft import changing_of
 from ..passes.write.joint_draft import Added, Shared
 from ..passes.write.update_draft import Job
-from ..runtime.census import Census, Trainable
+from ..runtime.census import Census
+from ..runtime.compilations import Compilations
 from ..runtime.draws import draw_of
 from ..runtime.factors import FactorState
 from ..runtime.followed import Followed, Maker
@@ -61,7 +63,7 @@ class DropIn:
         self.naming = Naming.of(model, options.skip, self.rules)
         self.coverage, self.clock = Coverage(model), RuleClock(self.rules)
         self.runtime = self._make_runtime()
-        self._census, self._trainable = Census(model), Trainable()
+        self._census, self._compilations = Census(model), Compilations()
         self._graphs_seen = 0
         self._owned: list[Callable[..., Any]] = []
         self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
@@ -136,7 +138,7 @@ class DropIn:
             )
             self._owned.clear()
             self._compiled = self._make_compiled()
-        self.naming, self._census, self._trainable = naming, Census(self.model), Trainable()
+        self.naming, self._census, self._compilations = naming, Census(self.model), Compilations()
         self.coverage.forget(self.model)
         self._optimizers.clear()
         self.runtime.forget_plan()
@@ -155,7 +157,7 @@ class DropIn:
         self._graphs_seen += 1
         if not torch.is_grad_enabled():
             return compile_joint(gm, inputs, None, self.options.compiler, [])
-        self._trainable.note(self.model)
+        self._compilations.note(self.model, *recurrence(gm))
         if self.naming.names.keys() != {id(p) for p in self.model.parameters()}:  # swapped by a sharding wrapper
             check_sharding(self.model, self.options.precondition)
             self.naming = Naming.of(self.model, self.options.skip, self.rules)

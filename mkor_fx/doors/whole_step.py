@@ -20,7 +20,7 @@ from ..passes.order.pin import Overlap
 from ..passes.pipeline import REWRITE, Variant, analyse, choose, part_of, refresh_of, synthesise
 from ..passes.torch_api.backend import FakeTensorMode, compile_graph, plain_tracing
 from ..passes.torch_api.capture import WholeStep, capture_whole_step, trace_artifact
-from ..passes.torch_api.dynamo import dynamo_compile, dynamo_parameters, held_weakly
+from ..passes.torch_api.dynamo import dynamo_compile, dynamo_parameters, held_weakly, recurrence
 from ..passes.write.late_statistics import buffers_of, nothing, refresh_now
 from ..passes.write.step_draft import Plan, StepDraft
 from ..runtime.compiled_step import CompiledStep
@@ -184,7 +184,7 @@ class StepProgram:
         if group is None:
             check_still_alone()
         keep_order = None if group is None or "pin" in options.without else Overlap()
-        step.trainable.note(step.model)
+        step.noted.note(step.model, *recurrence(gm))
         with shown(f"compiling the {self.variant.name} program of {type(step.model).__name__}"):
             written = write_whole_step(step, self.variant, options, group, gm, inputs)
             with plain_tracing():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 
@@ -48,28 +47,6 @@ class Census:
                     yield f"{prefix}.{key}".lstrip(".")
             if len(held) != len(items):
                 yield prefix or "the model itself"
-
-
-class Trainable:
-    """Which parameters of a model are trained, when it was last compiled."""
-
-    def __init__(self) -> None:
-        self._known: set[str] | None = None
-
-    def note(self, model: nn.Module) -> None:
-        """It is being compiled now: warn where that is so since some were frozen or thawed."""
-        now = {name for name, p in model.named_parameters() if p.requires_grad}
-        known, self._known = self._known, now
-        if known is None or known == now:
-            return
-        frozen, thawed = sorted(known - now), sorted(now - known)
-        told = [f"{some(names)} {'are' if len(names) > 1 else 'is'} {what}" for names, what in
-                ((frozen, "frozen now"), (thawed, "trained now")) if names]  # fmt: skip
-        warnings.warn(
-            f"mkor_fx: {' and '.join(told)} (requires_grad): {type(model).__name__} is compiled once more for that; factors and "
-            "optimizer state stay as they are, and going back compiles nothing",
-            stacklevel=2,
-        )
 
 
 def _ref(value: object) -> Callable[[], object]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from .distributed_checkpoint import read_entry
 
 #: state tensors of one weight, by name
 Group = dict[str, Tensor]
@@ -144,7 +146,7 @@ class Saved:
             ValueError: the checkpoint has no such entry, or it is another model's.
         """
         own = {*self.tensors(), "step", "switch"} if self.tensors() else None
-        return self.load_state_dict(read_checkpoint(path, entry, own), strict=strict)
+        return self.load_state_dict(read_entry(path, entry, own), strict=strict)
 
     def _set_step(self, step: int) -> None:
         self._step = self.loaded_step = step
@@ -199,25 +201,6 @@ def unlike(name: str, loaded: Group, here: Group) -> str:
 
 def _keys(name: str, group: Group) -> str:
     return ", ".join(f"{name}.{key}" for key in group)
-
-
-def read_checkpoint(path: str | PathLike, entry: str, own: Collection[str] | None) -> dict[str, Tensor]:
-    """What ``torch.distributed.checkpoint`` has saved under ``{entry: ...}``: of that, ``own`` keys, or all."""
-    from torch.distributed import checkpoint
-
-    reader = checkpoint.FileSystemReader(path)
-    metadata = reader.read_metadata()
-    state = {}
-    for key, place in metadata.planner_data.items():
-        if place[0] == entry and (own is None or place[1] in own):
-            saved = metadata.state_dict_metadata[key]
-            assert isinstance(saved, checkpoint.metadata.TensorStorageMetadata), key
-            state[place[1]] = torch.empty(saved.size, dtype=saved.properties.dtype)
-    if not state:
-        held = sorted({place[0] for place in metadata.planner_data.values()})
-        raise ValueError(f"{path} holds no {entry!r}; it has {some(held)}")
-    checkpoint.load({entry: state}, storage_reader=reader)
-    return state
 
 
 def some(names: Sequence[Any], most: int = 6) -> str:

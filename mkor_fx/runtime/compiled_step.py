@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import whole_state
 from .averages import Averages
-from .census import Census, Trainable
+from .census import Census
+from .compilations import Compilations
 from .derivations import Derivations
 from .factors import FactorState, state_of
 from .gauges import Gauges
@@ -22,6 +22,7 @@ from .optimizers import Optimizers
 from .parts import BatchPart, Sums, cut
 from .ranks import Ranks, Replicas
 from .step_maker import StepMaker
+from .whole_state import WholeState
 from .windows import Windows
 
 
@@ -33,7 +34,7 @@ class _Due(Exception):
         self.names = names
 
 
-class CompiledStep:
+class CompiledStep(WholeState):
     """``step(*args, **kwargs) -> loss``: one training step as one compiled program.
 
     Attributes:
@@ -59,7 +60,7 @@ class CompiledStep:
         self.compilations = 0
         self.fallback = False
         self._maker = maker
-        self._census, self.trainable = Census(model), Trainable()
+        self._census, self.noted = Census(model), Compilations()
         self._refreshes = Windows(mkor)
         self._derivations = Derivations(mkor, maker.derive, maker.derive_every, maker.keepers)
         self._used: list[str] = []
@@ -98,20 +99,6 @@ class CompiledStep:
     def __repr__(self) -> str:
         programs = ", ".join(self.variants) or "none yet"
         return f"CompiledStep({type(self.model).__name__}, {self.optimizers.names}, programs: {programs}, {self.mkor!r})"
-
-    def state_dict(self, *, full: bool = False) -> dict[str, Any]:
-        """A checkpoint of it all: ``{"model", "optimizer", "mkor"}`` and maybe ``"ema"``, each that part's ``state_dict()``; of
-        several optimizers a list. ``full``: with owners, what other ranks keep as well; every rank must call it."""
-        return whole_state.saved(self, full)
-
-    def load_state_dict(self, state: Mapping[str, Any], *, strict: bool = True) -> None:
-        """Take over a ``state_dict()``; the next step is the one that the run before would have taken. A file without ``"mkor"``
-        starts the factors afresh, with a warning.
-
-        Raises:
-            ValueError: parts are missing or another model's or optimizer's; names them, and changes nothing.
-        """
-        whole_state.load(self, state, strict)
 
     def _own_tensors(self) -> list[Tensor]:
         return [*self.model.parameters(), *self.model.buffers()]
@@ -222,7 +209,7 @@ class CompiledStep:
             "it is compiled again",
             stacklevel=3,
         )
-        self._census, self.trainable = Census(self.model), Trainable()
+        self._census, self.noted = Census(self.model), Compilations()
         self.mkor.forget_gone()
         self._programs.clear()
 

@@ -50,8 +50,8 @@ class Seen:
             return "no backward went through what the compiled model has returned"
         if self.called:
             return (
-                "torch.compile ran the forward eagerly, at its recompile limit (TORCH_LOGS=recompiles tells why), under "
-                "set_stance or where it is disabled"
+                "torch.compile ran the forward eagerly, at its recompile limit (TORCH_LOGS=recompiles tells why: pad inputs to "
+                "few sizes), under set_stance or where it is disabled"
             )
         return (
             "the compiled model was not called. Only its forward is compiled, and only where it is called itself: not the "

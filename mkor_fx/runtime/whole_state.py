@@ -4,25 +4,70 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from os import PathLike
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .averages import Averages
 from .checkpoint import some
+from .distributed_checkpoint import read_all
+from .factors import FactorState
+from .optimizers import Optimizers
 
 
-def saved(step: Any, full: bool) -> dict[str, Any]:
-    optimizer, states = step.optimizer, None
-    if isinstance(optimizer, Sequence):
-        states = [member.state_dict() for member in optimizer]
-    else:
-        states = optimizer.state_dict()
-    found = {"model": step.model.state_dict(), "optimizer": states, "mkor": step.mkor.state_dict(full=full)}
-    return found if step.ema is None else {**found, "ema": step.ema.state_dict()}
+class WholeState:
+    """The part of :class:`~mkor_fx.runtime.compiled_step.CompiledStep` that is about files."""
+
+    mkor: FactorState
+    ema: Averages | None
+    optimizers: Optimizers
+
+    @property
+    def model(self) -> nn.Module:
+        raise NotImplementedError
+
+    @property
+    def optimizer(self) -> Optimizer | Sequence[Optimizer]:
+        raise NotImplementedError
+
+    def state_dict(self, *, full: bool = False) -> dict[str, Any]:
+        """A checkpoint of it all: ``{"model", "optimizer", "mkor"}`` and maybe ``"ema"``, each that part's ``state_dict()``; of
+        several optimizers a list. ``full``: with owners, what other ranks keep as well; every rank must call it."""
+        states: Any
+        if isinstance(self.optimizer, Sequence):
+            states = [member.state_dict() for member in self.optimizer]
+        else:
+            states = self.optimizer.state_dict()
+        found = {"model": self.model.state_dict(), "optimizer": states, "mkor": self.mkor.state_dict(full=full)}
+        return found if self.ema is None else {**found, "ema": self.ema.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any], *, strict: bool = True) -> None:
+        """Take over a ``state_dict()``; the next step is the one that the run before would have taken. A file without ``"mkor"``
+        starts the factors afresh, with a warning.
+
+        Raises:
+            ValueError: parts are missing or another model's or optimizer's; names them, and changes nothing.
+        """
+        _load(self, state, strict)
+
+    def load_checkpoint(self, path: str | PathLike, *, strict: bool = True) -> None:
+        """As ``load_state_dict``, of what ``torch.distributed.checkpoint.save(step.state_dict(), checkpoint_id=path)`` has
+        written, on any number of ranks and in either placement. Every rank must call it."""
+        _load(self, _read(path), strict)
 
 
-def load(step: Any, state: Mapping[str, Any], strict: bool) -> None:
+def _read(path: str | PathLike) -> dict[str, Any]:
+    """A checkpoint as ``state_dict`` has made it: its writers know no keys but strings, and leave out what is empty."""
+    state = read_all(path)
+    optimizers = state.get("optimizer", {})
+    for one in optimizers if isinstance(optimizers, list) else [optimizers]:
+        one["state"] = {int(number): held for number, held in one.get("state", {}).items()}
+    return state
+
+
+def _load(step: WholeState, state: Mapping[str, Any], strict: bool) -> None:
     """All or nothing: what torch would refuse half way is looked for first."""
     if not isinstance(state, Mapping) or not {"model", "optimizer"} <= set(state):
         has = f"has {some([*map(str, state)])}" if isinstance(state, Mapping) else f"is a {type(state).__name__}"
@@ -52,7 +97,7 @@ def load(step: Any, state: Mapping[str, Any], strict: bool) -> None:
     _load_averages(step, state.get("ema"))
 
 
-def _load_averages(step: Any, state: Mapping[str, Tensor] | None) -> None:
+def _load_averages(step: WholeState, state: Mapping[str, Tensor] | None) -> None:
     if step.ema is None:
         if state is not None:
             warnings.warn(

@@ -77,6 +77,18 @@ def _asks_for_sparse(node: fx.Node) -> bool:
     return node.target is F.embedding and bool(node.kwargs.get("sparse", (*node.args, *[False] * 7)[6]))
 
 
+def recurrence(gm: fx.GraphModule) -> tuple[set[int], int]:
+    """The lengths of the sequences that recurrent layers of Dynamo's graph run over, and how many programs Dynamo makes of one
+    function."""
+    lengths = set()
+    for node in gm.graph.nodes:
+        if getattr(node.target, "__name__", "") in ("lstm", "gru", "rnn_tanh", "rnn_relu") and node.op == "call_function":
+            rows = node.args[0].meta["example_value"]
+            if rows.dim() == 3:  # what is packed has no time of its own
+                lengths.add(int(rows.shape[1 if node.args[-1] is True else 0]))
+    return lengths, torch._dynamo.config.recompile_limit
+
+
 def check_loss(gm: fx.GraphModule, named: dict[int, str]) -> None:
     """Dynamo's graph must return a scalar that has a gradient."""
     returned = gm.graph.output_node().args[0]
@@ -222,7 +234,8 @@ def facing_user(compiled: Callable[..., Any]) -> Callable[..., Any]:
             raise RuntimeError(
                 f"torch.compile has reached its recompile limit ({config.recompile_limit} programs) and compiles no further: "
                 "something differs at each call, and each value of it asks for another program. TORCH_LOGS=recompiles tells "
-                "what; pad inputs to few sizes, keep counters in buffers, or raise torch._dynamo.config.recompile_limit"
+                "what; pad inputs to few sizes (of sequences under nn.LSTM, nn.GRU and nn.RNN each length is a program of its own), "
+                "keep counters in buffers, or raise torch._dynamo.config.recompile_limit"
             ) from failure
         except RuntimeError as failure:
             if STANCE not in str(failure) or torch._dynamo.eval_frame._stance.stance != STANCE:

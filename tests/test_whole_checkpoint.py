@@ -1,0 +1,126 @@
+"""A step's whole state by torch.distributed.checkpoint: a run goes on bit for bit, whatever the step is made of."""
+
+import copy
+import warnings
+
+import processes
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.nn.functional import mse_loss
+
+import mkor_fx
+from mkor_fx import KFAC, MKOR, Communication, Hybrid
+
+STEPS = 7
+COMBINATIONS = {
+    "MKOR": {},
+    "everything": {"accumulate": 2, "clip_norm": 0.5, "ema": 0.9, "refresh_every": 2, "several": True},
+    "no rule": {"rule": None, "ema": 0.9},
+    "stale": {"rule": MKOR.published(), "stale": 1, "refresh_every": 2, "ema": 0.9},
+    "kfac": {"rule": KFAC(derive_every=2), "clip_norm": 0.5},
+    "hybrid": {"rule": Hybrid(MKOR(), window=2), "ema": 0.9},
+    "bf16": {"dtype": torch.bfloat16, "ema": 0.9},
+    "nothing to keep": {"rule": None, "optimizer": lambda p: torch.optim.SGD(p, lr=0.1)},
+    "schedule in a tensor": {"optimizer": lambda p: torch.optim.Adam(p, lr=torch.tensor(0.01))},
+}
+
+
+def build(rule=MKOR(), several=False, optimizer=None, dtype=torch.float32, **options):  # noqa: B008
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).to(dtype)
+    params = [*model.parameters()]
+    make = optimizer or (lambda p: torch.optim.AdamW(p, lr=0.01))
+    optimizers = [torch.optim.Muon([params[0], params[2]]), make([params[1], params[3]])] if several else make(params)
+    return mkor_fx.compile_step(model, mse_loss, optimizers, rule, backend="eager", **options)
+
+
+def train(step, numbers, rank=0, size=1):
+    dtype = next(step.model.parameters()).dtype
+    for number in numbers:
+        generator = torch.Generator().manual_seed(number)
+        x, y = torch.randn(8, 6, generator=generator).to(dtype), torch.randn(8, 3, generator=generator).to(dtype)
+        step(x.chunk(size)[rank], y.chunk(size)[rank])
+    found = torch.utils._pytree.tree_leaves_with_path(step.state_dict(full=True))
+    return {str(path): tensor.clone() for path, tensor in found if isinstance(tensor, torch.Tensor)}
+
+
+def same(one, other):
+    """Bit for bit; what is not known yet is NaN."""
+    assert one.keys() == other.keys() and len(one) >= 5
+    for key, tensor in one.items():
+        torch.testing.assert_close(tensor, other[key], rtol=0, atol=0, equal_nan=True, msg=lambda m, k=key: f"{k}: {m}")
+
+
+def strangers(step):
+    """Weights that are not those of the checkpoint."""
+    with torch.no_grad():
+        for p in step.model.parameters():
+            p.add_(1.0)
+    return step
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [*((name, "dcp") for name in COMBINATIONS), *((n, w) for n in ("everything", "hybrid") for w in ("torch.save", "dict"))],
+)
+def test_a_run_goes_on_bit_for_bit(name, way, tmp_path):
+    step, again = build(**COMBINATIONS[name]), strangers(build(**COMBINATIONS[name]))
+    train(step, range(3))
+    if way == "dcp":
+        dcp.save(step.state_dict(), checkpoint_id=tmp_path)
+    elif way == "torch.save":
+        torch.save(step.state_dict(), tmp_path / "state.pt")
+    saved = copy.deepcopy(step.state_dict())
+    whole = train(step, range(3, STEPS))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        if way == "dcp":
+            again.load_checkpoint(tmp_path)
+        else:
+            again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True) if way == "torch.save" else saved)
+        resumed = train(again, range(3, STEPS))
+    same(whole, resumed)
+
+
+def on_a_rank(rank, size, first, last, folder, placement):
+    options = {"placement": placement, "communication": Communication(padding=9.0), "ema": 0.9, "clip_norm": 0.5}
+    step = build(**options) if first == 0 else strangers(build(**options))
+    if first:
+        step.load_checkpoint(folder / str(first))
+    found = train(step, range(first, last), rank, size)
+    dcp.save(step.state_dict(), checkpoint_id=folder / str(last))
+    return found
+
+
+@pytest.mark.parametrize("placement", ["owner", "replicated"])
+def test_ranks_go_on_bit_for_bit(placement, tmp_path):
+    whole = processes.values(on_a_rank, 2, 0, 5, tmp_path / "whole", placement)
+    processes.values(on_a_rank, 2, 0, 3, tmp_path / "parts", placement)
+    resumed = processes.values(on_a_rank, 2, 3, 5, tmp_path / "parts", placement)
+    for one, other in zip(whole, resumed, strict=True):
+        same(one, other)
+    (alone,) = processes.values(on_a_rank, 1, 5, 6, tmp_path / "parts", placement)  # on another number of them
+    assert alone.keys() == whole[0].keys()
+
+
+def test_a_checkpoint_without_factors_starts_them_afresh(tmp_path):
+    step = build()
+    train(step, range(2))
+    state = step.state_dict()
+    del state["mkor"]
+    dcp.save(state, checkpoint_id=tmp_path)
+    again = build()
+    with pytest.warns(UserWarning, match="the checkpoint has no factors: they start afresh"):
+        again.load_checkpoint(tmp_path)
+    assert again.mkor.step == 0 and all(map(torch.equal, again.model.parameters(), step.model.parameters()))
+
+
+def test_another_models_is_refused_whole(tmp_path):
+    dcp.save({"model": nn.Linear(2, 2).state_dict()}, checkpoint_id=tmp_path)
+    step = build()
+    before = train(step, range(1))
+    with pytest.raises(ValueError, match=r"must be a dict with model, optimizer and mkor.*; this one has model"):
+        step.load_checkpoint(tmp_path)
+    same(before, train(step, ()))
