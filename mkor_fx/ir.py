@@ -104,7 +104,9 @@ class Decline:
     source: str = ""
 
     def __str__(self) -> str:
-        return self.reason + (f" [{self.op}]" if self.op else "") + (f" at {self.source}" if self.source else "")
+        """The line where an operator stood in the way; what was declined by name says so itself."""
+        place = f" at {self.source}" if self.source else ""
+        return self.reason + (f" [{self.op}]{place}" if self.op else "")
 
 
 class Role(Enum):
@@ -205,10 +207,17 @@ _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
 
 
 def source_frame(node: fx.Node | None) -> tuple[str, int] | None:
-    """``(path, line)`` of the user's code that made the node: its innermost frame outside torch and this library."""
-    trace = node.meta.get("stack_trace") if node is not None else None
-    frames = [m for m in _FRAME.finditer(trace or "") if not m["file"].startswith(_NOT_THE_USERS)]
-    return (frames[-1]["file"], int(frames[-1]["line"])) if frames else None
+    """``(path, line)`` of the user's code that made the node: its innermost frame outside torch and this library. A model
+    that is made of torch's modules alone has none: of such, where the forward of the module begins."""
+    if node is None:
+        return None
+    frames = [m for m in _FRAME.finditer(node.meta.get("stack_trace") or "") if not m["file"].startswith(_NOT_THE_USERS)]
+    if frames:
+        return frames[-1]["file"], int(frames[-1]["line"])
+    modules = node.meta.get("fwd_nn_module_stack") or node.meta.get("nn_module_stack") or {}
+    forward = getattr(list(modules.values())[-1][1], "forward", None) if modules else None
+    code = getattr(forward, "__code__", None)
+    return None if code is None else (code.co_filename, code.co_firstlineno)
 
 
 def source_line(node: fx.Node | None) -> str:

@@ -19,7 +19,7 @@ def tool(*names):
     return found
 
 
-def visit(page, fragment="", folder=None):
+def visit(page, fragment="", folder=None, width=1200):
     """The document after its scripts have run, as HTML; fails on anything that the page writes to its console."""
     arguments = [
         "--headless",
@@ -29,6 +29,7 @@ def visit(page, fragment="", folder=None):
         "--host-resolver-rules=MAP * ~NOTFOUND",  # there is no network for it
         f"--user-data-dir={folder or page.parent / 'profile'}",
         "--enable-logging=stderr",
+        f"--window-size={width},1000",
         "--virtual-time-budget=8000",
         "--dump-dom",
         f"{page.as_uri()}{fragment}",

@@ -123,6 +123,57 @@ def test_a_browser_shows_the_tables(step, page):
     assert "zoo.py:" in shown.text["coverage-table"]
 
 
+#: opens what can be opened, then says what is wider than the window, or scrolls sideways
+MEASURE = """<script>addEventListener("load", () => {
+  document.querySelectorAll("#diff-body details, #code-body details").forEach((d, i) => { d.open = i < 6; });
+  document.querySelectorAll("button.name").forEach(b => b.click());
+  setTimeout(() => {
+    const wide = e => e.scrollWidth > e.clientWidth + 1 && /auto|scroll/.test(getComputedStyle(e).overflowX);
+    const out = e => e.getBoundingClientRect().right > innerWidth + 1;
+    const all = [...document.querySelectorAll("body *")], name = e => e.tagName + e.id + e.className;
+    const found = all.filter(e => wide(e) || out(e)).map(name);
+    document.title = `${innerWidth}: ${document.querySelectorAll(".detail").length} open: ${found.join(" ")}`;
+  }, 500);
+})</script>"""
+
+
+@pytest.mark.parametrize("width", [800, 1300])
+def test_nothing_scrolls_sideways(tmp_path, width):
+    model = nn.Sequential(*(nn.Linear(6, 6) for _ in range(3)))
+    step = mkor_fx.compile_step(model, F.mse_loss, torch.optim.AdamW(model.parameters()))
+    step(torch.randn(7, 6), torch.randn(7, 6))
+    step.graphs.to_html(tmp_path / "report.html")
+    page = tmp_path / "measured.html"
+    page.write_text((tmp_path / "report.html").read_text() + MEASURE)
+    (title,) = re.findall("<title>(.*?)</title>", visit(page, width=width))
+    code_scrolls = "" if width < 1000 else "PRE"
+    assert title in (f"{width}: 6 open: ", f"{width}: 6 open: {code_scrolls}")
+
+
+def test_columns_have_units_and_bars_a_heading(page):
+    shown = Page(visit(page))
+    assert "Refresh, flop" in shown.text["coverage-table"] and "Direction, flop a step" in shown.text["coverage-table"]
+    for heading in ("Nodes", "Nodes, to scale", "Time, ms", "Time, to scale"):
+        assert heading in shown.text["stage-table"]
+
+
+def test_what_was_only_explained_opens_on_a_stage_that_shows_something(tmp_path):
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    mkor_fx.explain(layer, torch.randn(2, 5, 8)).to_html(tmp_path / "report.html")
+    shown = Page(visit(tmp_path / "report.html"))
+    assert "no difference" not in shown.text["diff"] and any(kind != "same" for kind, _ in shown.rows)
+
+
+def test_every_parameter_has_a_line_in_a_model_of_torchs_own_modules():
+    layers = [nn.Embedding(7, 8), nn.Linear(8, 8), nn.LayerNorm(8), nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)]
+    coverage = mkor_fx.explain(nn.Sequential(*layers), torch.randint(0, 7, (2, 5)))
+    lines = {entry.name: entry.sources for entry in coverage}
+    assert all(len(found) == 1 for found in lines.values()), lines
+    assert lines["1.weight"][0].startswith("linear.py:") and lines["1.bias"] == lines["1.weight"]
+    assert lines["0.weight"][0].startswith("sparse.py:") and lines["2.weight"][0].startswith("normalization.py:")
+    assert "linear.py" not in str(coverage["1.bias"].declined)  # which names its weight
+
+
 def test_a_browser_searches(step, page):
     shown = Page(visit(page, "#q=hidden"))
     assert shown.parameters == ["hidden.weight"]

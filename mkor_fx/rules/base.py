@@ -90,10 +90,12 @@ class Rule(ABC):
     #: steps between two calls of ``derive``
     derive_every: int = 1
 
-    #: why ``init`` may give no state, for the reader of a table
-    without_state: ClassVar[str] = ""
     #: what the tensors of a state are, by name; of others ``metrics()`` says nothing
     kinds: ClassVar[dict[str, Kind]] = {}
+
+    def without_state(self, shape: Shape) -> str:
+        """Why ``init`` gives no state, for the reader of a table."""
+        return ""
 
     @abstractmethod
     def init(self, shape: Shape, device: torch.device) -> State:

@@ -65,7 +65,6 @@ class KFAC(Rule):
     kl_clip: Hyper | None = None
     max_factor: int = 4096
 
-    without_state = "both sides exceed max_factor"
     kinds = {  # noqa: RUF012
         "L": Kind.POSITIVE,
         "R": Kind.POSITIVE,
@@ -91,6 +90,9 @@ class KFAC(Rule):
     def overrides(self, function: str) -> bool:
         own = {"derive": self.inverse != "newton", "precondition": self.inverse == "eigen", "sides": self.inverse != "eigen"}
         return super().overrides(function) and own.get(function, True)
+
+    def without_state(self, shape: Shape) -> str:
+        return f"both sides exceed max_factor={self.max_factor}"
 
     def init(self, shape: Shape, device: torch.device) -> State:
         """``L`` and ``R`` zero, their inverses (``eigen``: bases) the identity, float32; ``seen`` counts refreshes."""

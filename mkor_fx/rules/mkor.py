@@ -108,10 +108,10 @@ class MKOR(Moments):
         """MKOR-H: ``MKOR(**options)`` that gives way to the base optimizer where it no longer pays, see :class:`Hybrid`."""
         return Hybrid(cls(**options))
 
-    @property
-    def without_state(self) -> str:  # type: ignore[override]
-        embeddings = ", or it is an embedding, which this form leaves to the base optimizer" if self.keeps_momentum else ""
-        return f"both sides exceed max_factor{embeddings}"
+    def without_state(self, shape: Shape) -> str:
+        if shape.lookup and self.keeps_momentum:
+            return "it is an embedding, which this form leaves to the base optimizer"
+        return f"both sides exceed max_factor={self.max_factor}"
 
     kinds = {  # noqa: RUF012
         **{"L": Kind.POSITIVE, "R": Kind.POSITIVE},

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from ... import reasons
-from ...ir import Decline, Site, StepGraph
+from ...ir import Decline, Site, StepGraph, source_line
 from ...rules import Rule, Rules, Shape
 from ..core import graph_pass
 from .layout import Layout
@@ -29,19 +31,25 @@ def assign_rules(step: StepGraph, *, rules: Rules) -> None:
 def _check_state(step: StepGraph, index: int, site: Site, rule: Rule, shape: Shape) -> None:
     name, weight, bias = type(rule).__name__, site.parameter.name, site.bias
     if not rule.at_first_step.init(shape, torch.device("meta")):
-        why = f": {rule.without_state}" if rule.without_state else ""
-        reason = reasons.NO_STATE.format(rule=name, O=shape.O, I=shape.I, why=why)
+        why = rule.without_state(shape)
+        reason = reasons.NO_STATE.format(rule=name, O=shape.O, I=shape.I, why=f": {why}" if why else "")
         _decline(step, index, Decline(reason, str(site.taps[0].node.target)))
     elif bias is not None and not (rule.preconditions_bias(shape) and _has_a_direction(site, rule)):
         site.bias = None
-        step.declines[bias.index] = Decline(reasons.BIAS_ALONE.format(rule=name, weight=weight))
+        step.declines[bias.index] = Decline(reasons.BIAS_ALONE.format(rule=name, weight=weight), source=_line(site))
 
 
 def _decline(step: StepGraph, index: int, decline: Decline) -> None:
     site = step.sites.pop(index)
-    step.declines[index] = decline
+    step.declines[index] = replace(decline, source=_line(site))
     if site.bias is not None:
-        step.declines[site.bias.index] = Decline(reasons.WEIGHT_DECLINED.format(weight=site.parameter.name))
+        reason = reasons.WEIGHT_DECLINED.format(weight=site.parameter.name)
+        step.declines[site.bias.index] = Decline(reason, source=_line(site))
+
+
+def _line(site: Site) -> str:
+    """Where it is used first."""
+    return next(filter(None, (source_line(tap.node) for tap in site.taps)), "")
 
 
 def _has_a_direction(site: Site, rule: Rule) -> bool:
