@@ -153,6 +153,7 @@ def write_whole_step(
             rows=options.communication.average == "rows",
             clip_norm=options.clip_norm,
             ema=options.ema,
+            base_rate=None if options.hybrid is None else options.hybrid.rate,
             parts=options.accumulate > 1,
             skip_nonfinite=options.skip_nonfinite and not variant.has("accumulate"),
             refreshes=variant.has("refresh"),

@@ -42,6 +42,7 @@ from .write.reduce import reduce
 from .write.refresh import refresh
 from .write.resize import resize
 from .write.return_state import return_state
+from .write.scale_steps import scale_steps
 from .write.seed import seed
 from .write.send import send
 from .write.spread_directions import spread_directions
@@ -55,7 +56,7 @@ CANONICALIZE = [spell_transposes, drop_detach, cancel_double_transpose]
 #: of a whole step; ``VARIANTS`` says which of them a program has
 REWRITE = [
     *(seed, statistics, accumulate, add_parts, reduce, clip_gradients, send, arrive, refresh),
-    *(precondition, clip_divergence, spread_directions, optimize, average_weights, write_back),
+    *(precondition, clip_divergence, spread_directions, optimize, scale_steps, average_weights, write_back),
 ]
 #: of the drop-in door: its graphs in both modes, and the programs that run at the optimizer's step and behind the backward
 CARRY = [statistics, carry]
@@ -96,8 +97,8 @@ VARIANTS = {
         # a part of a batch, whose last one is any of the others
         Variant("part", ("seed", "statistics", "accumulate", "write_back")),
         Variant("part without statistics", ("seed", "accumulate", "write_back")),
-        # a rule that is not used for now: exactly the base optimizer
-        Variant("fallback", ("seed", *WHOLE, *STEP)),
+        # a rule that is not used for now: the base optimizer alone
+        Variant("fallback", ("seed", *WHOLE, "optimize", "scale_steps", "average_weights", "write_back")),
         # statistics one step late: they leave and the last ones arrive, they only leave, they only arrive
         Variant("late refresh", ("seed", "statistics", *WHOLE, "send", "arrive", "refresh", *DIRECT)),
         Variant("collect", ("seed", "statistics", *WHOLE, "send", *DIRECT)),

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 
 #: windows of a trial: one passed over, two that count
@@ -15,23 +16,58 @@ TRIAL = 3
 LONGEST = 64.0
 
 
+#: standard errors by which two gains have to differ to be told apart
+SURE = 2.0
+
+
+class Mean(NamedTuple):
+    """Of the losses of a window: their mean, and its variance by their scatter around straight lines, in which a trend has no
+    part. NaN: not known yet."""
+
+    value: float = math.nan
+    variance: float = math.nan
+
+    @classmethod
+    def of(cls, losses: list[float]) -> Mean:
+        bends = [a - 2 * b + c for a, b, c in zip(losses, losses[1:], losses[2:])]
+        scatter = math.fsum(bend * bend for bend in bends) / (6 * len(bends)) if bends else 0.0
+        return cls(math.fsum(losses) / len(losses), scatter / len(losses))
+
+
+class Gain(NamedTuple):
+    """How far the loss has fallen, for what that has cost: the estimate and its variance."""
+
+    value: float = math.nan
+    variance: float = math.nan
+
+    @classmethod
+    def between(cls, before: Mean, after: Mean, cost: float) -> Gain:
+        return cls((before.value - after.value) / cost, (before.variance + after.variance) / cost**2)
+
+    def over(self, other: Gain | float) -> float:
+        """By how many standard errors it is larger; infinite where they are known without error and differ."""
+        value, variance = (other.value, other.variance) if isinstance(other, Gain) else (other, 0.0)
+        difference, error = self.value - value, math.sqrt(self.variance + variance)
+        return difference / error if error > 0 else math.copysign(math.inf, difference) if difference else 0.0
+
+
 class Trend(NamedTuple):
     """All that decisions depend on, as numbers. NaN: not known yet.
 
-    ``first_order``: 1 without the rule. ``trial``: windows that are left of one. ``mean``: loss of the last window; ``gain``
-    and ``best`` since the last trial; ``low``: windows below the threshold, of ``wait``; ``before``: gain in front of the
-    trial, ``half``: that of its first window that counts. ``cost`` of a step without the rule, over one with it.
+    ``first_order``: 1 without the rule. ``trial``: windows that are left of one. ``last``: losses of the last window; ``start`` of
+    the one in front of those below the threshold, or of the one in front of the trial's that count. ``best`` gain since the last
+    trial; ``low``: windows below the threshold, of ``wait``; ``before``: gain in front of the trial. ``cost`` of a step without the rule,
+    over one with it.
     """
 
     first_order: float = 0.0
     trial: float = 0.0
-    mean: float = math.nan
-    gain: float = math.nan
+    last: Mean = Mean()
+    start: Mean = Mean()
     best: float = 0.0
     low: float = 0.0
     wait: float = math.nan
-    before: float = math.nan
-    half: float = math.nan
+    before: Gain = Gain()
     cost: float = math.nan
 
 
@@ -67,7 +103,7 @@ class Switch:
         self._losses, self._read = [], []
         if finite:
             before = self.trend
-            self.trend = self._after(math.fsum(finite) / len(finite), cost)
+            self.trend = self._after(Mean.of(finite), cost)
             self._note(before, step)
 
     def _numbers(self) -> list[float]:
@@ -77,39 +113,51 @@ class Switch:
         here = torch.stack(self._losses)
         return self._read + here.tolist()
 
-    def _after(self, mean: float, cost: Callable[[], float]) -> Trend:
+    def _after(self, mean: Mean, cost: Callable[[], float]) -> Trend:
         """The trend behind a window of this mean loss."""
         trend, settings = self.trend, self.settings
-        if math.isnan(trend.mean):
-            return trend._replace(mean=mean, cost=cost() if settings.cost is None else settings.cost)
-        gain = (trend.mean - mean) / (settings.window * (trend.cost if trend.first_order else 1.0))
-        trend, last = trend._replace(mean=mean, gain=gain), gain if math.isnan(trend.gain) else trend.gain
+        if math.isnan(trend.last.value):
+            return trend._replace(last=mean, cost=cost() if settings.cost is None else settings.cost)
+        window = settings.window * (trend.cost if trend.first_order else 1.0)
+        gain = Gain.between(trend.last, mean, window)
+        before, trend = trend.last, trend._replace(last=mean)
         if trend.trial:
-            return self._in_trial(trend)
-        best = max(trend.best, gain)
-        stays = settings.one_way and trend.first_order
-        low = trend.low + 1 if gain < settings.threshold * best and not stays else 0.0
-        trend = trend._replace(best=best, low=low)
-        if low < trend.wait:
+            return self._in_trial(trend, before, window)
+        trend = trend._replace(best=max(trend.best, gain.value))
+        if settings.one_way and trend.first_order:
             return trend
-        return trend._replace(before=(last + gain) / 2, first_order=1 - trend.first_order, trial=float(TRIAL))
+        below = gain.over(settings.threshold * trend.best)
+        rises = gain.over(0.0) < -SURE and trend.first_order
+        if not (below < -SURE or (rises)):
+            return trend._replace(low=0.0)
+        low = trend.low + 1
+        trend = trend._replace(low=low, start=trend.start if trend.low else before)
+        if low < trend.wait and not rises:
+            return trend
+        old = Gain.between(trend.start, mean, low * window)
+        return trend._replace(before=old, start=mean, first_order=1 - trend.first_order, trial=float(TRIAL))
 
-    def _in_trial(self, trend: Trend) -> Trend:
+    def _in_trial(self, trend: Trend, before: Mean, window: float) -> Trend:
+        """``start`` is the window in front of the trial, behind the one that is passed over that one."""
         left = trend.trial - 1
-        if left == TRIAL - 1:
-            return trend._replace(trial=left)
+        if trend.first_order and Gain.between(trend.start, trend.last, 1.0).over(0.0) < -SURE:
+            return self._settled(trend, accepted=False)  # the loss rises: no need to wait for the end
         if left:
-            return trend._replace(trial=left, half=trend.gain)
-        new, settings = (trend.half + trend.gain) / 2, self.settings
+            passed = left == TRIAL - 1
+            return trend._replace(trial=left, start=trend.last if passed else trend.start)
+        old, new = trend.before, Gain.between(trend.start, trend.last, (TRIAL - 1) * window)
         if trend.first_order:
-            accepted = new >= trend.before
-        else:
-            accepted = new > 0 and new >= (1 + settings.hysteresis) * trend.before
+            flat = old.over(0.0) <= SURE and new.over(old) >= -SURE
+            return self._settled(trend, flat or new.over(old) >= SURE or (new.value == old.value and not new.variance), new.value)
+        ask = Gain((1 + self.settings.hysteresis) * old.value, old.variance)
+        return self._settled(trend, new.over(0.0) > SURE and new.over(ask) >= 0.0, new.value)
+
+    def _settled(self, trend: Trend, accepted: bool, gain: float = 0.0) -> Trend:
         trend = trend._replace(trial=0.0, low=0.0)
         if accepted:
-            return trend._replace(best=max(new, 0.0), wait=float(settings.patience))
+            return trend._replace(best=max(gain, 0.0), wait=float(self.settings.patience))
         wait = min(2 * trend.wait, LONGEST)
-        return trend._replace(first_order=1 - trend.first_order, best=max(trend.before, 0.0), wait=wait)
+        return trend._replace(first_order=1 - trend.first_order, best=max(trend.before.value, 0.0), wait=wait)
 
     def _note(self, before: Trend, step: int) -> None:
         way = "first order" if self.first_order else "second order"
@@ -127,11 +175,10 @@ class Switch:
     # ---- files ----------------------------------------------------------------------------------------------------------
 
     def state(self) -> Tensor:
-        """The trend, and how many losses the window that has begun has and which: ``[11 + window]`` float64, always as long.
-        Waits for the device."""
+        """The trend, and how many losses the window that has begun has and which, float64, always as long. Waits for the device."""
         losses = self._numbers()
         rest = [0.0] * (self.settings.window - len(losses))
-        return torch.tensor([*self.trend, float(len(losses)), *losses, *rest], dtype=torch.float64)
+        return torch.tensor([*pytree.tree_leaves(self.trend), float(len(losses)), *losses, *rest], dtype=torch.float64)
 
     def load(self, state: Tensor) -> None:
         """Take over a ``state()``.
@@ -139,7 +186,8 @@ class Switch:
         Raises:
             ValueError: it is none.
         """
-        known = len(Trend._fields)
+        leaves, spec = pytree.tree_flatten(self.trend)
+        known = len(leaves)
         if state.shape != (known + 1 + self.settings.window,):
             raise ValueError(
                 f"the state's 'switch' has shape {tuple(state.shape)}: it is none of a Hybrid with windows of "
@@ -147,4 +195,5 @@ class Switch:
             )
         numbers = state.tolist()
         self.reset()
-        self.trend, self._read = Trend(*numbers[:known]), numbers[known + 1 : known + 1 + int(numbers[known])]
+        self.trend = pytree.tree_unflatten(numbers[:known], spec)
+        self._read = numbers[known + 1 : known + 1 + int(numbers[known])]
