@@ -25,11 +25,11 @@ class Hybrid:
     A gain below ``threshold`` times the best since the last trial, ``patience`` windows running, starts a trial of the other
     way: one window is passed over, the mean gain of the next two is compared with that of the windows below the threshold.
     Away from the rule it has to be at least as large; back to it larger by ``hysteresis``, and positive. A trial that fails
-    goes back, and the patience doubles, up to 64 windows; one that succeeds sets it back. Losses are noisy: the scatter within
-    a window says how far its mean can be trusted, and what differs by less than two standard errors does not differ. Then the rule
-    stays, unless its own gain cannot be told from none: a plateau is left where the trial is not worse. A loss that rises in
-    steps without the rule ends a trial of them at once, and later starts one of the rule without patience. The device is
-    waited for once a window.
+    goes back, and the patience doubles, up to 64 windows; one that succeeds sets it back. Losses are noisy: the scatter
+    within a window says how far its mean can be trusted, and what differs by less than two standard errors does not differ.
+    Then the rule stays, unless its own gain cannot be told from none: a plateau is left where the trial is not worse. A loss
+    that rises in steps without the rule ends a trial of them at once, and later starts one of the rule without patience. The
+    device is waited for once a window.
 
     Steps without the rule are the base optimizer's: no statistics, no products; factors stay as they are.
 
