@@ -4,6 +4,7 @@ import copy
 import io
 import math
 import re
+import warnings
 from dataclasses import replace
 
 import processes
@@ -294,6 +295,124 @@ def test_one_decides_for_the_whole_model():
         step_for(*build(), {"*": MKOR.hybrid()})
 
 
-def test_the_drop_in_door_says_that_it_sees_no_loss():
-    with pytest.raises(ValueError, match=r"decides by the loss.*use mkor_fx\.compile_step"):
-        mkor_fx.compile(nn.Linear(2, 2), MKOR.hybrid())
+# ---- the drop-in door, which is told of losses ----------------------------------------------------------------------------
+
+
+def loop(rule=EAGER, make=torch.optim.AdamW):
+    """A compiled model and what trains it by one batch."""
+    model, _ = build()
+    compiled = mkor_fx.compile(model, rule, backend="eager")
+    optimizer = make(model.parameters(), lr=1e-3)
+
+    def one(batch):
+        optimizer.zero_grad()
+        loss = mse_loss(compiled(batch[0]), batch[1])
+        loss.backward()
+        optimizer.step()
+        compiled.mkor.observe(loss)
+        return loss.detach()
+
+    return compiled, optimizer, one
+
+
+@pytest.mark.parametrize("rule", [MKOR(), MKOR.published(), KFAC(derive_every=2)], ids=["mkor", "published", "kfac"])
+def test_both_doors_go_the_same_way(rule):
+    model, optimizer = build()
+    step = step_for(model, optimizer, replace(EAGER, rule=rule))
+    compiled, _, one = loop(replace(EAGER, rule=rule))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for batch in batches(40):
+            torch.testing.assert_close(one(batch), step(*batch), rtol=1e-5, atol=1e-6)
+    assert compiled.mkor.switch.history == step.mkor.switch.history and len(step.mkor.switch.history) >= 2
+    assert compiled.mkor.step == step.mkor.step == 40
+    for p, q in zip(compiled.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+    assert "first order" in str(compiled.coverage) and compiled.mkor.metrics()["second_order"] in (0.0, 1.0)
+
+
+def test_without_the_rule_the_graphs_are_the_models_own():
+    compiled, optimizer, one = loop(replace(EAGER, rate=1.0))
+    (batch,) = batches(1)
+    while not compiled.mkor.first_order:
+        one(batch)
+    twin, _ = build()
+    twin.load_state_dict(compiled.state_dict())
+    other = torch.optim.AdamW(twin.parameters(), lr=1e-3)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    factors, graphs = compiled.mkor.state_dict(), len(compiled.graphs.captured)
+    one(batch)
+    mse_loss(twin(batch[0]), batch[1]).backward()
+    other.step()
+    assert all(torch.equal(p, q) for p, q in zip(compiled.parameters(), twin.parameters(), strict=True))
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(compiled.parameters(), twin.parameters(), strict=True))
+    assert all(torch.equal(factors[key], t) for key, t in compiled.mkor.state_dict().items() if "." in key)
+    assert len(compiled.graphs.captured) == graphs
+
+
+def test_a_loop_goes_on_from_the_middle_of_a_window():
+    compiled, optimizer, one = loop()
+    data = batches(40)
+    for batch in data[:7]:
+        one(batch)
+    saved = copy.deepcopy((compiled.state_dict(), optimizer.state_dict(), compiled.mkor.state_dict()))
+    again, other, resumed = loop()
+    again.load_state_dict(saved[0])
+    other.load_state_dict(saved[1])
+    again.mkor.load_state_dict(saved[2])
+    for batch in data[7:]:
+        assert torch.equal(one(batch), resumed(batch))
+    torch.testing.assert_close(
+        compiled.mkor.switch.state(), again.mkor.switch.state(), rtol=0, atol=0, equal_nan=True
+    )
+
+
+def loop_on_a_rank(rank, size):
+    compiled, optimizer, _ = loop(replace(EAGER, cost=None))
+    x, y = batches(1)[0]
+    part = slice(rank, None, size)
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = mse_loss(compiled(x[part]), y[part])
+        loss.backward()
+        for p in compiled.parameters():
+            torch.distributed.all_reduce(p.grad)
+            p.grad /= size
+        optimizer.step()
+        compiled.mkor.observe(loss)
+    return compiled.mkor.switch.history, [p.detach() for p in compiled.parameters()]
+
+
+def test_ranks_of_a_loop_decide_alike():
+    (history, weights), (other, its_weights) = processes.values(loop_on_a_rank, 2)
+    assert history == other and len(history) >= 2
+    assert all(torch.equal(p, q) for p, q in zip(weights, its_weights, strict=True))
+
+
+def test_a_loop_that_tells_of_no_loss_is_told_so_once():
+    model, optimizer = build()
+    compiled = mkor_fx.compile(model, EAGER, backend="eager")
+    (x, y), said = batches(1)[0], []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(4):
+            mse_loss(compiled(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        said = [str(w.message) for w in caught if "mkor_fx" in str(w.message)]
+    assert len(said) == 1 and "call model.mkor.observe(loss) behind each optimizer.step()" in said[0]
+
+
+def test_what_is_told_amiss_is_refused():
+    compiled, _, _ = loop()
+    with pytest.raises(ValueError, match=r"mkor\.observe\(loss\): must be a tensor with one number, got 0\.5"):
+        compiled.mkor.observe(0.5)
+    with pytest.raises(ValueError, match=r"must be a tensor with one number"):
+        compiled.mkor.observe(torch.ones(2))
+    plain = mkor_fx.compile(build()[0], MKOR(), backend="eager")
+    with pytest.raises(ValueError, match=r"this rule is no Hybrid"):
+        plain.mkor.observe(torch.ones(()))
+    with pytest.raises(ValueError, match=r"a compiled step sees its own loss"):
+        step_for(*build()).mkor.observe(torch.ones(()))
+    with pytest.raises(ValueError, match=r"Hybrid leaves its rule between two steps"):
+        mkor_fx.compile(build()[0], Hybrid(MKOR.published()), precondition="backward")

@@ -177,8 +177,8 @@ def check_in_backward(options: Options) -> None:
 
 def check_drop_in(options: Options) -> None:
     """Raises ValueError for options that ``compile`` cannot honour, or that would do nothing there."""
-    if options.hybrid is not None:
-        raise ValueError("Hybrid decides by the loss, which mkor_fx.compile does not see: use mkor_fx.compile_step")
+    if options.hybrid is not None and options.precondition == "backward":
+        raise ValueError("Hybrid leaves its rule between two steps of an optimizer: use precondition='step' or compile_step")
     communication = options.communication
     if communication.average != "ranks":
         raise ValueError("Communication(average='rows') needs compile_step: here the gradients are averaged elsewhere")

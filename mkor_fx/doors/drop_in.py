@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from .. import reasons
 from ..ir import Decline
 from ..options import Options
-from ..passes.joint_pass import Matching, StatisticsPass, find_layouts
+from ..passes.joint_pass import Matching, StatisticsPass
 from ..passes.match.layout import merge_layouts
 from ..passes.naming import Naming
 from ..passes.torch_api.backend import compile_joint
@@ -27,24 +27,22 @@ from ..passes.torch_api.dynamo import (
     recurrence,
     told_to_stay_out,
     under_transform,
-    with_inputs,
 )
 from ..passes.update_program import build_program
-from ..passes.write.draft import changing_of
-from ..passes.write.joint_draft import Added, Shared
 from ..passes.write.update_draft import Job
 from ..runtime.census import Census
 from ..runtime.compilations import Compilations
-from ..runtime.draws import draw_of
 from ..runtime.factors import FactorState
 from ..runtime.followed import Followed, Maker
 from ..runtime.given import Given
 from ..runtime.ranks import Ranks
+from ..runtime.switch import Switch
 from ..show.coverage import Coverage
 from ..show.graphs import Graphs
 from ..show.waiting import shown
 from .agreement import group_of, plan_of_update
 from .checks import check_sharding, check_still_alone
+from .compiled_graph import CompiledGraph
 from .handle import compiled_handle
 from .modes import MODES
 from .rule_clock import RuleClock
@@ -67,13 +65,17 @@ class DropIn:
         self._graphs_seen = 0
         self._owned: list[Callable[..., Any]] = []
         self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-        self._plain, self._compiled = _call_of(model), self._make_compiled()
+        self._plain = _call_of(model)
+        self._compiled, self._first_order = self._make_compiled(self._backend), self._make_compiled(self._plain_backend)
         mkor = self.runtime.mkor
         self.handle = compiled_handle(model, self.run, mkor=mkor, graphs=self.coverage.graphs, coverage=self.coverage)
 
     def _make_runtime(self) -> Followed:
         every = self.options.refresh_every
         mkor = FactorState(self.model, every, possible_states(self.rules, self.mode.sizes_later))
+        if self.options.hybrid is not None:
+            self.coverage.switch = mkor.switch = Switch(self.options.hybrid)
+            mkor.switch.listens = self._cost_of_base, self._mean_over_ranks
         clock = self.clock
         maker = Maker(
             self._build, Job, merge_layouts, clock.derive, clock.derive_every, clock.numbers, self._left_alone, self._part,
@@ -101,12 +103,22 @@ class DropIn:
             self._optimizers.add(optimizer)
             self.coverage.trained_by(optimizer, self.model.named_parameters())
 
+    def _cost_of_base(self) -> float:
+        """Of a step without the rules, over one with them: as the first rank has counted it."""
+        cost = torch.tensor(self.coverage.cost_of_base(self.options.refresh_every), dtype=torch.float64)
+        if self.ranks is not None:
+            self.ranks.copy_from_first([cost := cost.to(next(self.model.parameters()).device)])
+        return float(cost)
+
+    def _mean_over_ranks(self, losses: Tensor) -> Tensor:
+        return losses if self.ranks is None else self.ranks.mean(losses)
+
     # ---- calls --------------------------------------------------------------------------------------------------------
 
-    def _make_compiled(self) -> Callable[..., Any]:
+    def _make_compiled(self, backend: Callable[..., Any]) -> Callable[..., Any]:
         """What runs the model compiled."""
         fullgraph, dynamic = self.options.fullgraph, self.options.dynamic
-        return dynamo_compile(_call_of(self.model), self._backend, fullgraph=fullgraph, dynamic=dynamic)
+        return dynamo_compile(_call_of(self.model), backend, fullgraph=fullgraph, dynamic=dynamic)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The handle's call. Under a transform of ``torch.func`` it is the model's own: Dynamo would give up for ever."""
@@ -117,7 +129,7 @@ class DropIn:
                 return self._plain(*args, **kwargs)
             self._plan_anew()
         self.runtime.seen.forget_failed()
-        result = self._compiled(*args, **kwargs)
+        result = (self._first_order if self.runtime.mkor.first_order else self._compiled)(*args, **kwargs)
         self.runtime.seen.called |= torch.is_grad_enabled()
         if not self._graphs_seen and not told_to_stay_out():
             raise RuntimeError(
@@ -137,7 +149,7 @@ class DropIn:
                 stacklevel=3,
             )
             self._owned.clear()
-            self._compiled = self._make_compiled()
+            self._compiled, self._first_order = self._make_compiled(self._backend), self._make_compiled(self._plain_backend)
         self.naming, self._census, self._compilations = naming, Census(self.model), Compilations()
         self.coverage.forget(self.model)
         self._optimizers.clear()
@@ -150,6 +162,13 @@ class DropIn:
         """Dynamo's backend."""
         with shown(f"compiling graph {self._graphs_seen} of {type(self.model).__name__}"):
             self._owned.append(self._compile(gm, inputs))
+        return held_weakly(self._owned[-1])
+
+    def _plain_backend(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        """As torch.compile's own, while a Hybrid has left the rule."""
+        self._graphs_seen += 1
+        with shown(f"compiling {type(self.model).__name__} without its rule"):
+            self._owned.append(compile_joint(gm, inputs, None, self.options.compiler, []))
         return held_weakly(self._owned[-1])
 
     def _compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -217,73 +236,6 @@ class DropIn:
         else:
             self.ranks.agree(plan_of_update(kind, jobs, self.options, graphs))
         return program
-
-
-class CompiledGraph:
-    """One graph of a compiled model: what Dynamo calls in its place, for every instance of a module that it serves."""
-
-    def __init__(
-        self,
-        door: DropIn,
-        gm: fx.GraphModule,
-        inputs: Sequence[Any],
-        params: Mapping[int, nn.Parameter],
-        matching: Matching,
-        graphs: Graphs,
-    ) -> None:
-        self._door = weakref.ref(door)
-        self._indices, self._mode = list(params), door.mode
-        self._layouts = find_layouts(gm, inputs, matching)
-        self._dtypes = {index: params[index].dtype for index in self._layouts}
-        options, changing = door.options, bool(changing_of(list(door.rules)))
-        self._draws = any(layout.rule.draws for layout in self._layouts.values())
-        added, position = {}, len(inputs) + changing + self._draws
-        for index, layout in self._layouts.items():
-            state = door.mode.state_in_graph(layout, self._dtypes[index])
-            added[index] = Added(position, door.mode.carrier(layout, self._dtypes[index]), state)
-            position += 1 + len(state)
-        self._added = added
-        shared = Shared(len(inputs) if changing else None, len(inputs) + changing if self._draws else None)
-        self.statistics = StatisticsPass(
-            matching, self._layouts, added, shared, door.mode.in_graphs, graphs, options.backend == "inductor",
-            options.without,
-        )  # fmt: skip
-        extended = with_inputs(gm, inputs, self._further_inputs(door, params))
-        self._compiled = compile_joint(*extended, self.statistics, options.compiler, graphs.code)
-        self._seen: set[tuple[int, ...]] = set()
-
-    def _further_inputs(self, door: DropIn, own: Mapping[int, nn.Parameter], use: int = 0) -> list[Tensor]:
-        """What the graph is passed behind Dynamo's inputs: numbers that change, what signs are drawn by, then for each site
-        carrier and state. ``use`` counts the calls of this step."""
-        runtime, device = door.runtime, next(iter(own.values())).device
-        numbers = door.clock.numbers(runtime.mkor.clock, device)
-        found = [] if numbers is None else [numbers]
-        if self._draws:
-            found.append(draw_of(runtime.mkor.clock, use, door.ranks, device))
-        for index, layout in self._layouts.items():
-            geometry = self._added[index].geometry
-            recipe = self._mode.recipe(layout, self._dtypes[index])
-            found += runtime.inputs(own[index], recipe, geometry.shape, geometry.dtype)
-        return found
-
-    def __call__(self, *args: Any) -> Any:
-        door = self._door()
-        assert door is not None
-        own = {index: args[index] for index in self._indices}
-        key = tuple(map(id, own.values()))
-        if key not in self._seen:
-            self._seen.add(key)
-            door.register(self.statistics, own)
-        params = list(own.values())
-        door.runtime.prepare(params)
-        use = 0
-        if self._draws and torch.is_grad_enabled():
-            use = door.runtime.draws.next((own[index] for index in self._layouts), door.runtime.mkor.clock)
-        outputs = self._compiled(*args, *self._further_inputs(door, own, use))
-        if torch.is_grad_enabled():
-            door.runtime.seen.ran = True
-            door.runtime.watch(outputs, params)
-        return outputs
 
 
 def _call_of(model: nn.Module) -> Callable[..., Any]:

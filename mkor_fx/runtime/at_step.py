@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -112,6 +113,8 @@ class AtStep(Followed):
 
     def has_statistics(self, name: str, param: nn.Parameter) -> bool | None:
         known = self._known(param)
+        if self.mkor.first_order:
+            return None
         if known is None:  # no graph has shown it: a matrix would have been looked at
             return False if param.dim() > 1 else None
         return None if known.declined or known.layout is None else self.carriers.gradient(param) is not None
@@ -130,14 +133,14 @@ class AtStep(Followed):
             for param in step.parameters()
             if (known := self._known(param)) is not None and known.layout is not None and not known.declined
         }
+        if self.mkor.first_order:
+            return self._leave_to_the_optimizer(step, held)
         fresh = {name: known for name, known in held.items() if self.carriers.gradient(known.param) is not None}
         if not fresh:
             return
         self.maker.stepped(step.optimizer)
         sites = fresh if self.ranks is None else held
-        if self._generation != self.mkor.generation:
-            self._generation, self._stepped = self.mkor.generation, set()
-        begins = not self._stepped or bool(sites.keys() & self._stepped)
+        begins = self._begins(sites)
         if begins:
             self._replicas.check()
         iteration = self.mkor.step if begins else self._iteration
@@ -154,6 +157,42 @@ class AtStep(Followed):
                 if new[key] is not tensor:
                     tensor.copy_(new[key])
         self.have_derived(derived, iteration)
+
+    def _begins(self, sites: dict[str, Known]) -> bool:
+        """Whether this is another iteration, and not a further optimizer's part of the one before."""
+        switch = self.mkor.switch
+        if switch is not None and not switch.told and self.mkor.step - self.mkor.loaded_step == 2:
+            warnings.warn(
+                "mkor_fx: Hybrid decides by the loss, and has been told of none in two steps: call model.mkor.observe(loss) behind "
+                "each optimizer.step(), else its rule is never left",
+                stacklevel=2,
+            )
+        if self._generation != self.mkor.generation:
+            self._generation, self._stepped = self.mkor.generation, set()
+        return not self._stepped or bool(sites.keys() & self._stepped)
+
+    def _leave_to_the_optimizer(self, step: Step, held: dict[str, Known]) -> None:
+        """A ``Hybrid`` has left its rule: the optimizer steps on raw gradients, at its share of the rate."""
+        if not held:
+            return
+        assert self.mkor.switch is not None
+        groups, before, rate = groups_of(step.optimizer), [], self.mkor.switch.settings.rate
+        for name, known in held.items():
+            base = base_step_of(step.optimizer, groups[id(known.param)])
+            share = self.maker.job(name, known.layout, False, base=base).sizing.share_of_rate(rate)
+            bias = self._bias_to_take(name, known, step)
+            for param in () if share == 1.0 else (known.param, *(() if bias is None else (bias,))):
+                before.append((param.detach(), param.detach().clone(), share))
+
+        def take_the_share() -> None:
+            for now, old, share in before:
+                now.copy_(torch.lerp(old, now, share))
+
+        step.at_the_end(take_the_share)
+        if self._begins(held):
+            self._iteration, self._stepped = self.mkor.step, set()
+            self.mkor.advance()
+        self._stepped |= held.keys()
 
     def _run(
         self, step: Step, iteration: int, sites: dict[str, Known], refreshed: set[str], others: list[Any]

@@ -87,6 +87,22 @@ class FactorState(Saved):
             self._step_tensors[device] = torch.tensor(self._step, device=device)
         return self._step_tensors[device]
 
+    @property
+    def first_order(self) -> bool:
+        """Whether a ``Hybrid`` has left the rule to the base optimizer for now."""
+        return self.switch is not None and self.switch.first_order
+
+    def observe(self, loss: Tensor) -> None:
+        """With ``mkor_fx.compile(model, Hybrid(rule))``: the loss of the step that an optimizer has just taken, the mean over
+        its micro-batches, a scalar. Once for every step, on every rank; the device is waited for once a window.
+
+        Raises:
+            ValueError: there is no ``Hybrid`` to tell, or it is a compiled step's, which knows its own loss.
+        """
+        if self.switch is None:
+            raise ValueError("mkor.observe(loss): this rule is no Hybrid, which alone goes by losses")
+        self.switch.tell(loss, self.step - 1)
+
     # ---- factors ----------------------------------------------------------------------------------------------------
 
     def name(self, param: nn.Parameter) -> str:

@@ -111,6 +111,14 @@ class Ranks:
                 dist.broadcast(buffer, group=self.group, group_src=0)
                 tensor.copy_(buffer)
 
+    def mean(self, tensor: Tensor) -> Tensor:
+        """Over ranks."""
+        if self.alone:
+            return tensor
+        total = tensor.clone()
+        dist.all_reduce(total, group=self.group)
+        return total / self.size
+
     def from_owners(
         self, tensors: dict[str, Tensor], owners: dict[str, int], device: torch.device
     ) -> dict[str, Tensor]:

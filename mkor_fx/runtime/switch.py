@@ -81,6 +81,10 @@ class Switch:
 
     def __init__(self, settings: Any) -> None:
         self.settings = settings
+        #: where a loop tells of losses: what a step of the base costs, and what ranks make of theirs
+        self.listens: tuple[Callable[[], float], Callable[[Tensor], Tensor]] | None = None
+        #: whether it has been told of any
+        self.told = False
         self.reset()
 
     def reset(self) -> None:
@@ -93,18 +97,35 @@ class Switch:
     def first_order(self) -> bool:
         return bool(self.trend.first_order)
 
-    def observe(self, loss: Tensor, step: int, cost: Callable[[], float]) -> None:
+    def observe(
+        self, loss: Tensor, step: int, cost: Callable[[], float], agree: Callable[[Tensor], Tensor] = lambda losses: losses
+    ) -> None:
         """The loss of step ``step``. It is read with the others of its window, when that ends. ``cost()`` is that of a step
-        without the rule, over one with it, alike on all ranks; asked for once, when the first window ends."""
+        without the rule, over one with it, alike on all ranks; asked for once, when the first window ends. ``agree`` makes the
+        losses of all ranks of what each has seen in a window."""
+        self.told = True
         self._losses.append(loss.detach().to(torch.float64, copy=True))
         if len(self._read) + len(self._losses) < self.settings.window:
             return
-        finite = [x for x in self._numbers() if math.isfinite(x)]
+        seen = self._read + agree(torch.stack(self._losses)).tolist()
+        finite = [x for x in seen if math.isfinite(x)]
         self._losses, self._read = [], []
         if finite:
             before = self.trend
             self.trend = self._after(Mean.of(finite), cost)
             self._note(before, step)
+
+    def tell(self, loss: Any, step: int) -> None:
+        """As ``observe``, from a loop.
+
+        Raises:
+            ValueError: nobody is to tell, or ``loss`` is none.
+        """
+        if self.listens is None:
+            raise ValueError("mkor.observe(loss) is for mkor_fx.compile: a compiled step sees its own loss")
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise ValueError(f"mkor.observe(loss): must be a tensor with one number, got {loss!r}")
+        self.observe(loss.reshape(()), step, *self.listens)
 
     def _numbers(self) -> list[float]:
         """The losses of the window that has begun."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from ...rules import Rule
+from ...rules.hybrid import ADAM_FOR_RULE
 from ...runtime.base_step import BaseStep, base_step_of
 from ...runtime.optimizers import Groups, owner_of
 
@@ -19,6 +20,10 @@ class Sizing(NamedTuple):
     fields: tuple[tuple[str, Any], ...] = ()
     momentum_at: int | None = None
     trust: bool = False
+
+    def share_of_rate(self, chosen: float | None) -> float:
+        """Of a step that the base optimizer takes in the place of the rule, with what a ``Hybrid`` says of it."""
+        return (ADAM_FOR_RULE if self.graft == "adam" else 1.0) if chosen is None else chosen
 
     @classmethod
     def of(cls, rule: Rule, base: BaseStep | None) -> Sizing:

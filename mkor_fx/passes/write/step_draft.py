@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from ...rules import Rule
-from ...rules.hybrid import ADAM_FOR_RULE
 from ...runtime import inputs
 from ...runtime.base_step import base_step_of
 from ...runtime.optimizer_state import groups_of, numbers_of, place_of_rate
@@ -174,8 +173,7 @@ class StepDraft(Draft):
 
     def share_of_rate(self, index: int) -> float:
         """Of a step that the base optimizer takes in the place of the rule of the weight at ``index``."""
-        sizing, chosen = self._sizing(index), self.plan.base_rate
-        return (ADAM_FOR_RULE if sizing.graft == "adam" else 1.0) if chosen is None else chosen
+        return self._sizing(index).share_of_rate(self.plan.base_rate)
 
     def parts(self) -> dict[tuple, fx.Node]:
         """What adds up over the parts of a batch, by key: its share of the loss, gradients, statistics of this rank."""
