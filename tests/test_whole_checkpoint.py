@@ -124,3 +124,16 @@ def test_another_models_is_refused_whole(tmp_path):
     with pytest.raises(ValueError, match=r"must be a dict with model, optimizer and mkor.*; this one has model"):
         step.load_checkpoint(tmp_path)
     same(before, train(step, ()))
+
+
+@pytest.mark.parametrize("name", ["MKOR", "kfac", "hybrid"])
+def test_factors_are_a_flat_dict_that_safetensors_takes(name, tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    options = {**COMBINATIONS[name], "ema": None}
+    step, again = build(**options), build(**options)
+    train(step, range(3))
+    safetensors.save_file(step.mkor.state_dict(), tmp_path / "factors.safetensors")
+    again.mkor.load_state_dict(safetensors.load_file(tmp_path / "factors.safetensors"))
+    again.model.load_state_dict(step.model.state_dict())
+    again.optimizer.load_state_dict(copy.deepcopy(step.optimizer.state_dict()))
+    same(train(step, range(3, 5)), train(again, range(3, 5)))
