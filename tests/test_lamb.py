@@ -152,6 +152,21 @@ def test_mkor_in_front_takes_its_trust_ratio(door):
     torch.testing.assert_close(moved, 0.03 * before.norm(), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("door", ["compile", "compile_step"])
+def test_mkor_in_front_keeps_to_the_bounds_of_the_ratio(door):
+    """Upper bounds far below the ratio of the norms: steps are as long as they say, when they change as well."""
+    model, data = build()
+    optimizer = LAMB(model.parameters(), lr=0.03, weight_decay=0.0, adapt_all=True, trust=(0.0, 1e-3))
+    step = stepper(door, model, optimizer, MKOR())
+    moved = []
+    for bound in (1e-3, 1e-3, 4e-3):
+        optimizer.param_groups[0]["trust"] = (0.0, bound)
+        before = model[0].weight.detach().clone()
+        step(*data[0])
+        moved.append(float((model[0].weight.detach() - before).norm() / before.norm()))
+    assert 0 < moved[0] < 0.003 and moved[1] == pytest.approx(moved[0], rel=0.5) and 3 < moved[2] / moved[1] < 5
+
+
 def test_without_a_trust_ratio_it_is_adam_to_a_rule():
     model, _ = build()
     kinds = [[base_step_of(make(groups(model)), at).kind for at in (0, 1)] for make in (LAMB, LAMB.deepspeed)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -9,15 +10,20 @@ import torch
 from .optimizer_state import Number, numbers_of
 from .optimizers import Groups, owner_of
 
+#: no bounds
+ANY = (0.0, math.inf)
+
 
 class BaseStep(NamedTuple):
     """``kind``: ``"adam"``: a step of Adam's size whatever the gradient's; ``"sgd"``: the momentum, or the gradient where there
     is none; ``"trust"``: the weight's own size; ``"other"``: what nobody here knows. ``momentum_at`` is where SGD's momentum
-    lies among the optimizer's numbers, None where it has none; ``nesterov`` is its flag."""
+    lies among the optimizer's numbers, None where it has none; ``nesterov`` is its flag. ``trust`` are the bounds of a ratio to the
+    weight's size."""
 
     kind: str
     momentum_at: int | None = None
     nesterov: bool = False
+    trust: tuple[float, float] = ANY
 
 
 def base_step_of(optimizer: Groups, at: int) -> BaseStep:
@@ -28,7 +34,7 @@ def base_step_of(optimizer: Groups, at: int) -> BaseStep:
     if group.get("adapt_all") is False and not group["weight_decay"]:  # our LAMB without its trust ratio
         return BaseStep("adam")
     if any("lamb" in name or "lars" in name for name in names):
-        return BaseStep("trust")
+        return BaseStep("trust", trust=group.get("trust") or ANY)
     if any("adam" in name for name in names) or group.get("adjust_lr_fn") == "match_rms_adamw":
         return BaseStep("adam")
     if isinstance(owner, torch.optim.SGD):

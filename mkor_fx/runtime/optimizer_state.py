@@ -61,6 +61,7 @@ def structure_of(optimizer: Optimizers) -> tuple:
         (
             tuple(id(p) for p in group["params"]),
             type(owner_of(optimizer, i)) is torch.optim.SGD and group["momentum"] != 0,
+            group.get("trust"),  # bounds that a rule in front of LAMB keeps as well
             tuple(
                 (k, str(v)) for k, v in group.items() if k != "params" and (i, k) not in numbers and not _scheduled(k)
             ),

@@ -46,14 +46,14 @@ class Item:
 
 
 class Rate(NamedTuple):
-    """Where the learning rate and the weight decay of a parameter lie in the optimizer's packed ``numbers``; ``trust``: whether
-    a step is brought to the size of the weight."""
+    """Where the learning rate and the weight decay of a parameter lie in the optimizer's packed ``numbers``; ``trust``: the
+    bounds of the ratio by which a step is brought to the size of the weight, None where it is not."""
 
     numbers: fx.Node
     rate_at: int
     decay_at: int | None
     sign: float
-    trust: bool = False
+    trust: tuple[float, float] | None = None
 
 
 class Draft:

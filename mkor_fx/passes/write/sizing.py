@@ -13,13 +13,13 @@ from ...runtime.optimizers import Groups, owner_of
 class Sizing(NamedTuple):
     """``graft`` sizes the direction, ``final`` ones are the step itself. ``fields`` of the rule take the place of its own;
     ``momentum_at`` is where its momentum lies among the optimizer's numbers, where that is the optimizer's. ``trust``: the
-    step is brought to the size of the weight."""
+    step is brought to the size of the weight, by a ratio within these bounds."""
 
     graft: str | None
     final: bool
     fields: tuple[tuple[str, Any], ...] = ()
     momentum_at: int | None = None
-    trust: bool = False
+    trust: tuple[float, float] | None = None
 
     def share_of_rate(self, chosen: float | None) -> float:
         """Of a step that the base optimizer takes in the place of the rule, with what a ``Hybrid`` says of it."""
@@ -33,7 +33,7 @@ class Sizing(NamedTuple):
         if base.kind == "adam":
             return cls("adam" if rule.graft == "rms" and rule.overrides("adam_rms") else rule.graft, True)
         if base.kind == "trust":
-            return cls(rule.graft, True, trust=True)
+            return cls(rule.graft, True, trust=base.trust)
         if base.kind == "other":
             return cls("gradient", False)
         if base.momentum_at is None:
@@ -49,7 +49,7 @@ def trainer_of(rule: Rule | None, optimizer: Groups, at: int) -> str:
     sizing, own = Sizing.of(rule, base_step_of(optimizer, at)), type(rule).__name__
     if not sizing.final:
         return f"{name}, on {own}'s direction"
-    if sizing.trust:
+    if sizing.trust is not None:
         return f"{own}, {name}'s trust ratio"
     if not rule.follows_optimizer:
         return f"{own}, at {name}'s rate"
