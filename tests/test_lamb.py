@@ -156,6 +156,7 @@ def test_mkor_in_front_takes_its_trust_ratio(door):
 def test_mkor_in_front_keeps_to_the_bounds_of_the_ratio(door):
     """Upper bounds far below the ratio of the norms: steps are as long as they say, when they change as well."""
     model, data = build()
+    nn.init.normal_(model[3].weight)
     optimizer = LAMB(model.parameters(), lr=0.03, weight_decay=0.0, adapt_all=True, trust=(0.0, 1e-3))
     step = stepper(door, model, optimizer, MKOR())
     moved = []
