@@ -185,7 +185,7 @@ def test_its_rate_is_a_share_of_the_groups(rule, make, share, chosen):
     optimizer = make(model.parameters(), lr=1e-2)
     step = step_for(model, optimizer, replace(EAGER, rule=rule, rate=chosen))
     (batch,) = batches(1)
-    while not step.mkor.switch.first_order:
+    while not step.mkor.switch.first_order or step.mkor.switch.warmth < 1:
         step(*batch)
     twin = copy.deepcopy(model)
     ruled = [name for name, p in twin.named_parameters() if step.coverage[name].declined is None]

@@ -31,7 +31,9 @@ class Hybrid:
     that rises in steps without the rule ends a trial of them at once, and later starts one of the rule without patience. The
     device is waited for once a window.
 
-    Steps without the rule are the base optimizer's: no statistics, no products; factors stay as they are.
+    Steps without the rule are the base optimizer's: no statistics, no products; factors stay as they are. Where they are
+    smaller (``rate``), they grow to that size over the window that is passed over, in which its averages are still of few
+    gradients.
 
     Args:
         rule: what a door takes as ``rule``.

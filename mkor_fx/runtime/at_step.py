@@ -177,12 +177,13 @@ class AtStep(Followed):
             return
         assert self.mkor.switch is not None
         groups, before, rate = groups_of(step.optimizer), [], self.mkor.switch.settings.rate
+        warmth = self.mkor.switch.warmth
         for name, known in held.items():
             base = base_step_of(step.optimizer, groups[id(known.param)])
             share = self.maker.job(name, known.layout, False, base=base).sizing.share_of_rate(rate)
             bias = self._bias_to_take(name, known, step)
             for param in () if share == 1.0 else (known.param, *(() if bias is None else (bias,))):
-                before.append((param.detach(), param.detach().clone(), share))
+                before.append((param.detach(), param.detach().clone(), share * warmth))
 
         def take_the_share() -> None:
             for now, old, share in before:

@@ -128,6 +128,15 @@ class Sum(Input):
 
 
 @dataclass(frozen=True)
+class Warmth(Input):
+    """How far the base optimizer has taken over from the rules of a ``Hybrid``, 0-dim float64."""
+
+    def fetch(self, call: Call) -> Tensor:
+        switch = call.step.mkor.switch
+        return torch.full((), 1.0 if switch is None else switch.warmth, dtype=torch.float64, device=call.device)
+
+
+@dataclass(frozen=True)
 class Skipped(Input):
     """The number of steps that were skipped, 0-dim int64, counted in place."""
 

@@ -97,6 +97,14 @@ class Switch:
     def first_order(self) -> bool:
         return bool(self.trend.first_order)
 
+    @property
+    def warmth(self) -> float:
+        """The share of its steps that the base optimizer takes: they grow in the window that no trial counts, whose averages
+        are of few gradients."""
+        if self.trend.trial < TRIAL:
+            return 1.0
+        return (len(self._read) + len(self._losses) + 1) / self.settings.window
+
     def observe(
         self, loss: Tensor, step: int, cost: Callable[[], float], agree: Callable[[Tensor], Tensor] = lambda losses: losses
     ) -> None:
@@ -143,13 +151,12 @@ class Switch:
         gain = Gain.between(trend.last, mean, window)
         before, trend = trend.last, trend._replace(last=mean)
         if trend.trial:
-            return self._in_trial(trend, before, window)
+            return self._in_trial(trend, window)
         trend = trend._replace(best=max(trend.best, gain.value))
         if settings.one_way and trend.first_order:
             return trend
-        below = gain.over(settings.threshold * trend.best)
-        rises = gain.over(0.0) < -SURE and trend.first_order
-        if not (below < -SURE or (rises)):
+        rises = trend.first_order and gain.over(0.0) < -SURE
+        if not rises and gain.over(settings.threshold * trend.best) >= -SURE:
             return trend._replace(low=0.0)
         low = trend.low + 1
         trend = trend._replace(low=low, start=trend.start if trend.low else before)
@@ -158,7 +165,7 @@ class Switch:
         old = Gain.between(trend.start, mean, low * window)
         return trend._replace(before=old, start=mean, first_order=1 - trend.first_order, trial=float(TRIAL))
 
-    def _in_trial(self, trend: Trend, before: Mean, window: float) -> Trend:
+    def _in_trial(self, trend: Trend, window: float) -> Trend:
         """``start`` is the window in front of the trial, behind the one that is passed over that one."""
         left = trend.trial - 1
         if trend.first_order and Gain.between(trend.start, trend.last, 1.0).over(0.0) < -SURE:
@@ -168,8 +175,8 @@ class Switch:
             return trend._replace(trial=left, start=trend.last if passed else trend.start)
         old, new = trend.before, Gain.between(trend.start, trend.last, (TRIAL - 1) * window)
         if trend.first_order:
-            flat = old.over(0.0) <= SURE and new.over(old) >= -SURE
-            return self._settled(trend, flat or new.over(old) >= SURE or (new.value == old.value and not new.variance), new.value)
+            flat, better = old.over(0.0) <= SURE, new.over(old)
+            return self._settled(trend, better >= SURE or (flat and better >= -SURE), new.value)
         ask = Gain((1 + self.settings.hysteresis) * old.value, old.variance)
         return self._settled(trend, new.over(0.0) > SURE and new.over(ask) >= 0.0, new.value)
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import torch
+from torch import Tensor
 
+from ...prims import accumulation_dtype
 from ..core import graph_pass
 from .step_draft import StepDraft
 
 
 @graph_pass(stage="rewrite")
 def scale_steps(draft: StepDraft) -> None:
-    """``W <- W + r (W' - W)``, where the base optimizer has made ``W'`` of a weight that a rule leaves to it for now: as
-    a rate of ``r`` times its group's, for every optimizer whose step is proportional to the rate."""
+    """``W <- W + r s (W' - W)``, where the base optimizer has made ``W'`` of a weight that a rule leaves to it for now: as
+    a rate of ``r s`` times its group's, for every optimizer whose step is proportional to the rate. ``s`` warms it up."""
     for index, site in draft.step.sites.items():
         share = draft.share_of_rate(index) if site.rule is not None else 1.0
         if share == 1.0:
@@ -19,4 +20,11 @@ def scale_steps(draft: StepDraft) -> None:
         for at in [index] + ([] if site.bias is None else [site.bias.index]):
             weight = draft.weight(at)
             if weight in draft.writes:
-                draft.writes[weight] = draft.insert(torch.lerp, weight, draft.writes[weight], share, label="optimizer")
+                new = draft.writes[weight]
+                draft.writes[weight] = draft.insert(part_of_the_way, weight, new, draft.warmth(), share, label="optimizer")
+
+
+def part_of_the_way(weight: Tensor, new: Tensor, warmth: Tensor, share: float) -> Tensor:
+    wide = accumulation_dtype(weight.dtype)
+    start = weight.to(wide)
+    return (start + (warmth * share).to(wide) * (new.to(wide) - start)).to(weight.dtype)

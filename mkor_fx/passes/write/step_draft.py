@@ -175,6 +175,10 @@ class StepDraft(Draft):
         """Of a step that the base optimizer takes in the place of the rule of the weight at ``index``."""
         return self._sizing(index).share_of_rate(self.plan.base_rate)
 
+    def warmth(self) -> fx.Node:
+        """How far the base optimizer has taken over from the rules, 0-dim."""
+        return self.scalar(inputs.Warmth(), torch.float64)
+
     def parts(self) -> dict[tuple, fx.Node]:
         """What adds up over the parts of a batch, by key: its share of the loss, gradients, statistics of this rank."""
         found = {("loss",): self.insert(of_part, self.outputs[0], self.share_of_batch(), label="loss")}
