@@ -111,6 +111,15 @@ def test_a_trial_in_which_the_loss_rises_ends_at_once():
     assert switch.history == [(1150, "tries first order"), (1200, "goes back to second order")]
 
 
+def test_steps_grow_over_the_window_that_is_passed_over():
+    switch, seen = Switch(Hybrid(MKOR(), window=4, cost=1.0)), []
+    for step in range(60):
+        if switch.first_order:
+            seen.append(switch.warmth)
+        switch.observe(torch.tensor(10.0 - min(step, 20), dtype=torch.float64), step, lambda: 0.5)
+    assert seen[:6] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0] and set(seen[6:]) == {1.0}
+
+
 def test_where_the_loss_rises_in_first_order_the_rule_is_tried_without_patience():
     now = [100.0]
 
