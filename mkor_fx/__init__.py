@@ -1,5 +1,6 @@
 """Second-order optimizers as a compiler pass: MKOR inside torch.compile's own graphs."""
 
+from . import optim
 from .api import compile, compile_step
 from .doors.explain import explain
 from .doors.simulate import simulate
@@ -19,6 +20,7 @@ __all__ = [
     "compile_step",
     "explain",
     "op_rule",
+    "optim",
     "progress",
     "simulate",
 ]

@@ -115,16 +115,19 @@ def test_the_model_has_them_within_a_block():
     step = stepper(model, MKOR())
     for batch in batches:
         step(*batch)
+    saved = step.state_dict()
     own, averages = copy.deepcopy(model.state_dict()), copy.deepcopy(step.ema.weights())
     with step.ema.applied() as averaged:
         assert averaged is model
         same(dict(model.named_parameters()), averages)
-        with pytest.raises(RuntimeError, match="leave that block before the next step"):
+        with pytest.raises(RuntimeError, match="leave that block first"):
             step(*batches[0])
         with pytest.raises(RuntimeError, match="does not nest"), step.ema.applied():
             pass
-        with pytest.raises(RuntimeError, match="leave that block"):
-            step.load_state_dict(step.state_dict())
+        with pytest.raises(RuntimeError, match="leave that block first"):
+            step.state_dict()  # whose model would be the averages
+        with pytest.raises(RuntimeError, match="leave that block first"):
+            step.load_state_dict(saved)
     assert all(map(torch.equal, own.values(), model.state_dict().values()))
     step(*batches[0])
     assert step.compilations == 1  # nothing was compiled again
@@ -158,6 +161,8 @@ def test_it_is_in_the_checkpoint():
         (lambda s: s.update({"average.9.weight": torch.ones(2)}), r"another model's: average\.9\.weight is no weight's"),
         (lambda s: s.update({"average.0.bias": torch.ones(2)}), r"average\.0\.bias is \[2\], the weight \[5\]"),
         (lambda s: s.pop("steps"), r"must be a dict as step\.ema\.state_dict\(\) returns it"),
+        (lambda s: s.pop("average.0.weight"), r"another model's: average\.0\.weight is missing"),
+        (lambda s: s.update({"average.0.bias": [1.0]}), r"average\.0\.bias is a list and no tensor"),
     ],
 )
 def test_a_state_that_does_not_fit_changes_nothing(change, message):
@@ -178,6 +183,46 @@ def test_a_state_that_does_not_fit_changes_nothing(change, message):
 def test_what_is_no_decay_is_refused(wrong):
     with pytest.raises(ValueError, match=r"ema=.*: must be in \[0, 1\), how much of an average a step keeps"):
         stepper(build()[0], ema=wrong)
+
+
+def test_a_weight_that_is_frozen_for_a_while_is_averaged_on():
+    model, batches = build()
+    step = stepper(model, MKOR())
+    other = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
+    for number in range(12):
+        model[0].requires_grad_(not 3 <= number < 8)
+        step(*batches[number % 6])
+        other.update_parameters(model)
+        if number in (5, 7, 8, 11):  # asked in between, or not
+            same(step.ema.weights(), dict(other.module.named_parameters()), 1e-10)
+
+
+def test_a_model_that_changes_takes_its_averages_with_it():
+    model, batches = build()
+    step = stepper(model)
+    for batch in batches[:3]:
+        step(*batch)
+    kept = step.ema.weights()["0.weight"].clone()
+    model[3] = nn.Linear(5, 3).double()
+    step.optimizer.add_param_group({"params": [*model[3].parameters()]})
+    with step.ema.applied():  # before anybody has looked at the new one, which is its own average
+        assert torch.equal(model[0].weight, kept)
+    with pytest.warns(UserWarning, match=r"start afresh, of weights that are others than before: 3\.weight, 3\.bias"):
+        step(*batches[3])
+    assert (step.ema.weights()["3.weight"] - model[3].weight).abs().max() < 0.02
+    model[3] = nn.Sequential(nn.Linear(5, 3).double())
+    step.optimizer.add_param_group({"params": [*model[3].parameters()]})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        step(*batches[4])
+    assert set(step.ema.weights()) == {name for name, _ in model.named_parameters()}
+    step.load_state_dict(copy.deepcopy(step.state_dict()))
+
+
+def test_it_is_not_copied():
+    step = stepper(build()[0])
+    with pytest.raises(TypeError, match=r"keep copy\.deepcopy\(step\.ema\.state_dict\(\)\)"):
+        copy.deepcopy(step.ema)
 
 
 def test_inductor():

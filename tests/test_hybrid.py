@@ -291,6 +291,9 @@ def test_what_a_step_costs_is_counted():
         ({"hysteresis": -1.0}, r"Hybrid\(hysteresis=-1\.0\): must not be negative"),
         ({"cost": 2.0}, r"Hybrid\(cost=2\.0\): must lie in \(0, 1\]"),
         ({"rule": None}, r"Hybrid\(rule=None\): must be a rule"),
+        ({"rule": "mkor"}, r"Hybrid\(rule='mkor'\): must be a rule"),
+        ({"rule": {"*": None}}, r"Hybrid\(rule=\{'\*': None\}\): must be a rule, or a dict of them"),
+        ({"one_way": "no"}, r"Hybrid\(one_way='no'\): must be True or False"),
         ({"rate": 0.0}, r"Hybrid\(rate=0\.0\): must be positive"),
     ],
 )
@@ -374,6 +377,72 @@ def test_a_loop_goes_on_from_the_middle_of_a_window():
     torch.testing.assert_close(
         compiled.mkor.switch.state(), again.mkor.switch.state(), rtol=0, atol=0, equal_nan=True
     )
+
+
+def test_a_loop_goes_on_without_its_rule():
+    """Resumed, or changed, before any graph with the rule has shown a weight: its share of the rate is the same."""
+    compiled, optimizer, one = loop()
+    (batch,) = batches(1)
+    while not compiled.mkor.first_order or compiled.mkor.switch.warmth < 1:
+        one(batch)
+    saved = copy.deepcopy((compiled.state_dict(), optimizer.state_dict(), compiled.mkor.state_dict()))
+    again, other, resumed = loop()
+    again.load_state_dict(saved[0])
+    other.load_state_dict(saved[1])
+    again.mkor.load_state_dict(saved[2])
+    for _ in range(3):
+        assert torch.equal(one(batch), resumed(batch))
+    assert all(map(torch.equal, compiled.parameters(), again.parameters()))
+    assert compiled.mkor.step == again.mkor.step
+
+
+def test_a_layer_that_is_thawed_without_the_rule_takes_its_share():
+    compiled, _, one = loop(replace(EAGER, rate=0.5, one_way=True))
+    (batch,) = batches(1)
+    compiled[0].weight.requires_grad_(False)
+    while not compiled.mkor.first_order or compiled.mkor.switch.warmth < 1:
+        one(batch)
+    compiled[0].weight.requires_grad_(True)
+    before = compiled[0].weight.detach().clone()
+    with pytest.warns(UserWarning, match=r"0\.weight is trained now"):
+        one(batch)
+    moved = float((compiled[0].weight.detach() - before).abs().max())
+    assert moved == pytest.approx(0.5e-3, rel=0.05)  # Adam's first step
+
+
+def test_a_weight_of_two_models_takes_its_share_once():
+    torch.manual_seed(0)
+    encoder = nn.Linear(5, 8)
+    models = [nn.Sequential(encoder, nn.Tanh(), nn.Linear(8, 3)) for _ in range(2)]
+    compiled = [mkor_fx.compile(model, replace(EAGER, rate=0.5, one_way=True), backend="eager") for model in models]
+    params = {id(p): p for model in models for p in model.parameters()}
+    optimizer = torch.optim.SGD(params.values(), lr=0.1)
+    (x, y), before = batches(1)[0], None
+    for _ in range(60):
+        before = encoder.weight.detach().clone()
+        optimizer.zero_grad()
+        loss = sum(mse_loss(one(x), y) for one in compiled)
+        loss.backward()
+        grad = encoder.weight.grad.clone()
+        left = all(one.mkor.first_order and one.mkor.switch.warmth == 1 for one in compiled)
+        optimizer.step()
+        for one in compiled:
+            one.mkor.observe(loss.detach())
+        if left:
+            break
+    assert left
+    torch.testing.assert_close(encoder.weight.detach(), before - 0.05 * grad, rtol=1e-5, atol=1e-6)
+
+
+def test_a_fallback_without_a_hybrid_is_the_base_optimizer():
+    model, optimizer = build()
+    step = step_for(model, optimizer, MKOR())
+    twin, _ = build()
+    plain = step_for(twin, torch.optim.AdamW(twin.parameters(), lr=1e-3), None)
+    step.fallback = True
+    for batch in batches(3):
+        assert torch.equal(step(*batch), plain(*batch))
+    assert all(map(torch.equal, model.parameters(), twin.parameters()))
 
 
 def loop_on_a_rank(rank, size):

@@ -137,3 +137,94 @@ def test_factors_are_a_flat_dict_that_safetensors_takes(name, tmp_path):
     again.model.load_state_dict(step.model.state_dict())
     again.optimizer.load_state_dict(copy.deepcopy(step.optimizer.state_dict()))
     same(train(step, range(3, 5)), train(again, range(3, 5)))
+
+
+# ---- what cannot be loaded, and what is left alone ------------------------------------------------------------------------
+
+
+def broken(folder, how):
+    """A checkpoint, and what has become of it."""
+    step = build()
+    train(step, range(1))
+    if how == "a file":
+        torch.save(step.state_dict(), folder / "state.pt")
+        return folder / "state.pt"
+    if how == "by names":
+        from torch.distributed.checkpoint.state_dict import get_state_dict
+
+        model, optimizer = get_state_dict(step.model, step.optimizer)
+        dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=folder)
+        return folder
+    dcp.save(step.state_dict(), checkpoint_id=folder)
+    if how == "cut":
+        for part in folder.glob("*.distcp"):
+            part.write_bytes(part.read_bytes()[:50])
+    if how == "no metadata":
+        (folder / ".metadata").unlink()
+    if how == "other metadata":
+        (folder / ".metadata").write_bytes(b"none")
+    return folder / "nowhere" if how == "no folder" else folder
+
+
+@pytest.mark.parametrize("how", ["a file", "cut", "no metadata", "other metadata", "no folder", "by names"])
+def test_what_cannot_be_read_is_said_and_changes_nothing(how, tmp_path):
+    path, step = broken(tmp_path, how), build()
+    before = train(step, range(1))
+    said = "by parameter names .*set_state_dict" if how == "by names" else "is no folder that torch.distributed.checkpoint"
+    with pytest.raises(ValueError, match=said):
+        step.load_checkpoint(path)
+    same(before, train(step, ()))
+
+
+def test_it_may_be_an_entry_of_a_checkpoint(tmp_path):
+    step, again = build(), build()
+    before = train(step, range(2))
+    dcp.save({"run": step.state_dict(), "epoch": 3}, checkpoint_id=tmp_path)
+    again.load_checkpoint(tmp_path, "run")
+    same(before, train(again, ()))
+    with pytest.raises(ValueError, match=r"holds no 'app'; it has epoch, run"):
+        again.load_checkpoint(tmp_path, "app")
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (lambda s: torch.optim.SGD(nn.Linear(6, 5).parameters(), lr=0.1).state_dict(), r"groups of \[2\] parameters, AdamW"),
+        (lambda s: None, r"the state of AdamW must be a dict with state and param_groups"),
+        (lambda s: [1], r"the state of AdamW must be a dict"),
+        (lambda s: s["param_groups"][0].pop("betas") and s, r"its groups have no betas, which AdamW has"),
+    ],
+)
+def test_another_optimizers_state_changes_nothing(state, message):
+    step = build()
+    saved = copy.deepcopy((train(step, range(1)), step.state_dict()))[1]
+    before = train(step, range(1, 2))
+    saved["optimizer"] = state(saved["optimizer"])
+    with pytest.raises(ValueError, match=message):
+        step.load_state_dict(saved)
+    same(before, train(step, ()))
+
+
+def test_what_is_loaded_stays_the_callers():
+    step = build()
+    train(step, range(2))
+    best = copy.deepcopy(step.state_dict())
+    found = []
+    for _ in range(2):
+        step.load_state_dict(best)
+        found.append(train(step, range(2, 4)))
+    same(*found)
+
+
+def test_without_strict_a_weight_of_another_shape_is_left_out():
+    step = build()
+    train(step, range(2))
+    saved = copy.deepcopy(step.state_dict())
+    saved["model"]["2.weight"] = torch.ones(2, 2)
+    kept = step.model[2].weight.detach().clone()
+    train(step, range(2, 3))
+    moved = step.model[2].weight.detach().clone()
+    with pytest.warns(UserWarning, match=r"of the loaded model 2\.weight is \[2, 2\], here \[3, 5\]: left out"):
+        step.load_state_dict(saved, strict=False)
+    assert torch.equal(step.model[2].weight, moved) and not torch.equal(moved, kept)
+    assert torch.equal(step.model[0].weight, saved["model"]["0.weight"])

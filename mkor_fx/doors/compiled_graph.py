@@ -1,4 +1,4 @@
-"""One graph of a compiled model, with statistics in it."""
+"""One graph of a compiled model: with statistics in it, or without while its rule is left alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..passes.joint_pass import Matching, StatisticsPass, find_layouts
+from ..passes.joint_pass import Matching, StatisticsPass, look_at
 from ..passes.torch_api.backend import compile_joint
 from ..passes.torch_api.dynamo import with_inputs
 from ..passes.write.draft import changing_of
@@ -32,7 +32,7 @@ class CompiledGraph:
     ) -> None:
         self._door = weakref.ref(door)
         self._indices, self._mode = list(params), door.mode
-        self._layouts = find_layouts(gm, inputs, matching)
+        self._layouts = look_at(gm, inputs, matching).layouts
         self._dtypes = {index: params[index].dtype for index in self._layouts}
         options, changing = door.options, bool(changing_of(list(door.rules)))
         self._draws = any(layout.rule.draws for layout in self._layouts.values())
@@ -72,7 +72,7 @@ class CompiledGraph:
         key = tuple(map(id, own.values()))
         if key not in self._seen:
             self._seen.add(key)
-            door.register(self.statistics, own)
+            door.register(self.statistics.capture, own)
         params = list(own.values())
         door.runtime.prepare(params)
         use = 0
@@ -83,3 +83,24 @@ class CompiledGraph:
             door.runtime.seen.ran = True
             door.runtime.watch(outputs, params)
         return outputs
+
+
+class PlainGraph:
+    """The same while a ``Hybrid`` has left the rule: compiled as it is, and matched, so that its weights are known."""
+
+    def __init__(
+        self, door: Any, gm: fx.GraphModule, inputs: Sequence[Any], params: Mapping[int, nn.Parameter], matching: Matching
+    ) -> None:
+        self._door, self._indices, self._seen = weakref.ref(door), list(params), set[tuple[int, ...]]()
+        self._capture = look_at(gm, inputs, matching)
+        self._compiled = compile_joint(gm, inputs, None, door.options.compiler, [])
+
+    def __call__(self, *args: Any) -> Any:
+        door = self._door()
+        assert door is not None
+        own = {index: args[index] for index in self._indices}
+        key = tuple(map(id, own.values()))
+        if key not in self._seen:
+            self._seen.add(key)
+            door.register(self._capture, own)
+        return self._compiled(*args)

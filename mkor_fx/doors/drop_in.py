@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from .. import reasons
 from ..ir import Decline
 from ..options import Options
-from ..passes.joint_pass import Matching, StatisticsPass
+from ..passes.joint_pass import Capture, Matching
 from ..passes.match.layout import merge_layouts
 from ..passes.naming import Naming
 from ..passes.torch_api.backend import compile_joint
@@ -42,7 +42,7 @@ from ..show.graphs import Graphs
 from ..show.waiting import shown
 from .agreement import group_of, plan_of_update
 from .checks import check_sharding, check_still_alone
-from .compiled_graph import CompiledGraph
+from .compiled_graph import CompiledGraph, PlainGraph
 from .handle import compiled_handle
 from .modes import MODES
 from .rule_clock import RuleClock
@@ -129,7 +129,9 @@ class DropIn:
                 return self._plain(*args, **kwargs)
             self._plan_anew()
         self.runtime.seen.forget_failed()
-        result = (self._first_order if self.runtime.mkor.first_order else self._compiled)(*args, **kwargs)
+        if torch.is_grad_enabled():
+            self.runtime.leaves = self.runtime.mkor.first_order
+        result = (self._first_order if self.runtime.leaves else self._compiled)(*args, **kwargs)
         self.runtime.seen.called |= torch.is_grad_enabled()
         if not self._graphs_seen and not told_to_stay_out():
             raise RuntimeError(
@@ -166,13 +168,12 @@ class DropIn:
 
     def _plain_backend(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """As torch.compile's own, while a Hybrid has left the rule."""
-        self._graphs_seen += 1
         with shown(f"compiling {type(self.model).__name__} without its rule"):
-            self._owned.append(compile_joint(gm, inputs, None, self.options.compiler, []))
+            self._owned.append(self._compile(gm, inputs, plain=True))
         return held_weakly(self._owned[-1])
 
-    def _compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        """Carriers in, statistics pass on the joint graph, roles resolved at each call."""
+    def _compile(self, gm: fx.GraphModule, inputs: Sequence[Any], plain: bool = False) -> Callable[..., Any]:
+        """Carriers in, statistics pass on the joint graph, roles resolved at each call; ``plain``: roles alone."""
         self._graphs_seen += 1
         if not torch.is_grad_enabled():
             return compile_joint(gm, inputs, None, self.options.compiler, [])
@@ -183,11 +184,14 @@ class DropIn:
         named = dynamo_parameters(gm, self.naming)
         if not named:
             return compile_joint(gm, inputs, None, self.options.compiler, [])
+        names, data = {index: name for index, (name, _) in named.items()}, data_inputs(gm, self.naming)
+        params = {index: param for index, (_, param) in named.items()}
+        matching = Matching(self.naming, names, data, self.rules)
+        if plain:
+            return PlainGraph(self, gm, inputs, params, matching)
         captured = self.coverage.graphs.captured
         graphs = self._graphs(f"graph {len(captured)}, forward and backward")
-        names, data = {index: name for index, (name, _) in named.items()}, data_inputs(gm, self.naming)
-        matching = Matching(self.naming, names, data, self.rules)
-        graph = CompiledGraph(self, gm, inputs, {index: param for index, (_, param) in named.items()}, matching, graphs)
+        graph = CompiledGraph(self, gm, inputs, params, matching, graphs)
         captured.append(graphs)
         if graph.statistics.capture.step is not None:
             seen_here = Coverage(self.model)
@@ -198,9 +202,8 @@ class DropIn:
     def _graphs(self, what: str) -> Graphs:
         return Graphs(f"{type(self.model).__name__}: {what}", self.coverage)
 
-    def register(self, statistics: StatisticsPass, params: Mapping[int, nn.Parameter]) -> None:
+    def register(self, capture: Capture, params: Mapping[int, nn.Parameter]) -> None:
         """Tell the runtime and the coverage what a graph says of the parameters it is called with."""
-        capture = statistics.capture
         if capture.step is None:
             return
         self._optimizers.clear()

@@ -153,7 +153,7 @@ def write_whole_step(
             rows=options.communication.average == "rows",
             clip_norm=options.clip_norm,
             ema=options.ema,
-            base_rate=None if options.hybrid is None else options.hybrid.rate,
+            base_rate=1.0 if options.hybrid is None else options.hybrid.rate,
             parts=options.accumulate > 1,
             skip_nonfinite=options.skip_nonfinite and not variant.has("accumulate"),
             refreshes=variant.has("refresh"),
@@ -185,7 +185,8 @@ class StepProgram:
         if group is None:
             check_still_alone()
         keep_order = None if group is None or "pin" in options.without else Overlap()
-        step.noted.note(step.model, *recurrence(gm))
+        held = {id(p) for group in step.optimizers.param_groups for p in group["params"]}
+        step.noted.note(step.model, *recurrence(gm), held)
         with shown(f"compiling the {self.variant.name} program of {type(step.model).__name__}"):
             written = write_whole_step(step, self.variant, options, group, gm, inputs)
             with plain_tracing():
@@ -220,6 +221,7 @@ class Run:
         self._keeps = written.variant.has("precondition") or bool(draft.plan.states)
         self._trained = [i for i in draft.plan.trained if i not in draft.final]
         self._names = {index: written.whole.parameters[index].name for index in draft.plan.trained}
+        self._trains = frozenset(self._names.values())
         self._memory: list[int] = []
         self._ready = False
 
@@ -233,6 +235,8 @@ class Run:
         if not self._ready:
             self._commit(step, args)
         step.coverage = self._coverage
+        if step.ema is not None and self._variant.has("average_weights"):
+            step.ema.trains(self._trains)
         receives, sends = self._variant.has("arrive"), self._variant.has("send")
         with plain_tracing():
             waiting = step.late.take(self._late, lambda: nothing(self._late, self._device)) if receives else []

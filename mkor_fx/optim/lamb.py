@@ -56,7 +56,7 @@ class LAMB(Optimizer):
             raise ValueError(f"LAMB(betas={betas!r}): weights of old averages must lie in [0, 1), e.g. (0.9, 0.999)")
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"LAMB(max_grad_norm={max_grad_norm!r}): must be positive; None does not scale gradients down")
-        if trust is not None and not 0 <= trust[0] <= trust[1]:
+        if trust is not None and not (isinstance(trust, tuple) and len(trust) == 2 and 0 <= trust[0] <= trust[1]):
             raise ValueError(f"LAMB(trust={trust!r}): bounds of a ratio of norms, e.g. (0.01, 10.0)")
         options = {"max_grad_norm": max_grad_norm, "bias_correction": bias_correction, "adapt_all": adapt_all}
         super().__init__(params, {**limits, "betas": betas, **options, "trust": trust})

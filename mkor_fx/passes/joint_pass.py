@@ -30,6 +30,11 @@ class Capture:
     layouts: dict[int, Layout] = field(default_factory=dict)
     biases: dict[int, int] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, step: StepGraph) -> Capture:
+        layouts = {index: Layout.of(site) for index, site in step.sites.items()}
+        return cls(step, layouts, {index: site.bias.index for index, site in step.sites.items() if site.bias is not None})
+
 
 @dataclass(frozen=True)
 class Matching:
@@ -41,14 +46,15 @@ class Matching:
     rules: Rules
 
 
-def find_layouts(gm: fx.GraphModule, inputs: Sequence[Any], matching: Matching) -> dict[int, Layout]:
-    """The sites of a graph before it is compiled: what inputs it will need beside Dynamo's."""
+def look_at(gm: fx.GraphModule, inputs: Sequence[Any], matching: Matching) -> Capture:
+    """What a graph is before it is compiled: the inputs that it will need beside Dynamo's; all that is known of it where it runs
+    without its rules."""
     step = capture_joint(gm, inputs, matching.naming)
     if step is None:
-        return {}
+        return Capture()
     with plain_tracing():
         analyse(step, matching.rules, None)
-    return {index: Layout.of(site) for index, site in step.sites.items()}
+    return Capture.of(step)
 
 
 class StatisticsPass(JointPass):
@@ -87,14 +93,13 @@ class StatisticsPass(JointPass):
         step = read_joint(graph.owning_module, dict(matching.named), matching.data, matching.naming)
         with plain_tracing():
             analyse(step, matching.rules, self.graphs)
-            layouts = {index: Layout.of(site) for index, site in step.sites.items()}
-            check_agreement(step.parameters, self.expected, layouts)
+            found = Capture.of(step)
+            check_agreement(step.parameters, self.expected, found.layouts)
             draft = JointDraft(step, list(matching.rules), self.added, self.shared)
             synthesise(
                 draft, self.rewrite, self.graphs, inductor=self.inductor, partitioned=True, without=self.without
             )
-        biases = {index: site.bias.index for index, site in step.sites.items() if site.bias is not None}
-        self.capture = Capture(step, layouts, biases)
+        self.capture = found
 
 
 def check_agreement(

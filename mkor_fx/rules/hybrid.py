@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .base import Rule
 from .hyper import number
 
 #: the rate that Adam and its relatives take where a rule has steps of their size, over that of the rule
@@ -24,7 +26,7 @@ class Hybrid:
 
     A gain below ``threshold`` times the best since the last trial, ``patience`` windows running, starts a trial of the other
     way: one window is passed over, the mean gain of the next two is compared with that of the windows below the threshold.
-    Away from the rule it has to be at least as large; back to it larger by ``hysteresis``, and positive. A trial that fails
+    Away from the rule it has to be as large at least; back to it larger by ``hysteresis``, and positive. A trial that fails
     goes back, and the patience doubles, up to 64 windows; one that succeeds sets it back. Losses are noisy: the scatter
     within a window says how far its mean can be trusted, and what differs by less than two standard errors does not differ.
     Then the rule stays, unless its own gain cannot be told from none: a plateau is left where the trial is not worse. A loss
@@ -80,5 +82,8 @@ class Hybrid:
             raise ValueError(f"Hybrid(cost={self.cost!r}): must lie in (0, 1], or be None to be counted")
         if self.rate is not None and not number(self.rate, "Hybrid(rate=") > 0:
             raise ValueError(f"Hybrid(rate={self.rate!r}): must be positive, or None for what suits the rule and optimizer")
-        if self.rule is None or isinstance(self.rule, Hybrid):
+        if not isinstance(self.one_way, bool):
+            raise ValueError(f"Hybrid(one_way={self.one_way!r}): must be True or False")
+        ruled = [*self.rule.values()] if isinstance(self.rule, Mapping) else [self.rule]
+        if not any(isinstance(rule, Rule) for rule in ruled) or isinstance(self.rule, Hybrid):
             raise ValueError(f"Hybrid(rule={self.rule!r}): must be a rule, or a dict of them by pattern")

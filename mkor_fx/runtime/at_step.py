@@ -19,6 +19,7 @@ from .loss_scale import loss_scales
 from .optimizer_state import OptimizerNumbers, groups_of, place_of_rate
 from .ranks import Ranks, Replicas
 from .steps import Step
+from .switch import part_of_the_way
 
 
 class Known:
@@ -73,6 +74,7 @@ class AtStep(Followed):
         self._iteration = 0
         self._stepped: set[str] = set()
         self._generation = 0
+        self._asked = False
 
     # ---- the forward's side -------------------------------------------------------------------------------------------
 
@@ -113,7 +115,7 @@ class AtStep(Followed):
 
     def has_statistics(self, name: str, param: nn.Parameter) -> bool | None:
         known = self._known(param)
-        if self.mkor.first_order:
+        if self.leaves:
             return None
         if known is None:  # no graph has shown it: a matrix would have been looked at
             return False if param.dim() > 1 else None
@@ -133,7 +135,7 @@ class AtStep(Followed):
             for param in step.parameters()
             if (known := self._known(param)) is not None and known.layout is not None and not known.declined
         }
-        if self.mkor.first_order:
+        if self.leaves:
             return self._leave_to_the_optimizer(step, held)
         fresh = {name: known for name, known in held.items() if self.carriers.gradient(known.param) is not None}
         if not fresh:
@@ -160,16 +162,21 @@ class AtStep(Followed):
 
     def _begins(self, sites: dict[str, Known]) -> bool:
         """Whether this is another iteration, and not a further optimizer's part of the one before."""
+        if self._generation != self.mkor.generation:
+            self._generation, self._stepped = self.mkor.generation, set()
+        return not self._stepped or bool(sites.keys() & self._stepped)
+
+    def look(self, step: Step, called: list[Any]) -> None:
+        """Also that a ``Hybrid`` has to be told of losses, once."""
+        super().look(step, called)
         switch = self.mkor.switch
-        if switch is not None and not switch.told and self.mkor.step - self.mkor.loaded_step == 2:
+        if switch is not None and not switch.told and not self._asked and self.mkor.step - self.mkor.loaded_step > 1:
+            self._asked = True
             warnings.warn(
                 "mkor_fx: Hybrid decides by the loss, and has been told of none in two steps: call model.mkor.observe(loss) behind "
                 "each optimizer.step(), else its rule is never left",
                 stacklevel=2,
             )
-        if self._generation != self.mkor.generation:
-            self._generation, self._stepped = self.mkor.generation, set()
-        return not self._stepped or bool(sites.keys() & self._stepped)
 
     def _leave_to_the_optimizer(self, step: Step, held: dict[str, Known]) -> None:
         """A ``Hybrid`` has left its rule: the optimizer steps on raw gradients, at its share of the rate."""
@@ -184,10 +191,11 @@ class AtStep(Followed):
             bias = self._bias_to_take(name, known, step)
             for param in () if share == 1.0 else (known.param, *(() if bias is None else (bias,))):
                 before.append((param.detach(), param.detach().clone(), share * warmth))
+            step.handled |= {id(known.param)} | ({id(bias)} if bias is not None else set())
 
         def take_the_share() -> None:
             for now, old, share in before:
-                now.copy_(torch.lerp(old, now, share))
+                now.copy_(part_of_the_way(old, now, share))
 
         step.at_the_end(take_the_share)
         if self._begins(held):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,23 +22,25 @@ def dtype_of_average(dtype: torch.dtype) -> torch.dtype:
 
 
 class Averages:
-    """``step.ema``: averages of the weights that a step trains; what it does not train is its own average.
-
-    Attributes:
-        decay: ``d`` of ``A <- d A + (1 - d) W``.
-    """
+    """``step.ema``: averages of the weights that a step has trained, as ``torch.optim.swa_utils.AveragedModel`` has them; what it
+    has never trained is its own average."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        self._model, self.decay = model, decay
+        self._model, self._decay = model, decay
         self._held: dict[str, Tensor] = {}
+        #: whose averages these are; a loaded one is of whatever weight has its name
+        self._owners: dict[str, weakref.ref[Tensor]] = {}
+        #: of weights that are not trained for now: how many steps there were when they last were
+        self._behind: dict[str, Tensor] = {}
+        self._trained: frozenset[str] = frozenset()
         self._count: Tensor | None = None
         self._applied = False
 
     def __repr__(self) -> str:
         return f"Averages(decay={self.decay}, {len(self._held)} weights)"
 
-    def __deepcopy__(self, memo: dict) -> None:
-        """A copied model is a plain one."""
+    def __deepcopy__(self, memo: dict) -> Any:
+        raise TypeError("averages belong to their step and cannot be copied: keep copy.deepcopy(step.ema.state_dict())")
 
     # ---- what programs ask for ------------------------------------------------------------------------------------------
 
@@ -46,6 +51,7 @@ class Averages:
             held = self._held[name] = param.detach().to(dtype, copy=True)
         elif held.device != param.device:
             held = self._held[name] = held.to(param.device)
+        self._owners[name] = weakref.ref(param)
         return held
 
     def count(self, device: torch.device) -> Tensor:
@@ -54,12 +60,41 @@ class Averages:
             self._count = torch.tensor(self.steps, device=device)
         return self._count
 
+    def trains(self, names: frozenset[str]) -> None:
+        """A step trains these weights. The averages of others stand still meanwhile, and are brought up to date when somebody
+        asks: ``n`` steps later that of a weight that has not changed is ``W + d^n (A - W)``."""
+        if names == self._trained:
+            return
+        if self._count is not None:
+            for name in self._trained - names:
+                self._behind[name] = self._count.clone()
+        for name in names & self._behind.keys():
+            self._catch_up(name)
+            del self._behind[name]
+        self._trained = names
+
+    def forget_gone(self) -> None:
+        """The model has changed: averages of weights that are not there any more, or are others now, are dropped."""
+        own = dict(self._model.named_parameters())
+        others = [name for name, owner in self._owners.items() if name in own and owner() is not own[name]]
+        for name in [*others, *(name for name in self._held if name not in own)]:
+            for held in (self._held, self._owners, self._behind):
+                held.pop(name, None)
+        self._trained = self._trained & self._held.keys()
+        if others:
+            warnings.warn(f"mkor_fx: averages that start afresh, of weights that are others than before: {some(others)}", stacklevel=4)
+
     def check_not_applied(self) -> None:
-        """Raises RuntimeError where a step would train the averages."""
+        """Raises RuntimeError where the model has its averages in place of its weights."""
         if self._applied:
-            raise RuntimeError("the model has its averages (step.ema.applied()): leave that block before the next step")
+            raise RuntimeError("the model has its averages (step.ema.applied()): leave that block first")
 
     # ---- what users ask for ---------------------------------------------------------------------------------------------
+
+    @property
+    def decay(self) -> float:
+        """``d`` of ``A <- d A + (1 - d) W``."""
+        return self._decay
 
     @property
     def steps(self) -> int:
@@ -68,6 +103,8 @@ class Averages:
 
     def weights(self) -> dict[str, Tensor]:
         """The live averages by parameter name, in float32 at least."""
+        for name in self._behind:
+            self._catch_up(name)
         return dict(self._held)
 
     @contextmanager
@@ -79,15 +116,32 @@ class Averages:
         """
         if self._applied:
             raise RuntimeError("the averages are in the model already: step.ema.applied() does not nest")
-        own = {name: p for name, p in self._model.named_parameters() if name in self._held}
+        averages = self.weights()
+        own = {name: p for name, p in self._model.named_parameters() if self._is_of(name, p)}
         weights = {name: p.detach().clone() for name, p in own.items()}
         self._applied = True
         try:
-            self._write(own, self._held)
+            self._write(own, averages)
             yield self._model
         finally:
             self._write(own, weights)
             self._applied = False
+
+    def _is_of(self, name: str, param: Tensor) -> bool:
+        owner = self._owners.get(name)
+        return name in self._held and (owner() is param if owner is not None else self._held[name].shape == param.shape)
+
+    @torch.no_grad()
+    def _catch_up(self, name: str) -> None:
+        owner = self._owners.get(name)
+        param = None if owner is None else owner()
+        if param is None or self._count is None:
+            return
+        held, missed = self._held[name], self._count - self._behind[name]
+        weight = param.detach().to(held.dtype)
+        later = weight + self.decay ** missed.to(held.dtype) * (held - weight)
+        held.copy_(torch.where(missed > 0, later, held))
+        self._behind[name] = self._count.clone()
 
     @staticmethod
     @torch.no_grad()
@@ -100,23 +154,25 @@ class Averages:
     def state_dict(self) -> dict[str, Tensor]:
         """``{"average.<parameter>": tensor, "steps": 0-dim int64}``; the tensors are live."""
         count = torch.tensor(0) if self._count is None else self._count
-        return {_COUNT: count, **{f"average.{name}": tensor for name, tensor in self._held.items()}}
+        return {_COUNT: count, **{f"average.{name}": tensor for name, tensor in self.weights().items()}}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over a ``state_dict()``.
 
         Raises:
-            ValueError: an average is missing its weight, or shaped otherwise; names it, and changes nothing.
+            ValueError: it is none, an average is of no weight or of another shape, or one is missing; names it, and changes
+                nothing.
         """
         self.check(state)
         own = dict(self._model.named_parameters())
         given = {name.removeprefix("average."): tensor for name, tensor in state.items() if name != _COUNT}
-        self._held = {}
+        self.reset()
         for name, tensor in given.items():
             param = own[name]
             self._held[name] = tensor.detach().to(param.device, dtype_of_average(param.dtype), copy=True)
-        device = next(iter(own.values())).device
-        self._count = torch.tensor(int(state[_COUNT]), device=device)
+            self._owners[name] = weakref.ref(param)
+        self._count = torch.tensor(int(state[_COUNT]), device=next(iter(own.values())).device)
+        self._behind = {name: self._count.clone() for name in given}  # until the next step says which it trains
 
     def check(self, state: Mapping[str, Tensor]) -> None:
         """As ``load_state_dict`` would refuse it."""
@@ -125,15 +181,18 @@ class Averages:
         own, odd = dict(self._model.named_parameters()), []
         for key, tensor in state.items():
             name = key.removeprefix("average.")
-            if key == _COUNT:
-                continue
-            if name not in own or name == key:
+            if not isinstance(tensor, Tensor):
+                odd.append(f"{key} is a {type(tensor).__name__} and no tensor")
+            elif key != _COUNT and (name not in own or name == key):
                 odd.append(f"{key} is no weight's")
-            elif tensor.shape != own[name].shape:
+            elif key != _COUNT and tensor.shape != own[name].shape:
                 odd.append(f"{key} is {list(tensor.shape)}, the weight {list(own[name].shape)}")
+        begun = not odd and int(state[_COUNT]) > 0
+        known = self._held or ({name for name, p in own.items() if p.requires_grad} if len(state) == 1 else {})
+        odd += [f"average.{name} is missing" for name in known if begun and f"average.{name}" not in state]
         if odd:
             raise ValueError(f"the averages are another model's: {some(odd)}")
 
     def reset(self) -> None:
         """Start afresh, at the weights behind the next step."""
-        self._held, self._count = {}, None
+        self._held, self._owners, self._behind, self._trained, self._count = {}, {}, {}, frozenset(), None

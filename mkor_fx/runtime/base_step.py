@@ -34,7 +34,8 @@ def base_step_of(optimizer: Groups, at: int) -> BaseStep:
     if group.get("adapt_all") is False and not group["weight_decay"]:  # our LAMB without its trust ratio
         return BaseStep("adam")
     if any("lamb" in name or "lars" in name for name in names):
-        return BaseStep("trust", trust=group.get("trust") or ANY)
+        bounds = group.get("trust")
+        return BaseStep("trust", trust=bounds if isinstance(bounds, tuple) else ANY)
     if any("adam" in name for name in names) or group.get("adjust_lr_fn") == "match_rms_adamw":
         return BaseStep("adam")
     if isinstance(owner, torch.optim.SGD):

@@ -18,10 +18,12 @@ class Compilations:
         self._lengths: set[int] = set()
         self._told = False
 
-    def note(self, model: nn.Module, lengths: Collection[int], limit: int) -> None:
+    def note(
+        self, model: nn.Module, lengths: Collection[int], limit: int, held: Collection[int] | None = None
+    ) -> None:
         """The model is being compiled now, with recurrent layers over sequences of ``lengths``; torch compiles no more than
-        ``limit`` programs."""
-        self._note_trained(model)
+        ``limit`` programs. ``held``: the parameters of its optimizers by identity, where they are known."""
+        self._note_trained(model, held)
         self._lengths |= set(lengths)
         if not self._told and 2 * len(self._lengths) >= limit:
             self._told = True
@@ -33,16 +35,19 @@ class Compilations:
                 stacklevel=3,
             )
 
-    def _note_trained(self, model: nn.Module) -> None:
+    def _note_trained(self, model: nn.Module, held: Collection[int] | None) -> None:
         """Warn where this compilation is since parameters were frozen or thawed."""
         now = {name for name, p in model.named_parameters() if p.requires_grad}
         known, self._trained = self._trained, now
         if known is None or known == now:
             return
         changed = ((sorted(known - now), "frozen now"), (sorted(now - known), "trained now"))
+        own = dict(model.named_parameters())
+        lost = [name for name in sorted(now - known) if held is not None and id(own[name]) not in held]
         told = [f"{some(names)} {'are' if len(names) > 1 else 'is'} {what}" for names, what in changed if names]
         warnings.warn(
-            f"mkor_fx: {' and '.join(told)} (requires_grad): {type(model).__name__} is compiled once more for that; factors and "
-            "optimizer state stay as they are, and going back compiles nothing",
+            f"mkor_fx: {' and '.join(told)} (requires_grad): {type(model).__name__} is compiled once more for that, each of its "
+            "programs; factors and optimizer state stay as they are, and going back compiles nothing"
+            + (f". No optimizer holds {some(lost)}: add_param_group" if lost else ""),
             stacklevel=4,
         )

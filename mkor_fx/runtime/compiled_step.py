@@ -211,6 +211,8 @@ class CompiledStep(WholeState):
         )
         self._census, self.noted = Census(self.model), Compilations()
         self.mkor.forget_gone()
+        if self.ema is not None:
+            self.ema.forget_gone()
         self._programs.clear()
 
     def _follow_optimizer(self) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from itertools import pairwise
 from os import PathLike
 from typing import Any
 
 import torch
 from torch import Tensor
+
+#: where something was in what was saved: keys of dicts, and numbers in lists
+Place = tuple[Any, ...]
 
 
 def read_entry(path: str | PathLike, entry: str, own: Collection[str] | None) -> dict[str, Tensor]:
@@ -27,35 +31,46 @@ def read_entry(path: str | PathLike, entry: str, own: Collection[str] | None) ->
 
 
 def read_all(path: str | PathLike) -> dict[str, Any]:
-    """Everything, in the nested dicts and lists that it was saved in; their keys are strings."""
+    """Everything, in the nested dicts and lists that it was saved in; the keys of dicts are strings.
+
+    Raises:
+        ValueError: there is no checkpoint that can be read; says why.
+    """
     places, stored = _metadata(path)
-    found = _read(path, list(stored), stored)
-    nested: Any = {}
-    for key, value in found.items():
-        place, at = places[key], nested
-        for part, following in zip(place, (*place[1:], None), strict=True):
-            if isinstance(part, int):
-                at.extend([None] * (part + 1 - len(at)))
-            if following is None:
-                at[part] = value
-            else:
-                if not (isinstance(part, int) or part in at) or (isinstance(part, int) and at[part] is None):
-                    at[part] = [] if isinstance(following, int) else {}
-                at = at[part]
+    nested: dict[str, Any] = {}
+    for key, value in _read(path, list(stored), stored).items():
+        at: Any = nested
+        for part, following in pairwise(places[key]):
+            at = _child(at, part, [] if isinstance(following, int) else {})
+        _child(at, places[key][-1], value)
     return nested
 
 
-def _metadata(path: str | PathLike) -> tuple[dict[str, tuple], dict[str, Any]]:
+def _child(container: Any, part: Any, fresh: Any) -> Any:
+    """What is at ``part`` of a dict or a list, which becomes ``fresh`` where there is nothing."""
+    if isinstance(container, list):
+        container.extend([None] * (part + 1 - len(container)))
+        if container[part] is None:
+            container[part] = fresh
+        return container[part]
+    return container.setdefault(part, fresh)
+
+
+def _metadata(path: str | PathLike) -> tuple[dict[str, Place], dict[str, Any]]:
     """By key: where it was in what was saved, and how it is stored."""
     from torch.distributed import checkpoint
 
-    metadata = checkpoint.FileSystemReader(path).read_metadata()
-    return metadata.planner_data or {}, metadata.state_dict_metadata
+    try:
+        metadata = checkpoint.FileSystemReader(path).read_metadata()
+        return metadata.planner_data or {}, metadata.state_dict_metadata
+    except Exception as error:
+        raise _unreadable(path, error) from error
 
 
-def _read(path: str | PathLike, keys: Collection[str], stored: dict[str, Any]) -> dict[str, Any]:
+def _read(path: str | PathLike, keys: Sequence[str], stored: dict[str, Any]) -> dict[str, Any]:
     from torch.distributed import checkpoint
     from torch.distributed.checkpoint import DefaultLoadPlanner
+    from torch.distributed.checkpoint.api import CheckpointException
 
     state: dict[str, Any] = {}
     for key in keys:
@@ -63,7 +78,19 @@ def _read(path: str | PathLike, keys: Collection[str], stored: dict[str, Any]) -
         tensor = isinstance(about, checkpoint.metadata.TensorStorageMetadata)
         state[key] = torch.empty(about.size, dtype=about.properties.dtype) if tensor else None
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
-        checkpoint.load(state, storage_reader=checkpoint.FileSystemReader(path), planner=planner)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+            checkpoint.load(state, storage_reader=checkpoint.FileSystemReader(path), planner=planner)
+    except CheckpointException as error:  # no Exception
+        cause = next((failure[0] for failure in error.failures.values()), error)
+        raise _unreadable(path, cause) from error
     return state
+
+
+def _unreadable(path: str | PathLike, error: BaseException) -> ValueError:
+    first = (str(error).splitlines() or [""])[0]
+    return ValueError(
+        f"{path} is no folder that torch.distributed.checkpoint has written, or one that is incomplete: {type(error).__name__}: "
+        f"{first}. What torch.save has written is for load_state_dict(torch.load(...))"
+    )

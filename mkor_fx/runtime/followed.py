@@ -57,6 +57,8 @@ class Followed:
         self._refreshes, self._derives = Windows(mkor), Windows(mkor)
         self._programs: dict[tuple, Program] = {}
         self._met = False
+        #: whether the forwards of this step ran without the rule, which a Hybrid has left
+        self.leaves = False
         follow(self)
 
     # ---- the forward's side -------------------------------------------------------------------------------------------

@@ -51,6 +51,13 @@ class Gain(NamedTuple):
         return difference / error if error > 0 else math.copysign(math.inf, difference) if difference else 0.0
 
 
+def part_of_the_way(weight: Tensor, new: Tensor, share: Tensor | float) -> Tensor:
+    """``W + s (W' - W)``, in float32 at least."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    start, share = weight.to(wide), share.to(wide) if isinstance(share, Tensor) else share
+    return (start + share * (new.to(wide) - start)).to(weight.dtype)
+
+
 class Trend(NamedTuple):
     """All that decisions depend on, as numbers. NaN: not known yet.
 

@@ -32,10 +32,10 @@ Remarks, as met with transformers 5.23:
   loops over the experts that were hit, which no compiler can capture.
 - Sequence and image classifiers write `config.problem_type` in their first forward, which compiles the step a second
   time: set it, for instance to `"single_label_classification"`.
-- `nn.LSTM`, `nn.GRU` and `nn.RNN` are captured as their time steps, so compilation grows with the length of the sequence, and each
-  length is a program of its own. torch.compile makes no more than `torch._dynamo.config.recompile_limit` (8) of one function: half way
-  there a warning says so. Pad or bucket sequences to few lengths, as multiples of 32, or raise the limit. Transformers have two programs, for
-  the first length and for all others.
+- `nn.LSTM`, `nn.GRU` and `nn.RNN` are captured as their time steps, so compilation grows with the length of the sequence,
+  and each length is a program of its own. torch.compile makes no more than `torch._dynamo.config.recompile_limit` (8) of
+  one function: half way there a warning says so. Pad or bucket sequences to few lengths, as multiples of 32, or raise the
+  limit. Transformers have two programs, for the first length and for all others.
 - Warnings that a model logs once (`warning_once`) are not logged from compiled code.
 - The bias of a softmax attention's keys has no gradient but rounding, and a relative position table none that does not
   sum to zero: the one stays as it is, the other's factor stays the identity.

@@ -240,6 +240,6 @@ def facing_user(compiled: Callable[..., Any]) -> Callable[..., Any]:
         except RuntimeError as failure:
             if STANCE not in str(failure) or torch._dynamo.eval_frame._stance.stance != STANCE:
                 raise
-            raise recompile_forbidden(failure) from None
+            raise recompile_forbidden(failure) from failure
 
     return run

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+import torch
 
-from ...prims import accumulation_dtype
+from ...runtime.switch import part_of_the_way
 from ..core import graph_pass
 from .step_draft import StepDraft
 
@@ -20,11 +20,5 @@ def scale_steps(draft: StepDraft) -> None:
         for at in [index] + ([] if site.bias is None else [site.bias.index]):
             weight = draft.weight(at)
             if weight in draft.writes:
-                new = draft.writes[weight]
-                draft.writes[weight] = draft.insert(part_of_the_way, weight, new, draft.warmth(), share, label="optimizer")
-
-
-def part_of_the_way(weight: Tensor, new: Tensor, warmth: Tensor, share: float) -> Tensor:
-    wide = accumulation_dtype(weight.dtype)
-    start = weight.to(wide)
-    return (start + (warmth * share).to(wide) * (new.to(wide) - start)).to(weight.dtype)
+                taken = draft.insert(torch.mul, draft.warmth(), share, label="optimizer")
+                draft.writes[weight] = draft.insert(part_of_the_way, weight, draft.writes[weight], taken, label="optimizer")
