@@ -65,7 +65,7 @@ def test_tied_weights_have_one_average():
     same(*beside(model, stepper(model, MKOR()), batches))
 
 
-@pytest.mark.parametrize("placement", ["replicated", "owner"])
+@pytest.mark.parametrize("placement", [pytest.param("replicated", marks=pytest.mark.nightly), "owner"])
 def test_ranks_have_the_same(placement):
     model, batches = build()
     step = stepper(model, RULES["mkor"])

@@ -210,7 +210,7 @@ def test_its_rate_is_a_share_of_the_groups(rule, make, share, chosen):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("done", [2, 4, 9, 16])
+@pytest.mark.parametrize("done", [4, 9, *(pytest.param(n, marks=pytest.mark.nightly) for n in (2, 16))])
 def test_a_run_goes_on_from_the_middle_of_a_window(done):
     model, optimizer = build()
     step, data = step_for(model, optimizer), batches(40)

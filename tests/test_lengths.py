@@ -48,7 +48,13 @@ def stepped(model, door):
 
 
 @pytest.mark.parametrize(
-    ("layer", "door"), [("LSTM", "compile_step"), ("GRU", "compile"), ("RNN", "compile_step"), ("RNN", "compile")]
+    ("layer", "door"),
+    [
+        ("LSTM", "compile_step"),
+        pytest.param("GRU", "compile", marks=pytest.mark.nightly),
+        pytest.param("RNN", "compile_step", marks=pytest.mark.nightly),
+        ("RNN", "compile"),
+    ],
 )
 @torch._dynamo.config.patch(recompile_limit=4)
 def test_lengths_of_a_recurrent_layer_are_said_once(layer, door):

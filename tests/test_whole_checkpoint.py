@@ -63,7 +63,12 @@ def strangers(step):
 
 @pytest.mark.parametrize(
     ("name", "way"),
-    [*((name, "dcp") for name in COMBINATIONS), *((n, w) for n in ("everything", "hybrid") for w in ("torch.save", "dict"))],
+    [
+        *((name, "dcp") for name in COMBINATIONS if name not in ("kfac", "bf16")),
+        ("hybrid", "torch.save"),
+        *(pytest.param(n, "dcp", marks=pytest.mark.nightly) for n in ("kfac", "bf16")),
+        *(pytest.param("everything", way, marks=pytest.mark.nightly) for way in ("torch.save", "dict")),
+    ],
 )
 def test_a_run_goes_on_bit_for_bit(name, way, tmp_path):
     step, again = build(**COMBINATIONS[name]), strangers(build(**COMBINATIONS[name]))
@@ -94,7 +99,7 @@ def on_a_rank(rank, size, first, last, folder, placement):
     return found
 
 
-@pytest.mark.parametrize("placement", ["owner", "replicated"])
+@pytest.mark.parametrize("placement", ["owner", pytest.param("replicated", marks=pytest.mark.nightly)])
 def test_ranks_go_on_bit_for_bit(placement, tmp_path):
     whole = processes.values(on_a_rank, 2, 0, 5, tmp_path / "whole", placement)
     processes.values(on_a_rank, 2, 0, 3, tmp_path / "parts", placement)
