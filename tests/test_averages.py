@@ -225,6 +225,7 @@ def test_it_is_not_copied():
         copy.deepcopy(step.ema)
 
 
+@pytest.mark.nightly
 def test_inductor():
     torch._dynamo.reset()
     model, batches = build(torch.float32)

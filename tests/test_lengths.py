@@ -81,7 +81,7 @@ def test_lengths_of_a_recurrent_layer_are_said_once(layer, door):
         one(torch.randn(3, 3, 4), torch.randn(3, 2))  # what is there goes on
 
 
-@pytest.mark.parametrize("door", ["compile_step", "compile"])
+@pytest.mark.parametrize("door", ["compile_step", pytest.param("compile", marks=pytest.mark.nightly)])
 def test_a_transformer_has_two_programs(door):
     one, programs = stepped(transformer(), door)
     with warnings.catch_warnings():

@@ -223,7 +223,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
 """
 
 
-@pytest.mark.parametrize("rule", ["none", "mkor"])
+@pytest.mark.parametrize("rule", [pytest.param("none", marks=pytest.mark.nightly), "mkor"])
 def test_writing_a_step_allocates_nothing_real(rule):
     """The optimizer's state, and copies of parameters to trace over, would be 200 MB and more."""
     told = subprocess.run([sys.executable, "-W", "ignore", "-c", ALLOCATES, rule], check=True, stdout=subprocess.PIPE)
@@ -313,7 +313,7 @@ def test_the_cache_key_holds_options_passes_and_names(monkeypatch):
     assert len(keys) == 6 and len(set(keys)) == 5 and keys[0] == keys[-1]
 
 
-@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.nightly)])
 def test_programs_die_too(backend):
     """What Dynamo was given in the place of its graph, not only the stages that are kept to be looked at."""
     def alive():

@@ -88,7 +88,7 @@ CASES = {
 }
 
 
-SLOW = ("in_out-2", "cnn-2", "gpt-2-clipped", "gpt-4-half")
+SLOW = ("in_out-2", "cnn-2", "gpt-2-clipped", "gpt-4-half", "mlp-4")
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,9 @@ def train_deep(rank, size, placement):
     return sent, products, sum(t.nbytes for t in step.mkor.tensors().values())
 
 
-@pytest.mark.parametrize(("size", "placement", "columns"), [(2, "owner", 2), (4, "owner", 4), (4, 0.5, 2)])
+@pytest.mark.parametrize(
+    ("size", "placement", "columns"), [(2, "owner", 2), pytest.param(4, "owner", 4, marks=pytest.mark.nightly), (4, 0.5, 2)]
+)
 def test_volume_memory_and_work(size, placement, columns):
     replicas = processes.values(train_deep, 1, "replicated")[0]
     parts = processes.values(train_deep, size, placement)

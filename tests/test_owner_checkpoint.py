@@ -44,7 +44,9 @@ def go_on(rank, size, placement, options, first, last, folder):
     return everything(step.model, step.optimizer, step) | {f"factor {k}": t for k, t in full.items()}, set(own)
 
 
-@pytest.mark.parametrize("options", [{}, {"stale": 1}], ids=["prompt", "stale"])
+@pytest.mark.parametrize(
+    "options", [{}, pytest.param({"stale": 1}, marks=pytest.mark.nightly)], ids=["prompt", "stale"]
+)
 def test_two_then_one_then_four_processes(tmp_path, options):
     step, batches = new_step("replicated", **options)
     for batch in batches:

@@ -2,6 +2,7 @@
 passed."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -175,7 +176,8 @@ def test_the_name_of_no_pass(make):
 def test_variants_are_rows_of_passes_in_the_order_of_the_list():
     order = [p.name for p in REWRITE]
     assert order == ["seed", "statistics", "accumulate", "add_parts", "reduce", "clip_gradients", "send", "arrive",
-                     "refresh", "precondition", "clip_divergence", "spread_directions", "optimize", "write_back"]
+                     "refresh", "precondition", "clip_divergence", "spread_directions", "optimize", "scale_steps",
+                     "average_weights", "write_back"]
     for name, variant in VARIANTS.items():
         assert variant.name == name
         assert list(variant.passes) == [p for p in order if p in variant.passes]
@@ -279,13 +281,14 @@ def test_inputs_are_fetched_anew_at_each_step():
 
 def test_a_model_is_matched_alike_before_and_while_it_is_compiled(monkeypatch):
     """``compile`` looks at each graph once to give carriers and once more to write: the two must agree, by name."""
-    from mkor_fx.doors import drop_in
+    from mkor_fx.doors import compiled_graph
 
     def other(gm, given, matching):
-        return dict(list(find_layouts(gm, given, matching).items())[1:])
+        found = look_at(gm, given, matching)
+        return replace(found, layouts=dict(list(found.layouts.items())[1:]))
 
-    find_layouts = drop_in.find_layouts
-    monkeypatch.setattr(drop_in, "find_layouts", other)
+    look_at = compiled_graph.look_at
+    monkeypatch.setattr(compiled_graph, "look_at", other)
     handle = mkor_fx.compile(network(), backend="eager")
     with pytest.raises(Exception, match=r"0\.weight"):
         handle(batches()[0][0])

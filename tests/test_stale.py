@@ -233,7 +233,7 @@ if destroy:
 """
 
 
-@pytest.mark.parametrize("destroy", [True, False])
+@pytest.mark.parametrize("destroy", [True, pytest.param(False, marks=pytest.mark.nightly)])
 def test_a_process_ends_with_nothing_on_its_way(tmp_path, destroy):
     command = [sys.executable, "-c", SCRIPT, str(tmp_path / "store")]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
