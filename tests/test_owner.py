@@ -88,7 +88,7 @@ CASES = {
 }
 
 
-SLOW = ("in_out-2", "cnn-2", "gpt-2-clipped", "gpt-4-half", "mlp-4")
+SLOW = ("in_out-2", "cnn-2", "gpt-2-clipped", "gpt-4-half", "gpt-2", "mlp-4")
 
 
 @pytest.mark.parametrize(

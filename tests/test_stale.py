@@ -67,7 +67,7 @@ def expected(name, steps, refresh_every):
 
 
 @pytest.mark.parametrize("refresh_every", [1, 3])
-@pytest.mark.parametrize("name", ["mlp", "gpt"])
+@pytest.mark.parametrize("name", ["mlp", pytest.param("gpt", marks=pytest.mark.nightly)])
 def test_one_process_is_the_reference(name, refresh_every):
     steps = 6
     weights, factors = expected(name, steps, refresh_every)
