@@ -327,6 +327,16 @@ def loop(rule=EAGER, make=torch.optim.AdamW):
     return compiled, optimizer, one
 
 
+def resumed_from(compiled, optimizer):
+    """Another loop, which begins where this one is."""
+    saved = copy.deepcopy((compiled.state_dict(), optimizer.state_dict(), compiled.mkor.state_dict()))
+    again, other, resumed = loop()
+    again.load_state_dict(saved[0])
+    other.load_state_dict(saved[1])
+    again.mkor.load_state_dict(saved[2])
+    return again, resumed
+
+
 @pytest.mark.parametrize("rule", [MKOR(), MKOR.published(), KFAC(derive_every=2)], ids=["mkor", "published", "kfac"])
 def test_both_doors_go_the_same_way(rule):
     model, optimizer = build()
@@ -367,11 +377,7 @@ def test_a_loop_goes_on_from_the_middle_of_a_window():
     data = batches(40)
     for batch in data[:7]:
         one(batch)
-    saved = copy.deepcopy((compiled.state_dict(), optimizer.state_dict(), compiled.mkor.state_dict()))
-    again, other, resumed = loop()
-    again.load_state_dict(saved[0])
-    other.load_state_dict(saved[1])
-    again.mkor.load_state_dict(saved[2])
+    again, resumed = resumed_from(compiled, optimizer)
     for batch in data[7:]:
         assert torch.equal(one(batch), resumed(batch))
     torch.testing.assert_close(
@@ -385,11 +391,7 @@ def test_a_loop_goes_on_without_its_rule():
     (batch,) = batches(1)
     while not compiled.mkor.first_order or compiled.mkor.switch.warmth < 1:
         one(batch)
-    saved = copy.deepcopy((compiled.state_dict(), optimizer.state_dict(), compiled.mkor.state_dict()))
-    again, other, resumed = loop()
-    again.load_state_dict(saved[0])
-    other.load_state_dict(saved[1])
-    again.mkor.load_state_dict(saved[2])
+    again, resumed = resumed_from(compiled, optimizer)
     for _ in range(3):
         assert torch.equal(one(batch), resumed(batch))
     assert all(map(torch.equal, compiled.parameters(), again.parameters()))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..passes.joint_pass import Matching, StatisticsPass, look_at
+from ..passes.joint_pass import Capture, Matching, StatisticsPass, look_at
 from ..passes.torch_api.backend import compile_joint
 from ..passes.torch_api.dynamo import with_inputs
 from ..passes.write.draft import changing_of
@@ -18,8 +18,26 @@ from ..runtime.draws import draw_of
 from ..show.graphs import Graphs
 
 
-class CompiledGraph:
-    """One graph of a compiled model: what Dynamo calls in its place, for every instance of a module that it serves."""
+class Graph:
+    """What Dynamo calls in the place of a graph over ``params``, for every instance of a module that it serves."""
+
+    def __init__(self, door: Any, params: Mapping[int, nn.Parameter]) -> None:
+        self._door, self._indices, self._seen = weakref.ref(door), list(params), set[tuple[int, ...]]()
+
+    def _called(self, args: Sequence[Any], capture: Capture) -> tuple[Any, dict[int, nn.Parameter]]:
+        """The door, and the parameters of this call by position, which it is told of when they are first seen."""
+        door = self._door()
+        assert door is not None
+        own = {index: args[index] for index in self._indices}
+        key = tuple(map(id, own.values()))
+        if key not in self._seen:
+            self._seen.add(key)
+            door.register(capture, own)
+        return door, own
+
+
+class CompiledGraph(Graph):
+    """With statistics in it."""
 
     def __init__(
         self,
@@ -30,8 +48,8 @@ class CompiledGraph:
         matching: Matching,
         graphs: Graphs,
     ) -> None:
-        self._door = weakref.ref(door)
-        self._indices, self._mode = list(params), door.mode
+        super().__init__(door, params)
+        self._mode = door.mode
         self._layouts = look_at(gm, inputs, matching).layouts
         self._dtypes = {index: params[index].dtype for index in self._layouts}
         options, changing = door.options, bool(changing_of(list(door.rules)))
@@ -49,7 +67,6 @@ class CompiledGraph:
         )  # fmt: skip
         extended = with_inputs(gm, inputs, self._further_inputs(door, params))
         self._compiled = compile_joint(*extended, self.statistics, options.compiler, graphs.code)
-        self._seen: set[tuple[int, ...]] = set()
 
     def _further_inputs(self, door: Any, own: Mapping[int, nn.Parameter], use: int = 0) -> list[Tensor]:
         """What the graph is passed behind Dynamo's inputs: numbers that change, what signs are drawn by, then for each site
@@ -66,13 +83,7 @@ class CompiledGraph:
         return found
 
     def __call__(self, *args: Any) -> Any:
-        door = self._door()
-        assert door is not None
-        own = {index: args[index] for index in self._indices}
-        key = tuple(map(id, own.values()))
-        if key not in self._seen:
-            self._seen.add(key)
-            door.register(self.statistics.capture, own)
+        door, own = self._called(args, self.statistics.capture)
         params = list(own.values())
         door.runtime.prepare(params)
         use = 0
@@ -85,22 +96,16 @@ class CompiledGraph:
         return outputs
 
 
-class PlainGraph:
+class PlainGraph(Graph):
     """The same while a ``Hybrid`` has left the rule: compiled as it is, and matched, so that its weights are known."""
 
     def __init__(
         self, door: Any, gm: fx.GraphModule, inputs: Sequence[Any], params: Mapping[int, nn.Parameter], matching: Matching
     ) -> None:
-        self._door, self._indices, self._seen = weakref.ref(door), list(params), set[tuple[int, ...]]()
+        super().__init__(door, params)
         self._capture = look_at(gm, inputs, matching)
         self._compiled = compile_joint(gm, inputs, None, door.options.compiler, [])
 
     def __call__(self, *args: Any) -> Any:
-        door = self._door()
-        assert door is not None
-        own = {index: args[index] for index in self._indices}
-        key = tuple(map(id, own.values()))
-        if key not in self._seen:
-            self._seen.add(key)
-            door.register(self._capture, own)
+        self._called(args, self._capture)
         return self._compiled(*args)

@@ -66,7 +66,7 @@ class DropIn:
         self._owned: list[Callable[..., Any]] = []
         self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._plain = _call_of(model)
-        self._compiled, self._first_order = self._make_compiled(self._backend), self._make_compiled(self._plain_backend)
+        self._compiled, self._first_order = self._make_compiled()
         mkor = self.runtime.mkor
         self.handle = compiled_handle(model, self.run, mkor=mkor, graphs=self.coverage.graphs, coverage=self.coverage)
 
@@ -105,20 +105,19 @@ class DropIn:
 
     def _cost_of_base(self) -> float:
         """Of a step without the rules, over one with them: as the first rank has counted it."""
-        cost = torch.tensor(self.coverage.cost_of_base(self.options.refresh_every), dtype=torch.float64)
-        if self.ranks is not None:
-            self.ranks.copy_from_first([cost := cost.to(next(self.model.parameters()).device)])
-        return float(cost)
+        cost = self.coverage.cost_of_base(self.options.refresh_every)
+        return cost if self.ranks is None else self.ranks.number_of_first(cost, next(self.model.parameters()).device)
 
     def _mean_over_ranks(self, losses: Tensor) -> Tensor:
         return losses if self.ranks is None else self.ranks.mean(losses)
 
     # ---- calls --------------------------------------------------------------------------------------------------------
 
-    def _make_compiled(self, backend: Callable[..., Any]) -> Callable[..., Any]:
-        """What runs the model compiled."""
-        fullgraph, dynamic = self.options.fullgraph, self.options.dynamic
-        return dynamo_compile(_call_of(self.model), backend, fullgraph=fullgraph, dynamic=dynamic)
+    def _make_compiled(self) -> list[Callable[..., Any]]:
+        """What runs the model compiled: with its rules, and while a Hybrid has left them."""
+        options: dict[str, Any] = {"fullgraph": self.options.fullgraph, "dynamic": self.options.dynamic}
+        backends = (self._backend, self._plain_backend)
+        return [dynamo_compile(_call_of(self.model), backend, **options) for backend in backends]
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The handle's call. Under a transform of ``torch.func`` it is the model's own: Dynamo would give up for ever."""
@@ -151,7 +150,7 @@ class DropIn:
                 stacklevel=3,
             )
             self._owned.clear()
-            self._compiled, self._first_order = self._make_compiled(self._backend), self._make_compiled(self._plain_backend)
+            self._compiled, self._first_order = self._make_compiled()
         self.naming, self._census, self._compilations = naming, Census(self.model), Compilations()
         self.coverage.forget(self.model)
         self._optimizers.clear()

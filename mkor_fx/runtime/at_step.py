@@ -148,10 +148,7 @@ class AtStep(Followed):
         iteration = self.mkor.step if begins else self._iteration
         refreshed = self._refreshes.due(sites, iteration, self.refresh_every)
         taken = self._run(step, iteration, sites, refreshed, [other for other in others if other is not self])
-        if begins:  # one step for all optimizers of an iteration: it ends when statistics come for a site it has used
-            self._iteration, self._stepped = iteration, set()
-            self.mkor.advance()
-        self._stepped |= sites.keys()
+        self._take_note(sites, begins)
         self._refreshes.done(refreshed, iteration, self.refresh_every)
         derived = self.derived(sites, iteration, {name: self.mkor.state(name) for name in sites}, taken)
         for name, new in derived.items():
@@ -165,6 +162,13 @@ class AtStep(Followed):
         if self._generation != self.mkor.generation:
             self._generation, self._stepped = self.mkor.generation, set()
         return not self._stepped or bool(sites.keys() & self._stepped)
+
+    def _take_note(self, sites: dict[str, Known], begins: bool) -> None:
+        """These have been stepped. One step for all optimizers of an iteration: it ends when a site that it has used comes again."""
+        if begins:
+            self._iteration, self._stepped = self.mkor.step, set()
+            self.mkor.advance()
+        self._stepped |= sites.keys()
 
     def look(self, step: Step, called: list[Any]) -> None:
         """Also that a ``Hybrid`` has to be told of losses, once."""
@@ -198,10 +202,7 @@ class AtStep(Followed):
                 now.copy_(part_of_the_way(old, now, share))
 
         step.at_the_end(take_the_share)
-        if self._begins(held):
-            self._iteration, self._stepped = self.mkor.step, set()
-            self.mkor.advance()
-        self._stepped |= held.keys()
+        self._take_note(held, self._begins(held))
 
     def _run(
         self, step: Step, iteration: int, sites: dict[str, Known], refreshed: set[str], others: list[Any]

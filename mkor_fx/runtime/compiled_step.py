@@ -161,11 +161,7 @@ class CompiledStep(WholeState):
     def _cost_of_base(self) -> float:
         """Of a step without the rules, over one with them: what the first rank has counted, whose batch may be another one."""
         cost = self.coverage.cost_of_base(self.mkor.refresh_every)
-        if self.ranks is None:
-            return cost
-        agreed = torch.tensor(cost, device=next(self.model.parameters()).device)
-        self.ranks.copy_from_first([agreed])
-        return float(agreed)
+        return cost if self.ranks is None else self.ranks.number_of_first(cost, next(self.model.parameters()).device)
 
     def _run_parts(self, variant: Any, args: tuple, kwargs: dict) -> Any:
         """Of a batch in parts the last one takes the step."""

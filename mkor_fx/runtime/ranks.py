@@ -111,6 +111,12 @@ class Ranks:
                 dist.broadcast(buffer, group=self.group, group_src=0)
                 tensor.copy_(buffer)
 
+    def number_of_first(self, number: float, device: torch.device) -> float:
+        """Rank 0's number."""
+        agreed = torch.tensor(number, dtype=torch.float64, device=device)
+        self.copy_from_first([agreed])
+        return float(agreed)
+
     def mean(self, tensor: Tensor) -> Tensor:
         """Over ranks."""
         if self.alone:

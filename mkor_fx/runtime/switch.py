@@ -14,8 +14,6 @@ from torch import Tensor
 TRIAL = 3
 #: the patience doubles no further
 LONGEST = 64.0
-
-
 #: standard errors by which two gains have to differ to be told apart
 SURE = 2.0
 
@@ -122,8 +120,7 @@ class Switch:
         self._losses.append(loss.detach().to(torch.float64, copy=True))
         if len(self._read) + len(self._losses) < self.settings.window:
             return
-        seen = self._read + agree(torch.stack(self._losses)).tolist()
-        finite = [x for x in seen if math.isfinite(x)]
+        finite = [x for x in self._numbers(agree) if math.isfinite(x)]
         self._losses, self._read = [], []
         if finite:
             before = self.trend
@@ -142,12 +139,9 @@ class Switch:
             raise ValueError(f"mkor.observe(loss): must be a tensor with one number, got {loss!r}")
         self.observe(loss.reshape(()), step, *self.listens)
 
-    def _numbers(self) -> list[float]:
+    def _numbers(self, agree: Callable[[Tensor], Tensor] = lambda losses: losses) -> list[float]:
         """The losses of the window that has begun."""
-        if not self._losses:
-            return self._read
-        here = torch.stack(self._losses)
-        return self._read + here.tolist()
+        return self._read + (agree(torch.stack(self._losses)).tolist() if self._losses else [])
 
     def _after(self, mean: Mean, cost: Callable[[], float]) -> Trend:
         """The trend behind a window of this mean loss."""
@@ -173,7 +167,7 @@ class Switch:
         return trend._replace(before=old, start=mean, first_order=1 - trend.first_order, trial=float(TRIAL))
 
     def _in_trial(self, trend: Trend, window: float) -> Trend:
-        """``start`` is the window in front of the trial, behind the one that is passed over that one."""
+        """Behind a window of a trial. ``start`` is the window in front of the trial; once one has been passed over, that one."""
         left = trend.trial - 1
         if trend.first_order and Gain.between(trend.start, trend.last, 1.0).over(0.0) < -SURE:
             return self._settled(trend, accepted=False)  # the loss rises: no need to wait for the end

@@ -35,7 +35,7 @@ class Plan:
     steps; ``states`` examples of the factors that are kept on this rank, by position. ``buffers`` are the names of the inputs
     that rank 0 decides; ``owners`` the ranks that keep a weight's factors, by name (None: every rank); ``late`` the buffers
     of statistics that are used one step late; ``due`` the weights whose state is refreshed (None: all). ``parts``: the batch is
-    one part of several. ``refreshes`` only labels.
+    one part of several. ``base_rate`` is a ``Hybrid``'s share of the rate. ``refreshes`` only labels.
     """
 
     optimizer: Optimizers
@@ -50,7 +50,7 @@ class Plan:
     rows: bool = False
     clip_norm: float | None = None
     ema: float | None = None
-    base_rate: float | None = None
+    base_rate: float | None = 1.0
     parts: bool = False
     skip_nonfinite: bool = True
     refreshes: bool = True
