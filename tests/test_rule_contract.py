@@ -11,68 +11,14 @@ import processes
 import pytest
 import torch
 from contract import Contract, Experts
-from soap import Soap
+from held_rules import HALF, MORE_RULES, REFUSED, RULES
 from torch import nn
 from torch.nn import functional
 
 import mkor_fx
-from mkor_fx import KFAC, MKOR, Communication, Eva, Rule
+from mkor_fx import KFAC, MKOR, Communication, Rule
 from mkor_fx.kinds import Kind
-from mkor_fx.rules import Gradient, Sides
-
-
-@dataclass(frozen=True, kw_only=True)
-class Leading(Rule):
-    """Everything that the contract adds, at once: statistics that read the state, a momentum that the sides multiply, an
-    own size, an own dtype of products, and directions that are the step itself, of biases as well."""
-
-    mu: float = 0.8
-
-    reads_state = True
-    graft = "rms"
-    applies = "update"
-    product_dtype = torch.float32
-    kinds = {"L": Kind.POSITIVE, "B": Kind.MOMENT, "b": Kind.MOMENT}  # noqa: RUF012
-
-    def init(self, shape, device):
-        state = {"L": torch.eye(shape.O, device=device), "B": torch.zeros(shape.O, shape.I, device=device)}
-        return state | ({"b": torch.zeros(shape.O, device=device)} if shape.bias else {})
-
-    def summarize(self, shape, a_NI, g_NO, state):
-        share = 1 / state["L"].diagonal().sum()
-        return share * (a_NI.T @ a_NI), share * (g_NO.T @ g_NO)
-
-    def unscale(self, summary, scale):
-        return summary[0], summary[1] / scale**2
-
-    def update(self, state, uses, grad, step):
-        moment = sum(use.summary[0 if use.opposite else 1] for use in uses)
-        return {**state, "L": 0.9 * state["L"] + 0.1 * moment.to(state["L"].dtype)}
-
-    def advance(self, state, grad, step):
-        mix = lambda old, new: self.mu * old + (1 - self.mu) * new.to(old.dtype)
-        return {**state, "B": mix(state["B"], grad.weight)} | (
-            {"b": mix(state["b"], grad.bias)} if grad.bias is not None else {})  # fmt: skip
-
-    def moment(self, state, grad):
-        return Gradient(state["B"].to(grad.weight.dtype), None if grad.bias is None else state["b"].to(grad.bias.dtype))
-
-    def sides(self, state):
-        return Sides(state["L"], None)
-
-
-RULES = {
-    "mkor": MKOR(factor_dtype=torch.float64, rank=3),
-    "mkor, sums": MKOR(factor_dtype=torch.float64, statistic="mean+rows+gradient", bias="left"),
-    "mkor, published": MKOR.published(factor_dtype=torch.float64),
-    "mkor, gradient": MKOR.published(factor_dtype=torch.float64, statistic="mean+gradient", form="forgetful"),
-    "eva": Eva(decay=0.9, damping=0.5, outputs="sum", graft=None),
-    "kfac": KFAC(derive_every=2, damping=1e-2),
-    "kfac, eigen": KFAC(inverse="eigen", derive_every=2, damping=1e-2),
-    "kfac, newton": KFAC(inverse="newton", damping=1e-1),
-    "soap": Soap(),
-    "leading": Leading(),
-}
+from mkor_fx.rules import Gradient
 
 
 class Table(nn.Module):
@@ -150,15 +96,19 @@ def weights(model):
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-EACH_RULE = pytest.mark.parametrize("name", RULES)
+ALL_RULES = {**RULES, **MORE_RULES}
+SELDOM = [pytest.param(name, marks=pytest.mark.nightly) for name in MORE_RULES]
+EACH_RULE = pytest.mark.parametrize("name", [*RULES, *SELDOM])
 EACH_DOOR = pytest.mark.parametrize("door", ["compile_step", "compile"])
 
 
 @EACH_DOOR
-@pytest.mark.parametrize("kind", ["plain", "bias", "batched", "tied", "convolution"])
-@EACH_RULE
+@pytest.mark.parametrize(("name", "kind"), [
+    pytest.param(name, kind, marks=[] if name in RULES or kind == "bias" else pytest.mark.nightly)
+    for name in ALL_RULES for kind in ("plain", "bias", "batched", "tied", "convolution")
+])  # fmt: skip
 def test_both_doors_do_what_the_contract_says(name, kind, door):
-    rule = RULES[name]
+    rule = ALL_RULES[name]
     model, batches = build(kind)
     twin, start = copy.deepcopy(model), weights(model)
     mkor = train(door, model, batches, rule, refresh_every=2)
@@ -176,15 +126,9 @@ def test_both_doors_do_what_the_contract_says(name, kind, door):
     assert all(not torch.equal(start[key], value) for key, value in weights(model).items())
 
 
-REFUSED = {
-    **dict.fromkeys(("mkor", "soap", "leading"), "keeps moments"),
-    **dict.fromkeys(("mkor, sums", "mkor, gradient"), "reads the gradient"),
-}
-
-
 @EACH_RULE
 def test_backward_mode_or_its_refusal(name):
-    rule = RULES[name]
+    rule = ALL_RULES[name]
     model, batches = build("bias")
     if name in REFUSED:
         with pytest.raises(ValueError, match=f"{type(rule).__name__} {REFUSED[name]}.*precondition='step'"):
@@ -232,7 +176,7 @@ class LateContract(Contract):
 
 @EACH_RULE
 def test_statistics_one_step_late(name):
-    rule = RULES[name]
+    rule = ALL_RULES[name]
     model, batches = build("bias")
     if rule.reads_gradient:
         with pytest.raises(ValueError, match="stale=1 delays"):
@@ -253,21 +197,21 @@ def on_a_rank(rank, size, name, placement="owner"):
     model, batches = build("bias")
     options = {"placement": placement, "communication": Communication(padding=9.0)} if placement == "owner" else {}
     mine = [(x.chunk(size)[rank], y.chunk(size)[rank]) for x, y in batches]
-    mkor = train("compile_step", model, mine, RULES[name], **options)
+    mkor = train("compile_step", model, mine, ALL_RULES[name], **options)
     return weights(model), mkor.state_dict(full=True), mkor.owners
 
 
-@pytest.mark.parametrize("name", [name for name in RULES if name != "mkor, gradient"])
+@pytest.mark.parametrize("name", [*(name for name in RULES if name != "mkor, gradient"), *SELDOM])
 def test_owners_on_two_ranks(name):
     model, batches = build("bias")
-    if RULES[name].reads_state:
+    if ALL_RULES[name].reads_state:
         with pytest.raises(ValueError, match=r"reads_state.*placement='replicated'"):
-            train("compile_step", model, batches, RULES[name], placement="owner")
+            train("compile_step", model, batches, ALL_RULES[name], placement="owner")
         return
-    if RULES[name].draws:  # each rank draws its own signs, so that one process goes another way
+    if ALL_RULES[name].draws:  # each rank draws its own signs, so that one process goes another way
         expected, kept, _ = processes.values(on_a_rank, 2, name, "replicated")[0]
     else:
-        kept = train("compile_step", model, batches, RULES[name]).state_dict()
+        kept = train("compile_step", model, batches, ALL_RULES[name]).state_dict()
         expected = weights(model)
     ranks = processes.values(on_a_rank, 2, name)
     for found, state, owners in ranks:
@@ -277,10 +221,12 @@ def test_owners_on_two_ranks(name):
     assert all(torch.equal(ranks[0][0][key], ranks[1][0][key]) for key in ranks[0][0])
 
 
-@EACH_DOOR
-@EACH_RULE
+@pytest.mark.parametrize(("name", "door"), [
+    pytest.param(name, door, marks=[] if name in RULES or door == "compile_step" else pytest.mark.nightly)
+    for name in ALL_RULES for door in ("compile_step", "compile")
+])  # fmt: skip
 def test_resume_is_exact(name, door):
-    rule = RULES[name]
+    rule = ALL_RULES[name]
     model, batches = build("bias")
     optimizer = sgd(model)
     mkor = train(door, model, batches[:3], rule, optimizer, refresh_every=2)
@@ -320,7 +266,7 @@ def test_a_loss_scaler_changes_nothing(name, fused):
     for scaler in (None, torch.amp.GradScaler("cpu", init_scale=1024.0)):
         model, batches = build("bias")
         model, batches = model.float(), [(x.float(), y.float()) for x, y in batches]
-        rule = RULES[name]
+        rule = ALL_RULES[name]
         rule = dataclasses.replace(rule, factor_dtype=torch.float32) if isinstance(rule, MKOR) else rule
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=fused)
         mkor = train("compile", model, batches, rule, optimizer, scaler)
@@ -332,7 +278,7 @@ def test_a_loss_scaler_changes_nothing(name, fused):
 @EACH_RULE
 def test_a_scaler_that_finds_an_inf_touches_nothing(name):
     model, batches = build("bias")
-    model, rule = model.float(), RULES[name]
+    model, rule = model.float(), ALL_RULES[name]
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
     scaler, handle = torch.amp.GradScaler("cpu", init_scale=2.0), mkor_fx.compile(model, rule, backend="eager")
     for number, (x, y) in enumerate(batches):
@@ -355,7 +301,7 @@ def test_what_is_not_finite_enters_no_state(name, door):
     model, batches = build("bias")
     batches[2] = (batches[2][0] * float("nan"), batches[2][1])
     options = {} if door == "compile" else {"skip_nonfinite": True}
-    mkor = train(door, model, batches, RULES[name], **options)
+    mkor = train(door, model, batches, ALL_RULES[name], **options)
     assert all(torch.isfinite(value).all() for value in mkor.state_dict().values())
     if door == "compile_step":
         assert all(torch.isfinite(value).all() for value in weights(model).values())
@@ -363,7 +309,7 @@ def test_what_is_not_finite_enters_no_state(name, door):
 
 @EACH_RULE
 def test_metrics_say_of_a_tensor_what_its_rule_says(name):
-    rule = RULES[name]
+    rule = ALL_RULES[name]
     model, batches = build("bias")
     mkor = train("compile_step", model, batches, rule)
     metrics, state = mkor.metrics(per_factor=True), mkor.state_dict()
@@ -385,23 +331,13 @@ def test_metrics_say_of_a_tensor_what_its_rule_says(name):
 @EACH_RULE
 def test_state_follows_its_weight_and_keeps_its_dtypes(name):
     model, batches = build("bias")
-    step = mkor_fx.compile_step(model, loss_fn, sgd(model), RULES[name], backend="eager")
+    step = mkor_fx.compile_step(model, loss_fn, sgd(model), ALL_RULES[name], backend="eager")
     step(*batches[0])
     before = {key: (t.shape, t.dtype) for key, t in step.mkor.state_dict().items()}
     model.to(torch.bfloat16)
     assert {key: (t.shape, t.dtype) for key, t in step.mkor.state_dict().items()} == before
     model.to("meta")
     assert {t.device.type for t in step.mkor.of(model[0].weight).values()} == {"meta"}
-
-
-HALF = {
-    "mkor": MKOR(factor_dtype=torch.bfloat16),
-    "mkor, published": MKOR.published(factor_dtype=torch.bfloat16),
-    "eva": Eva(),
-    "kfac": KFAC(),
-    "kfac, eigen": KFAC(inverse="eigen"),
-    "kfac, newton": KFAC(inverse="newton"),
-}
 
 
 @pytest.mark.nightly

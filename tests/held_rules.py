@@ -1,0 +1,84 @@
+"""The rules that the contract test holds, one entry a kind of rule."""
+
+from dataclasses import dataclass
+
+import torch
+from soap import Soap
+
+from mkor_fx import KFAC, MKOR, Eva, Rule
+from mkor_fx.kinds import Kind
+from mkor_fx.rules import Gradient, Sides
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leading(Rule):
+    """Everything that the contract adds, at once: statistics that read the state, a momentum that the sides multiply, an
+    own size, an own dtype of products, and directions that are the step itself, of biases as well."""
+
+    mu: float = 0.8
+
+    reads_state = True
+    graft = "rms"
+    applies = "update"
+    product_dtype = torch.float32
+    kinds = {"L": Kind.POSITIVE, "B": Kind.MOMENT, "b": Kind.MOMENT}  # noqa: RUF012
+
+    def init(self, shape, device):
+        state = {"L": torch.eye(shape.O, device=device), "B": torch.zeros(shape.O, shape.I, device=device)}
+        return state | ({"b": torch.zeros(shape.O, device=device)} if shape.bias else {})
+
+    def summarize(self, shape, a_NI, g_NO, state):
+        share = 1 / state["L"].diagonal().sum()
+        return share * (a_NI.T @ a_NI), share * (g_NO.T @ g_NO)
+
+    def unscale(self, summary, scale):
+        return summary[0], summary[1] / scale**2
+
+    def update(self, state, uses, grad, step):
+        moment = sum(use.summary[0 if use.opposite else 1] for use in uses)
+        return {**state, "L": 0.9 * state["L"] + 0.1 * moment.to(state["L"].dtype)}
+
+    def advance(self, state, grad, step):
+        mix = lambda old, new: self.mu * old + (1 - self.mu) * new.to(old.dtype)
+        return {**state, "B": mix(state["B"], grad.weight)} | (
+            {"b": mix(state["b"], grad.bias)} if grad.bias is not None else {})  # fmt: skip
+
+    def moment(self, state, grad):
+        return Gradient(state["B"].to(grad.weight.dtype), None if grad.bias is None else state["b"].to(grad.bias.dtype))
+
+    def sides(self, state):
+        return Sides(state["L"], None)
+
+
+#: held in every run
+RULES = {
+    "mkor": MKOR(factor_dtype=torch.float64, rank=3),
+    "mkor, sums": MKOR(factor_dtype=torch.float64, statistic="mean+rows+gradient", bias="left"),
+    "mkor, published": MKOR.published(factor_dtype=torch.float64),
+    "mkor, gradient": MKOR.published(factor_dtype=torch.float64, statistic="mean+gradient", form="forgetful"),
+    "eva": Eva(decay=0.9, damping=0.5, outputs="sum", graft=None),
+    "kfac": KFAC(derive_every=2, damping=1e-2),
+    "kfac, eigen": KFAC(inverse="eigen", derive_every=2, damping=1e-2),
+    "kfac, newton": KFAC(inverse="newton", damping=1e-1),
+    "soap": Soap(),
+    "leading": Leading(),
+}
+
+#: of these a door's trajectory and one resume in every run, the rest nightly
+MORE_RULES: dict[str, Rule] = {}
+
+#: why the backward mode does not take one
+REFUSED = {
+    **dict.fromkeys(("mkor", "soap", "leading"), "keeps moments"),
+    **dict.fromkeys(("mkor, sums", "mkor, gradient"), "reads the gradient"),
+}
+
+#: as they would be taken in half precision
+HALF = {
+    "mkor": MKOR(factor_dtype=torch.bfloat16),
+    "mkor, published": MKOR.published(factor_dtype=torch.bfloat16),
+    "eva": Eva(),
+    "kfac": KFAC(),
+    "kfac, eigen": KFAC(inverse="eigen"),
+    "kfac, newton": KFAC(inverse="newton"),
+}
