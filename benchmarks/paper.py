@@ -11,6 +11,10 @@ until then, in numbers. The paper's figures are its own, on 64 GPUs (Mozaffari e
 import argparse
 import copy
 import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -98,6 +102,36 @@ def row(name: str, side: Side, run: Run, base: Run, tuned: Tuned) -> list[str]:
     ]
 
 
+class Tunings:
+    """What fine-tuning has come to, by what was fine-tuned, in a JSONL file with a line each."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        lines = path.read_text().splitlines() if path.exists() else []
+        self.found = {entry["about"]: Tuned(*entry["tuned"]) for entry in map(json.loads, lines)}
+
+    def of(self, search: Search, lr: float, seed: int) -> Tuned:
+        """Looked up, or done now."""
+        about = f"{identity(search.side)}, {search.steps} steps, rate {lr:g}, seed {seed}"
+        if about not in self.found:
+            self.found[about] = fine_tuned(search, lr, seed)
+            with self.path.open("a") as file:
+                file.write(json.dumps({"about": about, "tuned": self.found[about]}) + "\n")
+        return self.found[about]
+
+
+def side_by_side(names: Sequence[str], options: argparse.Namespace) -> None:
+    """Every side in a process of its own with one thread, `jobs` at a time: two processes share two cores better than two
+    threads do, since compiling and evaluating have little that divides."""
+    call = [sys.executable, "-m", "benchmarks.paper", "--jobs", "0", "--seed", str(options.seed)]
+    call += ["--backend", options.backend, "--out", str(options.out)]
+    call += ["--steps", str(options.steps)] if options.steps else []
+    call += ["--rates", *map(str, options.rates)] if options.rates else []
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for _ in pool.map(lambda name: subprocess.run([*call, "--side", name], check=True), names):
+            pass
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--side", nargs="+", choices=SIDES, default=list(SIDES))
@@ -105,24 +139,24 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="training steps (default: the task's)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--backend", default="inductor", choices=("inductor", "eager"))
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path("paper-output"), help="of runs.jsonl and table.md")
+    parser.add_argument("--jobs", type=int, default=2, help="sides at a time; 0: here, without the table")
+    parser.add_argument("--out", type=Path, default=Path("paper-output"), help="of runs.jsonl, fine-tuned.jsonl, table.md")
     options = parser.parse_args()
 
-    torch.set_num_threads(options.threads)
-    ledger, rows = Ledger(options.out / "runs.jsonl"), []
-    kept = options.out / "fine-tuned.json"
-    tuned = json.loads(kept.read_text()) if kept.exists() else {}
+    torch.set_num_threads(1)
+    names = options.side if options.jobs == 0 else list(dict.fromkeys(["LAMB", *options.side]))
+    if options.jobs:
+        side_by_side(names, options)
+    ledger, tunings, rows = Ledger(options.out / "runs.jsonl"), Tunings(options.out / "fine-tuned.jsonl"), []
     base: Run | None = None
-    for name in dict.fromkeys(["LAMB", *options.side]):
+    for name in names:
         search = Search(ledger, PRETRAINING, SIDES[name].key, options.backend, options.steps)
         (run,) = best(search.all([options.seed], options.rates or PRETRAINING.grid))
-        base = base or run
-        about = f"{identity(search.side)}, {search.steps} steps, rate {run.lr:g}, seed {options.seed}"
-        if about not in tuned:
-            tuned[about] = fine_tuned(search, run.lr, options.seed)
-            kept.write_text(json.dumps(tuned))
-        rows.append(row(name, SIDES[name], run, base, Tuned(*tuned[about])))
+        base, tuned = base or run, tunings.of(search, run.lr, options.seed)
+        if options.jobs:
+            rows.append(row(name, SIDES[name], run, base, tuned))
+    if not options.jobs:
+        return
     headers = (
         *("side", "rate", "training / held out", "steps to LAMB's loss", "CPU time", "speed-up", "sent"),
         *("paper: steps", "paper: speed-up", "fine-tuned, held out: loss, right"),

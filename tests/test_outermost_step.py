@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_hooks import RULE, batch, close, pair
 from test_lockstep import reference_for
-from test_rule_contract import Leading
+from held_rules import Leading
 from torch import nn
 from torch.nn import functional
 

@@ -21,7 +21,7 @@ from ..passes.torch_api.tracing import trace
 from ..rules import Gradient, Rule, Shape, Use
 from ..rules.direction import direction_of
 
-#: the order in which every rule of the library multiplies today: the gradient is formed, then ``L @ G @ R``
+#: the gradient is formed, then ``L @ G @ R``; whatever else is cheapest, ``passes/lower/order_products.py`` takes where it may
 PRODUCT_FIRST = "product first"
 
 
@@ -53,8 +53,8 @@ class Costs:
 
     Bytes are what has to be read and written, once. ``layer_flops``: forward and backward of the weight itself, ``6 N O I``
     (0 for a lookup), to compare with. ``refresh``: the factors' update, with the operands that its statistics read.
-    ``cheapest``: the order of the products with the fewest multiply-adds, see :func:`orders`. None or '' where it depends
-    on the data.
+    ``cheapest``: the order of the products with the fewest multiply-adds, see :func:`orders`; a compiled step takes it where
+    the gradient is one product that is neither reduced nor clipped nor accumulated. None or '' where it depends on the data.
     """
 
     rows: int | None
@@ -63,7 +63,6 @@ class Costs:
     refresh_bytes: int
     precondition_flops: int
     precondition_bytes: int
-    order: str
     cheapest: str
 
 
@@ -94,7 +93,6 @@ def count_costs(work: Work) -> Costs:
         members * refresh[1] + (work.operand_bytes or 0) * any(map(len, summaries)),
         members * precondition[0],
         members * precondition[1],
-        PRODUCT_FIRST if (left or right) and not rule.overrides("precondition") else "",
         min(macs, key=macs.__getitem__) if macs else "",
     )
 
@@ -124,12 +122,11 @@ def cost_table(known: dict[str, Costs]) -> str:
             name,
             c.rows if c.rows is not None else "dynamic",
             *(short(n) for n in (c.refresh_flops, c.refresh_bytes, c.precondition_flops, c.precondition_bytes)),
-            c.order,
             c.cheapest,
         ]
         for name, c in known.items()
     ]
-    headers = ["weight", "rows", "refresh flops", "bytes", "precond. flops", "bytes", "order", "fewest flops"]
+    headers = ["weight", "rows", "refresh flops", "bytes", "precond. flops", "bytes", "fewest flops"]
     layers = [c.layer_flops for c in known.values()]
     own = "not known before the batch is" if None in layers else short(sum(n for n in layers if n is not None))
     return (
