@@ -71,7 +71,7 @@ def test_of_equally_many_rows_the_product_made_anyway_decides():
 
 @pytest.mark.parametrize("options", [{"clip_norm": 1e-3}, {"accumulate": 2}], ids=["clipped", "accumulated"])
 def test_a_gradient_that_is_not_the_product_itself_is_left_alone(options):
-    step, found = trained(nn.Linear, 4, **options)
+    _, found = trained(nn.Linear, 4, **options)
     _, same = trained(nn.Linear, 4, without=("order_products",), **options)
     assert torch.equal(found, same)
 

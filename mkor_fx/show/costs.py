@@ -21,7 +21,7 @@ from ..passes.torch_api.tracing import trace
 from ..rules import Gradient, Rule, Shape, Use
 from ..rules.direction import direction_of
 
-#: the gradient is formed, then ``L @ G @ R``; whatever else is cheapest, ``passes/lower/order_products.py`` takes where it may
+#: the gradient is formed, then ``L @ G @ R``; `order_products` takes another where that is cheaper and may be
 PRODUCT_FIRST = "product first"
 
 
