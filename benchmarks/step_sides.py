@@ -122,6 +122,9 @@ SIDES: dict[str, Side] = {
     "MKOR, never refreshed": compiled(adamw, mkor_fx.MKOR(), NEVER),
     "MKOR behind SGD": compiled(sgd, mkor_fx.MKOR()),
     "MKOR.published() behind SGD": compiled(sgd, mkor_fx.MKOR.published()),
+    "MKOR.published() behind SGD, in bfloat16": compiled(
+        sgd, mkor_fx.MKOR.published(product_dtype=torch.bfloat16, factor_dtype=torch.bfloat16)
+    ),
     "MKOR.hybrid(), first order": compiled(adamw, mkor_fx.MKOR.hybrid()),
     "KFAC behind SGD": compiled(sgd, mkor_fx.KFAC()),
     "Eva behind SGD": compiled(sgd, mkor_fx.Eva()),
