@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from soap import Soap
 
-from mkor_fx import KFAC, MKOR, Eva, Rule
+from mkor_fx import KFAC, MKOR, AdaFisher, Eva, Rule
 from mkor_fx.kinds import Kind
 from mkor_fx.rules import Gradient, Sides
 
@@ -65,11 +65,14 @@ RULES = {
 }
 
 #: of these a door's trajectory and one resume in every run, the rest nightly
-MORE_RULES: dict[str, Rule] = {}
+MORE_RULES: dict[str, Rule] = {
+    "adafisher": AdaFisher(damping=0.1),
+    "adafisher, gradient": AdaFisher(momentum=0.0, damping=0.1),
+}
 
 #: why the backward mode does not take one
 REFUSED = {
-    **dict.fromkeys(("mkor", "soap", "leading"), "keeps moments"),
+    **dict.fromkeys(("mkor", "soap", "leading", "adafisher"), "keeps moments"),
     **dict.fromkeys(("mkor, sums", "mkor, gradient"), "reads the gradient"),
 }
 
@@ -78,6 +81,7 @@ HALF = {
     "mkor": MKOR(factor_dtype=torch.bfloat16),
     "mkor, published": MKOR.published(factor_dtype=torch.bfloat16),
     "eva": Eva(),
+    "adafisher": AdaFisher(damping=1e-2),
     "kfac": KFAC(),
     "kfac, eigen": KFAC(inverse="eigen"),
     "kfac, newton": KFAC(inverse="newton"),

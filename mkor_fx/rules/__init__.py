@@ -1,6 +1,7 @@
 """Update rules, one file each."""
 
 from ..kinds import Kind
+from .adafisher import AdaFisher
 from .base import Rule, Shape, State, Use
 from .choice import RuleChoice, Rules, check_rule
 from .direction import Gradient, Normalized, Sides
@@ -13,6 +14,7 @@ from .mkor import MKOR
 __all__ = [
     "KFAC",
     "MKOR",
+    "AdaFisher",
     "Eva",
     "Gradient",
     "Hybrid",
