@@ -6,10 +6,11 @@ from .doors.explain import explain
 from .doors.simulate import simulate
 from .ops import op_rule
 from .options import Communication
-from .rules import KFAC, MKOR, AdaFisher, Eva, Hybrid, Rule
+from .rules import CGFAC, KFAC, MKOR, AdaFisher, Eva, Hybrid, Rule
 from .show.progress import progress
 
 __all__ = [
+    "CGFAC",
     "KFAC",
     "MKOR",
     "AdaFisher",

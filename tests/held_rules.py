@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from soap import Soap
 
-from mkor_fx import KFAC, MKOR, AdaFisher, Eva, Rule
+from mkor_fx import CGFAC, KFAC, MKOR, AdaFisher, Eva, Rule
 from mkor_fx.kinds import Kind
 from mkor_fx.rules import Gradient, Sides
 
@@ -68,11 +68,13 @@ RULES = {
 MORE_RULES: dict[str, Rule] = {
     "adafisher": AdaFisher(damping=0.1),
     "adafisher, gradient": AdaFisher(momentum=0.0, damping=0.1),
+    "cgfac": CGFAC(damping=1e-2, iterations=4),
+    "cgfac, sketches": CGFAC(curvature="sketches", rank=5, damping=1e-2, iterations=4, warm_start=False),
 }
 
 #: why the backward mode does not take one
 REFUSED = {
-    **dict.fromkeys(("mkor", "soap", "leading", "adafisher"), "keeps moments"),
+    **dict.fromkeys(("mkor", "soap", "leading", "adafisher", "cgfac", "cgfac, sketches"), "keeps moments"),
     **dict.fromkeys(("mkor, sums", "mkor, gradient"), "reads the gradient"),
 }
 
@@ -82,6 +84,7 @@ HALF = {
     "mkor, published": MKOR.published(factor_dtype=torch.bfloat16),
     "eva": Eva(),
     "adafisher": AdaFisher(damping=1e-2),
+    "cgfac": CGFAC(),
     "kfac": KFAC(),
     "kfac, eigen": KFAC(inverse="eigen"),
     "kfac, newton": KFAC(inverse="newton"),

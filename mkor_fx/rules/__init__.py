@@ -3,6 +3,7 @@
 from ..kinds import Kind
 from .adafisher import AdaFisher
 from .base import Rule, Shape, State, Use
+from .cgfac import CGFAC
 from .choice import RuleChoice, Rules, check_rule
 from .direction import Gradient, Normalized, Sides
 from .eva import Eva
@@ -12,6 +13,7 @@ from .kfac import KFAC
 from .mkor import MKOR
 
 __all__ = [
+    "CGFAC",
     "KFAC",
     "MKOR",
     "AdaFisher",
