@@ -6,7 +6,7 @@ from .doors.explain import explain
 from .doors.simulate import simulate
 from .ops import op_rule
 from .options import Communication
-from .rules import CGFAC, KFAC, MKOR, AdaFisher, Eva, Hybrid, Rule
+from .rules import CGFAC, KFAC, MKOR, AdaFisher, Eva, Hybrid, Rule, ThermodynamicKFAC
 from .show.progress import progress
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "Eva",
     "Hybrid",
     "Rule",
+    "ThermodynamicKFAC",
     "compile",
     "compile_step",
     "explain",

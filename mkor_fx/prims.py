@@ -170,7 +170,7 @@ def uniforms(key: Tensor, side: int, count: int, dtype: torch.dtype) -> Tensor:
 
 
 def normals(key: Tensor, side: int, count: int, dtype: torch.dtype) -> Tensor:
-    """``[count]`` standard normal numbers by the same hash (Box and Muller, 1958), the same on every device up to rounding."""
+    """``[count]`` standard normal numbers by the same hash (Box and Muller, 1958), on every device alike up to rounding."""
     radius, turn = (uniforms(key, 2 * side + half, count, dtype) for half in range(2))
     return (-2 * radius.log()).sqrt() * (2 * math.pi * turn).cos()
 

@@ -11,6 +11,7 @@ from .hybrid import Hybrid
 from .hyper import Hyper
 from .kfac import KFAC
 from .mkor import MKOR
+from .thermodynamic import ThermodynamicKFAC
 
 __all__ = [
     "CGFAC",
@@ -29,6 +30,7 @@ __all__ = [
     "Shape",
     "Sides",
     "State",
+    "ThermodynamicKFAC",
     "Use",
     "check_rule",
 ]

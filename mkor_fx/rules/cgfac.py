@@ -173,7 +173,7 @@ class CGFAC(Rule):
 def conjugate_gradients(
     operator: Callable[[Tensor], Tensor], G: Tensor, start: Tensor | None, iterations: int, tolerance: Hyper
 ) -> Tensor:
-    """``V`` with ``operator(V)`` near ``G``, of a symmetric positive definite ``operator``, by ``iterations`` steps from zero
+    """``V`` with ``operator(V)`` near ``G``, of a positive definite symmetric ``operator``, by ``iterations`` steps from 0
     or from the best multiple of ``start`` (Hestenes and Stiefel, 1952). Steps behind ``|residual|^2 <= tolerance |G|^2``
     change nothing. Where it overflows, ``G``."""
     V, residual = torch.zeros_like(G), G
