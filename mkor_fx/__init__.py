@@ -6,16 +6,19 @@ from .doors.explain import explain
 from .doors.simulate import simulate
 from .ops import op_rule
 from .options import Communication
-from .rules import KFAC, MKOR, Eva, Hybrid, Rule
+from .rules import CGFAC, KFAC, MKOR, AdaFisher, Eva, Hybrid, Rule, ThermodynamicKFAC
 from .show.progress import progress
 
 __all__ = [
+    "CGFAC",
     "KFAC",
     "MKOR",
+    "AdaFisher",
     "Communication",
     "Eva",
     "Hybrid",
     "Rule",
+    "ThermodynamicKFAC",
     "compile",
     "compile_step",
     "explain",

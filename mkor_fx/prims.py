@@ -10,6 +10,7 @@ number may change over time, an operator has a twin ``..._by`` that takes 0-dim 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -136,7 +137,7 @@ def graft_rms(direction: Tensor, rms: Tensor | None = None, to: Tensor | None = 
     return torch.where(usable, direction * quotient.to(direction.dtype), torch.zeros_like(direction))
 
 
-# ---- random signs ---------------------------------------------------------------------------------------------------
+# ---- random numbers -------------------------------------------------------------------------------------------------
 
 #: sketches whose signs are bits of one hash
 _WORD = 24
@@ -152,15 +153,32 @@ def rademacher(step: Tensor, side: int, size: int, dtype: torch.dtype) -> Tensor
 def signs(key: Tensor, side: int, rows: int, sketches: int) -> Tensor:
     """``[rows, sketches]`` signs, a hash of (key, side, row, sketch): the same on every backend and device. Other keys and
     sides give independent ones."""
-    key = key.to(torch.int64)
-    low, high = key & 0x7FFFFFFF, (key >> 31) & 0x7FFFFFFF
-    seed = _mixed(_mixed(_mixed(low) ^ high) ^ (side + 1))
+    seed = _seed(key, side)
     bits = []
     for at in range(0, sketches, _WORD):
         hashed = _mixed(_mixed(seed ^ (at // _WORD)) ^ torch.arange(rows, device=key.device))
         places = torch.arange(min(_WORD, sketches - at), device=key.device)
         bits.append((hashed.unsqueeze(-1) >> (places + 4)) & 1)
     return (1 - 2 * (bits[0] if len(bits) == 1 else torch.cat(bits, -1))).to(torch.int8)
+
+
+def uniforms(key: Tensor, side: int, count: int, dtype: torch.dtype) -> Tensor:
+    """``[count]`` numbers, uniform in (0, 1), a hash of (key, side, index) as that of :func:`signs`. Of 2^23 values, each
+    exact in float32."""
+    hashed = _mixed(_seed(key, side) ^ torch.arange(count, device=key.device))
+    return ((hashed >> 8).to(dtype) + 0.5) / 2**23
+
+
+def normals(key: Tensor, side: int, count: int, dtype: torch.dtype) -> Tensor:
+    """``[count]`` standard normal numbers by the same hash (Box and Muller, 1958), on every device alike up to rounding."""
+    radius, turn = (uniforms(key, 2 * side + half, count, dtype) for half in range(2))
+    return (-2 * radius.log()).sqrt() * (2 * math.pi * turn).cos()
+
+
+def _seed(key: Tensor, side: int) -> Tensor:
+    key = key.to(torch.int64)
+    low, high = key & 0x7FFFFFFF, (key >> 31) & 0x7FFFFFFF
+    return _mixed(_mixed(_mixed(low) ^ high) ^ (side + 1))
 
 
 def _mixed(h: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from soap import Soap
 
-from mkor_fx import KFAC, MKOR, Eva, Rule
+from mkor_fx import CGFAC, KFAC, MKOR, AdaFisher, Eva, Rule, ThermodynamicKFAC
 from mkor_fx.kinds import Kind
 from mkor_fx.rules import Gradient, Sides
 
@@ -65,11 +65,17 @@ RULES = {
 }
 
 #: of these a door's trajectory and one resume in every run, the rest nightly
-MORE_RULES: dict[str, Rule] = {}
+MORE_RULES: dict[str, Rule] = {
+    "adafisher": AdaFisher(damping=0.1),
+    "adafisher, gradient": AdaFisher(momentum=0.0, damping=0.1),
+    "cgfac": CGFAC(damping=1e-2, iterations=4),
+    "cgfac, sketches": CGFAC(curvature="sketches", rank=5, damping=1e-2, iterations=4, warm_start=False),
+    "thermodynamic": ThermodynamicKFAC(damping=0.1, derive_every=2, steps=20, burn_in=5, bits=12, rounding="stochastic"),
+}
 
 #: why the backward mode does not take one
 REFUSED = {
-    **dict.fromkeys(("mkor", "soap", "leading"), "keeps moments"),
+    **dict.fromkeys(("mkor", "soap", "leading", "adafisher", "cgfac", "cgfac, sketches"), "keeps moments"),
     **dict.fromkeys(("mkor, sums", "mkor, gradient"), "reads the gradient"),
 }
 
@@ -78,6 +84,9 @@ HALF = {
     "mkor": MKOR(factor_dtype=torch.bfloat16),
     "mkor, published": MKOR.published(factor_dtype=torch.bfloat16),
     "eva": Eva(),
+    "adafisher": AdaFisher(damping=1e-2),
+    "cgfac": CGFAC(),
+    "thermodynamic": ThermodynamicKFAC(steps=20, burn_in=10),
     "kfac": KFAC(),
     "kfac, eigen": KFAC(inverse="eigen"),
     "kfac, newton": KFAC(inverse="newton"),

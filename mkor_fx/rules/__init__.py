@@ -1,7 +1,9 @@
 """Update rules, one file each."""
 
 from ..kinds import Kind
+from .adafisher import AdaFisher
 from .base import Rule, Shape, State, Use
+from .cgfac import CGFAC
 from .choice import RuleChoice, Rules, check_rule
 from .direction import Gradient, Normalized, Sides
 from .eva import Eva
@@ -9,10 +11,13 @@ from .hybrid import Hybrid
 from .hyper import Hyper
 from .kfac import KFAC
 from .mkor import MKOR
+from .thermodynamic import ThermodynamicKFAC
 
 __all__ = [
+    "CGFAC",
     "KFAC",
     "MKOR",
+    "AdaFisher",
     "Eva",
     "Gradient",
     "Hybrid",
@@ -25,6 +30,7 @@ __all__ = [
     "Shape",
     "Sides",
     "State",
+    "ThermodynamicKFAC",
     "Use",
     "check_rule",
 ]

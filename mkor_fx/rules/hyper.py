@@ -63,6 +63,13 @@ def check_decay(rule: Any, example: str) -> None:
         raise ValueError(f"{where}{rule.decay!r}): the weight of the old average must lie in [0, 1), e.g. {example}")
 
 
+def check_count(rule: Any, name: str, least: int = 1) -> None:
+    """Raises ValueError for a field that is no integer of at least ``least``."""
+    value = getattr(rule, name)
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{type(rule).__name__}({name}={value!r}): must be an integer of at least {least}")
+
+
 def weight_of_old(seen: Tensor, decay: Any) -> Tensor:
     """``decay``, or zero where nothing was ``seen`` yet: the first statistic is taken as it is."""
     return torch.where(seen > 0, torch.ones_like(seen) * decay, torch.zeros_like(seen))

@@ -12,7 +12,8 @@ from ..kinds import Kind
 from ..prims import accumulation_dtype
 from .base import Rule, Shape, State, Use
 from .direction import Gradient, Graft, Sides
-from .hyper import Hyper, check_decay, check_positive, weight_of_old
+from .hyper import Hyper, check_count, check_decay, check_positive
+from .kronecker import averaged, check_max_factor, damped, moments_of_rows, sides_with_factor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,13 +78,10 @@ class KFAC(Rule):
     def __post_init__(self) -> None:
         check_positive(self, "damping", "1e-3")
         check_decay(self, "0.95")
-        if not isinstance(self.max_factor, int) or self.max_factor < 0:
-            raise ValueError(f"KFAC(max_factor={self.max_factor!r}): must be an integer, 0 (no factors) or more")
-
+        check_max_factor(self)
         if self.inverse not in ("cholesky", "eigen", "newton"):
             raise ValueError(f"KFAC(inverse={self.inverse!r}): must be 'cholesky', 'eigen' or 'newton'")
-        if not isinstance(self.newton_steps, int) or self.newton_steps < 1:
-            raise ValueError(f"KFAC(newton_steps={self.newton_steps!r}): must be an integer of at least 1")
+        check_count(self, "newton_steps")
         if self.kl_clip is not None:
             check_positive(self, "kl_clip", "1e-3, or None")
 
@@ -96,8 +94,7 @@ class KFAC(Rule):
 
     def init(self, shape: Shape, device: torch.device) -> State:
         """``L`` and ``R`` zero, their inverses (``eigen``: bases) the identity, float32; ``seen`` counts refreshes."""
-        sides = {"L": shape.O} if shape.lookup else {"L": shape.O, "R": shape.I}
-        sides = {name: size for name, size in sides.items() if size <= self.max_factor}
+        sides = sides_with_factor(shape, self.max_factor)
         state = {name: torch.zeros(size, size, device=device) for name, size in sides.items()}
         made = "basis" if self.inverse == "eigen" else "inverse"
         state |= {f"{name}_{made}": torch.eye(size, device=device) for name, size in sides.items()}
@@ -110,32 +107,17 @@ class KFAC(Rule):
         return shape.O <= self.max_factor
 
     def summarize(self, shape: Shape, a_NI: Tensor, g_NO: Tensor) -> tuple[Tensor, ...]:
-        """``a^T a`` and ``g^T g``, accumulated in float32; nothing of a side without a factor."""
-        kept = (None if shape.lookup or shape.I > self.max_factor else a_NI, None if shape.O > self.max_factor else g_NO)
-        return tuple(g_NO.new_zeros(0, dtype=torch.float32) if rows is None else _gram(rows) for rows in kept)
+        return moments_of_rows(shape, a_NI, g_NO, self.max_factor)
 
     def unscale(self, summary: tuple[Tensor, ...], scale: Tensor) -> tuple[Tensor, ...]:
         inputs, outputs = summary
         return inputs, outputs / (scale * scale)
 
     def update(self, state: State, uses: list[Use], grad: Gradient, step: Tensor) -> State:
-        new: dict[str, Tensor] = {}
-        for use in uses:
-            inputs, outputs = use.summary
-            rows = use.rows.clamp_min(1)
-            a_II, g_OO = inputs / rows, outputs * rows
-            for name, moment in (("L", a_II if use.opposite else g_OO), ("R", g_OO if use.opposite else a_II)):
-                new[name] = new[name] + moment if name in new else moment
-        old = weight_of_old(state["seen"], self.decay)
-        averaged: dict[str, Tensor] = {
-            name: old * state[name] + (1 - old) * new[name].to(state[name].dtype) / len(uses)
-            for name in ("L", "R")
-            if name in state
-        }
-        new = {**state, **averaged, "seen": state["seen"] + 1}
+        new = averaged(state, uses, self.decay)
         if self.inverse == "newton":
-            for name, damped in self._damped(new).items():
-                new[f"{name}_inverse"] = newton_inverse(damped, state[f"{name}_inverse"], self.newton_steps)
+            for name, factor in self._damped(new).items():
+                new[f"{name}_inverse"] = newton_inverse(factor, state[f"{name}_inverse"], self.newton_steps)
         return new
 
     def derive(self, state: State) -> State:
@@ -148,23 +130,13 @@ class KFAC(Rule):
                     made[f"{name}_values"] = values.clamp_min(0)
             made["derived"] = state["seen"]
         else:
-            for name, damped in self._damped(state).items():
-                made[f"{name}_inverse"] = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+            for name, factor in self._damped(state).items():
+                made[f"{name}_inverse"] = torch.cholesky_inverse(torch.linalg.cholesky(factor))
         return {**state, **{key: torch.where(seen, new, state[key]) for key, new in made.items()}}
 
     def _damped(self, state: State) -> dict[str, Tensor]:
         """The factors with their damping."""
-        factors = {name: state[name] for name in ("L", "R") if name in state}
-        means = {name: factor.diagonal(dim1=-2, dim2=-1).mean(-1) for name, factor in factors.items()}
-        damping = (torch.ones_like(state["seen"]) * self.damping).to(state["seen"].dtype)
-        pi = torch.ones_like(state["seen"])
-        if self.pi:
-            damping = damping.sqrt()
-            pi = (means["R"] / means["L"]).sqrt() if len(means) == 2 else pi
-            pi = torch.where(torch.isfinite(pi) & (pi > 0), pi, torch.ones_like(pi))
-        added = {"L": damping / pi, "R": damping * pi}
-        eyes = {name: torch.eye(f.shape[-1], dtype=f.dtype, device=f.device) for name, f in factors.items()}
-        return {name: factor + added[name][..., None, None] * eyes[name] for name, factor in factors.items()}
+        return damped(state, self.damping, self.pi)
 
     def sides(self, state: State) -> Sides:
         return Sides(state.get("L_inverse"), state.get("R_inverse"))
@@ -206,8 +178,3 @@ def newton_inverse(matrix_DD: Tensor, guess_DD: Tensor, steps: int) -> Tensor:
         step = 2 * guess_DD - guess_DD @ matrix_DD @ guess_DD
         guess_DD = (step + step.mT) / 2
     return guess_DD
-
-
-def _gram(rows_NM: Tensor) -> Tensor:
-    wide = rows_NM.to(accumulation_dtype(rows_NM.dtype))
-    return wide.mT @ wide
