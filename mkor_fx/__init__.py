@@ -6,16 +6,19 @@ from .doors.explain import explain
 from .doors.simulate import simulate
 from .ops import op_rule
 from .options import Communication
-from .rules import KFAC, MKOR, Eva, Hybrid, Rule
+from .rules import EKFAC, KFAC, MKOR, SOAP, Eva, Hybrid, Rule, Shampoo
 from .show.progress import progress
 
 __all__ = [
+    "EKFAC",
     "KFAC",
     "MKOR",
+    "SOAP",
     "Communication",
     "Eva",
     "Hybrid",
     "Rule",
+    "Shampoo",
     "compile",
     "compile_step",
     "explain",

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..kinds import Kind
 from ..prims import accumulation_dtype
 from .base import Rule, Shape, State, Use
+from .bases import check_max_factor, into_bases, out_of_bases, sides_of
 from .direction import Gradient, Graft, Sides
 from .hyper import Hyper, check_decay, check_positive, weight_of_old
 
@@ -77,9 +78,7 @@ class KFAC(Rule):
     def __post_init__(self) -> None:
         check_positive(self, "damping", "1e-3")
         check_decay(self, "0.95")
-        if not isinstance(self.max_factor, int) or self.max_factor < 0:
-            raise ValueError(f"KFAC(max_factor={self.max_factor!r}): must be an integer, 0 (no factors) or more")
-
+        check_max_factor(self)
         if self.inverse not in ("cholesky", "eigen", "newton"):
             raise ValueError(f"KFAC(inverse={self.inverse!r}): must be 'cholesky', 'eigen' or 'newton'")
         if not isinstance(self.newton_steps, int) or self.newton_steps < 1:
@@ -96,8 +95,7 @@ class KFAC(Rule):
 
     def init(self, shape: Shape, device: torch.device) -> State:
         """``L`` and ``R`` zero, their inverses (``eigen``: bases) the identity, float32; ``seen`` counts refreshes."""
-        sides = {"L": shape.O} if shape.lookup else {"L": shape.O, "R": shape.I}
-        sides = {name: size for name, size in sides.items() if size <= self.max_factor}
+        sides = sides_of(shape, self.max_factor)
         state = {name: torch.zeros(size, size, device=device) for name, size in sides.items()}
         made = "basis" if self.inverse == "eigen" else "inverse"
         state |= {f"{name}_{made}": torch.eye(size, device=device) for name, size in sides.items()}
@@ -121,7 +119,7 @@ class KFAC(Rule):
     def update(self, state: State, uses: list[Use], grad: Gradient, step: Tensor) -> State:
         new: dict[str, Tensor] = {}
         for use in uses:
-            inputs, outputs = use.summary
+            inputs, outputs = use.summary[:2]
             rows = use.rows.clamp_min(1)
             a_II, g_OO = inputs / rows, outputs * rows
             for name, moment in (("L", a_II if use.opposite else g_OO), ("R", g_OO if use.opposite else a_II)):
@@ -173,20 +171,20 @@ class KFAC(Rule):
         """In the bases of both factors; a bias is a weight of one input that is always 1."""
         if self.inverse != "eigen":
             return super().precondition(state, grad)
-        dtype = accumulation_dtype(grad.weight.dtype)  # in float16 products of eigenvalues overflow
-        given, grad = grad.weight.dtype, grad.to(dtype)
-        Q_L, Q_R = (None if f"{name}_basis" not in state else state[f"{name}_basis"].to(dtype) for name in ("L", "R"))
-        q_L, q_R = (grad.weight.new_ones(()) if (q := state.get(f"{n}_values")) is None else q.to(dtype) for n in ("L", "R"))
-        into = grad.weight if Q_L is None else Q_L.mT @ grad.weight
-        into = into if Q_R is None else into @ Q_R
-        into = into / (q_L.unsqueeze(-1) * q_R.unsqueeze(-2 if q_R.dim() else -1) + self.damping)
-        made = into if Q_L is None else Q_L @ into
-        made = made if Q_R is None else made @ Q_R.mT
-        bias, ready = grad.bias, state["derived"] > 0
-        if bias is not None and Q_L is not None:
-            turned = Q_L @ ((Q_L.mT @ bias[..., None]) / (q_L[..., None] + self.damping))
-            bias = torch.where(ready, turned[..., 0], bias)
-        return Gradient(torch.where(ready, made, grad.weight), bias).to(given)
+        given, ready = grad.weight.dtype, state["derived"] > 0
+        dtype = accumulation_dtype(given)  # in float16 products of eigenvalues overflow
+        (weight, bias), (of_weight, of_bias) = grad.to(dtype), (q.to(dtype) + self.damping for q in self.curvature(state))
+        made = out_of_bases(state, into_bases(state, weight) / of_weight)
+        if bias is not None and "L_basis" in state:
+            Q_L = state["L_basis"].to(dtype)
+            bias = torch.where(ready, Q_L @ ((Q_L.mT @ bias) / of_bias), bias)
+        return Gradient(torch.where(ready, made, weight), bias).to(given)
+
+    def curvature(self, state: State) -> tuple[Tensor, Tensor]:
+        """In the bases: of a weight ``q_L q_R^T``, ``[O, I]``, of a bias ``q_L``, ``[O]``; 1 of a side without a factor."""
+        one = torch.ones_like(state["derived"]).unsqueeze(0)
+        q_L, q_R = (state.get(f"{name}_values", one) for name in ("L", "R"))
+        return q_L.unsqueeze(-1) * q_R, q_L
 
 
 def newton_inverse(matrix_DD: Tensor, guess_DD: Tensor, steps: int) -> Tensor:
