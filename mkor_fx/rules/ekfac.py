@@ -88,7 +88,7 @@ class EKFAC(KFAC):
     def summarize(  # type: ignore[override]
         self, shape: Shape, a_NI: Tensor, g_NO: Tensor, state: State | None = None
     ) -> tuple[Tensor, ...]:
-        """K-FAC's two products; of rows ``sum (g Q_L)^2 (a Q_R)^2`` as well, ``[O, I]`` as the weight lies, a bias' ``[O]``."""
+        """K-FAC's two products; of rows ``sum (g Q_L)^2 (a Q_R)^2``, ``[O, I]`` as the weight lies, of a bias ``[O]``."""
         products = super().summarize(shape, a_NI, g_NO)
         if state is None:
             return products

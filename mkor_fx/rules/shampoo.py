@@ -20,8 +20,7 @@ class Shampoo(Rule):
     """Inverse ``p``-th roots of the gradient's own second moments, of the gradient alone: no rows are captured.
 
     Every step ``L <- beta L + (1 - beta) G G^T`` and ``R <- beta R + (1 - beta) G^T G``, from zero, corrected by
-    ``1 - beta^t``; with ``beta=1`` plain sums. With ``|A|`` the Frobenius norm and ``p = 4``, or 2 where one side alone has a
-    factor:
+    ``1 - beta^t``; with ``beta=1`` plain sums. With ``|A|`` the Frobenius norm and ``p = 4`` (2 if one side has no factor):
 
         ``D = (L + damping |L| I)^(-1/p) G (R + damping |R| I)^(-1/p)``
 
@@ -168,8 +167,8 @@ class Shampoo(Rule):
 
     def normalize(self, state: State, product: Tensor, moment: Tensor) -> Normalized:
         """In the length of the step of ``magnitude``."""
-        beta2 = 1.0 if self.magnitude == "adagrad" else self.beta2
-        squares = _corrected(state["squares"], beta2, state["count"])
+        beta = 1.0 if self.magnitude == "adagrad" else self.beta2
+        squares = _corrected(state["squares"], beta, state["count"])
         step = moment.to(squares.dtype) / (squares.sqrt() + self.eps)
         wide = product.to(squares.dtype)
         return Normalized(wide * (step.norm() / (wide.norm() + 1e-16)), state)
@@ -185,9 +184,9 @@ def inverse_root(matrix_DD: Tensor, order: int, steps: int) -> Tensor:
     """
     z = (order + 1) / (2 * torch.linalg.vector_norm(matrix_DD, dim=(-2, -1), keepdim=True))
     eye = torch.eye(matrix_DD.shape[-1], dtype=matrix_DD.dtype, device=matrix_DD.device)
-    X, M = z ** (1 / order) * eye, z * matrix_DD
+    X, M, longest = z ** (1 / order) * eye, z * matrix_DD, (1 + 1 / order) * eye
     for _ in range(steps):
-        Y = ((order + 1) * eye - M) / order
+        Y = torch.sub(longest, M, alpha=1 / order)
         X, M = X @ Y, torch.linalg.matrix_power(Y, order) @ M
     return (X + X.mT) / 2
 

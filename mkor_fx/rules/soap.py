@@ -18,7 +18,7 @@ from .hyper import Hyper, check_decay, check_positive
 class SOAP(Rule):
     """Adam, in bases that turn slowly, of the gradient alone: no rows are captured.
 
-    With ``L``, ``R`` averages of ``G G^T`` and ``G^T G`` (from zero, with ``decay``), ``Q_L``, ``Q_R`` their bases, at step ``t``:
+    With ``L``, ``R`` averages of ``G G^T`` and ``G^T G``, from zero, and ``Q_L``, ``Q_R`` their bases, at step ``t``:
 
         ``m <- beta1 m + (1 - beta1) G'``,  ``v <- beta2 v + (1 - beta2) G'^2``,  ``G' = Q_L^T G Q_R``
         ``D = sqrt(1 - beta2^t) / (1 - beta1^t) Q_L [m / (sqrt(v) + eps)] Q_R^T``
