@@ -6,18 +6,21 @@ from .doors.explain import explain
 from .doors.simulate import simulate
 from .ops import op_rule
 from .options import Communication
-from .rules import CGFAC, KFAC, MKOR, AdaFisher, Eva, Hybrid, Rule, ThermodynamicKFAC
+from .rules import CGFAC, EKFAC, KFAC, MKOR, SOAP, AdaFisher, Eva, Hybrid, Rule, Shampoo, ThermodynamicKFAC
 from .show.progress import progress
 
 __all__ = [
     "CGFAC",
+    "EKFAC",
     "KFAC",
     "MKOR",
+    "SOAP",
     "AdaFisher",
     "Communication",
     "Eva",
     "Hybrid",
     "Rule",
+    "Shampoo",
     "ThermodynamicKFAC",
     "compile",
     "compile_step",

@@ -6,17 +6,22 @@ from .base import Rule, Shape, State, Use
 from .cgfac import CGFAC
 from .choice import RuleChoice, Rules, check_rule
 from .direction import Gradient, Normalized, Sides
+from .ekfac import EKFAC
 from .eva import Eva
 from .hybrid import Hybrid
 from .hyper import Hyper
 from .kfac import KFAC
 from .mkor import MKOR
+from .shampoo import Shampoo
+from .soap import SOAP
 from .thermodynamic import ThermodynamicKFAC
 
 __all__ = [
     "CGFAC",
+    "EKFAC",
     "KFAC",
     "MKOR",
+    "SOAP",
     "AdaFisher",
     "Eva",
     "Gradient",
@@ -27,6 +32,7 @@ __all__ = [
     "Rule",
     "RuleChoice",
     "Rules",
+    "Shampoo",
     "Shape",
     "Sides",
     "State",

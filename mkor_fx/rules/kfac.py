@@ -11,6 +11,7 @@ from torch import Tensor
 from ..kinds import Kind
 from ..prims import accumulation_dtype
 from .base import Rule, Shape, State, Use
+from .bases import into_bases, out_of_bases
 from .direction import Gradient, Graft, Sides
 from .hyper import Hyper, check_count, check_decay, check_positive
 from .kronecker import averaged, check_max_factor, damped, moments_of_rows, sides_with_factor
@@ -145,20 +146,20 @@ class KFAC(Rule):
         """In the bases of both factors; a bias is a weight of one input that is always 1."""
         if self.inverse != "eigen":
             return super().precondition(state, grad)
-        dtype = accumulation_dtype(grad.weight.dtype)  # in float16 products of eigenvalues overflow
-        given, grad = grad.weight.dtype, grad.to(dtype)
-        Q_L, Q_R = (None if f"{name}_basis" not in state else state[f"{name}_basis"].to(dtype) for name in ("L", "R"))
-        q_L, q_R = (grad.weight.new_ones(()) if (q := state.get(f"{n}_values")) is None else q.to(dtype) for n in ("L", "R"))
-        into = grad.weight if Q_L is None else Q_L.mT @ grad.weight
-        into = into if Q_R is None else into @ Q_R
-        into = into / (q_L.unsqueeze(-1) * q_R.unsqueeze(-2 if q_R.dim() else -1) + self.damping)
-        made = into if Q_L is None else Q_L @ into
-        made = made if Q_R is None else made @ Q_R.mT
-        bias, ready = grad.bias, state["derived"] > 0
-        if bias is not None and Q_L is not None:
-            turned = Q_L @ ((Q_L.mT @ bias[..., None]) / (q_L[..., None] + self.damping))
-            bias = torch.where(ready, turned[..., 0], bias)
-        return Gradient(torch.where(ready, made, grad.weight), bias).to(given)
+        given, ready = grad.weight.dtype, state["derived"] > 0
+        dtype = accumulation_dtype(given)  # in float16 products of eigenvalues overflow
+        (weight, bias), (of_weight, of_bias) = grad.to(dtype), (q.to(dtype) + self.damping for q in self.curvature(state))
+        made = out_of_bases(state, into_bases(state, weight) / of_weight)
+        if bias is not None and "L_basis" in state:
+            Q_L = state["L_basis"].to(dtype)
+            bias = torch.where(ready, Q_L @ ((Q_L.mT @ bias) / of_bias), bias)
+        return Gradient(torch.where(ready, made, weight), bias).to(given)
+
+    def curvature(self, state: State) -> tuple[Tensor, Tensor]:
+        """In the bases: of a weight ``q_L q_R^T``, ``[O, I]``, of a bias ``q_L``, ``[O]``; 1 of a side without a factor."""
+        one = torch.ones_like(state["derived"]).unsqueeze(0)
+        q_L, q_R = (state.get(f"{name}_values", one) for name in ("L", "R"))
+        return q_L.unsqueeze(-1) * q_R, q_L
 
 
 def newton_inverse(matrix_DD: Tensor, guess_DD: Tensor, steps: int) -> Tensor:

@@ -40,7 +40,7 @@ def averaged(state: State, uses: list[Use], decay: Any) -> State:
     """The state with ``F <- decay F + (1 - decay) F_new`` for its factors, the first as it is, and ``seen`` one on."""
     new: dict[str, Tensor] = {}
     for use in uses:
-        inputs, outputs = use.summary
+        inputs, outputs = use.summary[:2]
         rows = use.rows.clamp_min(1)
         a_II, g_OO = inputs / rows, outputs * rows
         for name, moment in (("L", a_II if use.opposite else g_OO), ("R", g_OO if use.opposite else a_II)):
