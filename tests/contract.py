@@ -105,7 +105,7 @@ class Contract:
         for opposite, groups in sorted(self.rows[name].items()):
             a, g = (torch.cat(part) for part in zip(*(pairs[member] for pairs in groups), strict=True))
             turned = opposite and kind is not nn.Embedding
-            seen = shape if not turned else Shape(shape.I, shape.O, False)
+            seen = shape if not turned else Shape(shape.I, shape.O, opposite=True)
             read = {"state": state} if self.rule.reads_state else {}
             read |= {"key": torch.tensor((self.count - self.late) << 32)} if self.rule.draws else {}
             summary = tuple(s.to(a.dtype) for s in self.rule.summarize(seen, a, g, **read))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from soap import Soap
 
-from mkor_fx import KFAC, MKOR, Eva, Rule
+from mkor_fx import KFAC, MKOR, SINGD, Eva, Rule
 from mkor_fx.kinds import Kind
 from mkor_fx.rules import Gradient, Sides
 
@@ -65,7 +65,12 @@ RULES = {
 }
 
 #: of these a door's trajectory and one resume in every run, the rest nightly
-MORE_RULES: dict[str, Rule] = {}
+MORE_RULES: dict[str, Rule] = {
+    "singd": SINGD(beta1=0.1, damping=1e-2),
+    "singd, diagonal": SINGD(beta1=0.1, structure="diagonal", form="ikfac", alpha1=0, graft=None),
+    "singd, triangular": SINGD(beta1=0.1, structure=("triangular", "block"), block=3),
+    "singd, hierarchical": SINGD(beta1=0.1, structure=("rank1", "hierarchical"), corners=(2, 2)),
+}
 
 #: why the backward mode does not take one
 REFUSED = {
@@ -81,4 +86,6 @@ HALF = {
     "kfac": KFAC(),
     "kfac, eigen": KFAC(inverse="eigen"),
     "kfac, newton": KFAC(inverse="newton"),
+    "singd": SINGD(factor_dtype=torch.bfloat16),
+    "singd, hierarchical": SINGD(factor_dtype=torch.bfloat16, structure="hierarchical", corners=(2, 2)),
 }

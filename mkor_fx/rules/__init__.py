@@ -9,10 +9,12 @@ from .hybrid import Hybrid
 from .hyper import Hyper
 from .kfac import KFAC
 from .mkor import MKOR
+from .singd import SINGD
 
 __all__ = [
     "KFAC",
     "MKOR",
+    "SINGD",
     "Eva",
     "Gradient",
     "Hybrid",
