@@ -6,11 +6,12 @@ from .doors.explain import explain
 from .doors.simulate import simulate
 from .ops import op_rule
 from .options import Communication
-from .rules import KFAC, MKOR, SINGD, Eva, Hybrid, Rule
+from .rules import KFAC, KLDWRM, MKOR, SINGD, Eva, Hybrid, Rule
 from .show.progress import progress
 
 __all__ = [
     "KFAC",
+    "KLDWRM",
     "MKOR",
     "SINGD",
     "Communication",

@@ -8,11 +8,13 @@ from .eva import Eva
 from .hybrid import Hybrid
 from .hyper import Hyper
 from .kfac import KFAC
+from .kldwrm import KLDWRM
 from .mkor import MKOR
 from .singd import SINGD
 
 __all__ = [
     "KFAC",
+    "KLDWRM",
     "MKOR",
     "SINGD",
     "Eva",

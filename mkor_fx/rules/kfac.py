@@ -75,15 +75,16 @@ class KFAC(Rule):
     }
 
     def __post_init__(self) -> None:
+        name = type(self).__name__
         check_positive(self, "damping", "1e-3")
         check_decay(self, "0.95")
         if not isinstance(self.max_factor, int) or self.max_factor < 0:
-            raise ValueError(f"KFAC(max_factor={self.max_factor!r}): must be an integer, 0 (no factors) or more")
+            raise ValueError(f"{name}(max_factor={self.max_factor!r}): must be an integer, 0 (no factors) or more")
 
         if self.inverse not in ("cholesky", "eigen", "newton"):
-            raise ValueError(f"KFAC(inverse={self.inverse!r}): must be 'cholesky', 'eigen' or 'newton'")
+            raise ValueError(f"{name}(inverse={self.inverse!r}): must be 'cholesky', 'eigen' or 'newton'")
         if not isinstance(self.newton_steps, int) or self.newton_steps < 1:
-            raise ValueError(f"KFAC(newton_steps={self.newton_steps!r}): must be an integer of at least 1")
+            raise ValueError(f"{name}(newton_steps={self.newton_steps!r}): must be an integer of at least 1")
         if self.kl_clip is not None:
             check_positive(self, "kl_clip", "1e-3, or None")
 
@@ -119,6 +120,16 @@ class KFAC(Rule):
         return inputs, outputs / (scale * scale)
 
     def update(self, state: State, uses: list[Use], grad: Gradient, step: Tensor) -> State:
+        old = weight_of_old(state["seen"], self.decay)
+        averaged = {name: old * state[name] + (1 - old) * moment for name, moment in self._moments(state, uses).items()}
+        new = {**state, **averaged, "seen": state["seen"] + 1}
+        if self.inverse == "newton":
+            for name, damped in self._damped(self._curvature(new)).items():
+                new[f"{name}_inverse"] = newton_inverse(damped, state[f"{name}_inverse"], self.newton_steps)
+        return new
+
+    def _moments(self, state: State, uses: list[Use]) -> dict[str, Tensor]:
+        """``L`` and ``R`` of this step's rows."""
         new: dict[str, Tensor] = {}
         for use in uses:
             inputs, outputs = use.summary
@@ -126,29 +137,22 @@ class KFAC(Rule):
             a_II, g_OO = inputs / rows, outputs * rows
             for name, moment in (("L", a_II if use.opposite else g_OO), ("R", g_OO if use.opposite else a_II)):
                 new[name] = new[name] + moment if name in new else moment
-        old = weight_of_old(state["seen"], self.decay)
-        averaged: dict[str, Tensor] = {
-            name: old * state[name] + (1 - old) * new[name].to(state[name].dtype) / len(uses)
-            for name in ("L", "R")
-            if name in state
-        }
-        new = {**state, **averaged, "seen": state["seen"] + 1}
-        if self.inverse == "newton":
-            for name, damped in self._damped(new).items():
-                new[f"{name}_inverse"] = newton_inverse(damped, state[f"{name}_inverse"], self.newton_steps)
-        return new
+        return {name: new[name].to(state[name].dtype) / len(uses) for name in ("L", "R") if name in state}
+
+    def _curvature(self, state: State) -> State:
+        """``L`` and ``R`` that a direction inverts, those that there are."""
+        return {name: state[name] for name in ("L", "R") if name in state}
 
     def derive(self, state: State) -> State:
         """The damped inverses by Cholesky, or bases and eigenvalues, of factors that have seen a refresh."""
         seen, made = state["seen"] > 0, {}
         if self.inverse == "eigen":
-            for name in ("L", "R"):
-                if name in state:
-                    values, made[f"{name}_basis"] = torch.linalg.eigh((state[name] + state[name].mT) / 2)
-                    made[f"{name}_values"] = values.clamp_min(0)
+            for name, factor in self._curvature(state).items():
+                values, made[f"{name}_basis"] = torch.linalg.eigh((factor + factor.mT) / 2)
+                made[f"{name}_values"] = values.clamp_min(0)
             made["derived"] = state["seen"]
         else:
-            for name, damped in self._damped(state).items():
+            for name, damped in self._damped(self._curvature(state)).items():
                 made[f"{name}_inverse"] = torch.cholesky_inverse(torch.linalg.cholesky(damped))
         return {**state, **{key: torch.where(seen, new, state[key]) for key, new in made.items()}}
 
@@ -156,8 +160,8 @@ class KFAC(Rule):
         """The factors with their damping."""
         factors = {name: state[name] for name in ("L", "R") if name in state}
         means = {name: factor.diagonal(dim1=-2, dim2=-1).mean(-1) for name, factor in factors.items()}
-        damping = (torch.ones_like(state["seen"]) * self.damping).to(state["seen"].dtype)
-        pi = torch.ones_like(state["seen"])
+        pi = torch.ones_like(next(iter(means.values())))
+        damping = (pi * self.damping).to(pi.dtype)
         if self.pi:
             damping = damping.sqrt()
             pi = (means["R"] / means["L"]).sqrt() if len(means) == 2 else pi
