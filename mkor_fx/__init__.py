@@ -6,14 +6,30 @@ from .doors.explain import explain
 from .doors.simulate import simulate
 from .ops import op_rule
 from .options import Communication
-from .rules import CGFAC, EKFAC, KFAC, MKOR, SOAP, AdaFisher, Eva, Hybrid, Rule, Shampoo, ThermodynamicKFAC
+from .rules import (
+    CGFAC,
+    EKFAC,
+    KFAC,
+    KLDWRM,
+    MKOR,
+    SINGD,
+    SOAP,
+    AdaFisher,
+    Eva,
+    Hybrid,
+    Rule,
+    Shampoo,
+    ThermodynamicKFAC,
+)
 from .show.progress import progress
 
 __all__ = [
     "CGFAC",
     "EKFAC",
     "KFAC",
+    "KLDWRM",
     "MKOR",
+    "SINGD",
     "SOAP",
     "AdaFisher",
     "Communication",

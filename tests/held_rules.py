@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from soap import Soap
 
-from mkor_fx import CGFAC, KFAC, MKOR, AdaFisher, Eva, Rule, ThermodynamicKFAC
+from mkor_fx import CGFAC, KFAC, KLDWRM, MKOR, SINGD, AdaFisher, Eva, Rule, ThermodynamicKFAC
 from mkor_fx.kinds import Kind
 from mkor_fx.rules import Gradient, Sides
 
@@ -71,11 +71,20 @@ MORE_RULES: dict[str, Rule] = {
     "cgfac": CGFAC(damping=1e-2, iterations=4),
     "cgfac, sketches": CGFAC(curvature="sketches", rank=5, damping=1e-2, iterations=4, warm_start=False),
     "thermodynamic": ThermodynamicKFAC(damping=0.1, derive_every=2, steps=20, burn_in=5, bits=12, rounding="stochastic"),
+    "singd": SINGD(beta1=0.1, damping=1e-2),
+    "singd, diagonal": SINGD(beta1=0.1, structure="diagonal", form="ikfac", alpha1=0, graft=None),
+    "singd, triangular": SINGD(beta1=0.1, structure=("triangular", "block"), block=3),
+    "singd, hierarchical": SINGD(beta1=0.1, structure=("rank1", "hierarchical"), corners=(2, 2)),
+    "kldwrm": KLDWRM(damping=0.1, derive_every=2, kl_clip=None),
+    "kldwrm, q": KLDWRM(variant="q", rate=0.05, damping=0.1, derive_every=2, kl_clip=None),
+    "kldwrm, cholesky": KLDWRM(variant="q", rate=0.05, damping=0.1, derive_every=2, inverse="cholesky", kl_clip=None),
+    "kldwrm, newton": KLDWRM(variant="q", rate=0.05, damping=0.1, inverse="newton", kl_clip=None),
 }
 
 #: why the backward mode does not take one
 REFUSED = {
     **dict.fromkeys(("mkor", "soap", "leading", "adafisher", "cgfac", "cgfac, sketches"), "keeps moments"),
+    **dict.fromkeys((name for name in MORE_RULES if "kldwrm" in name), "keeps moments"),
     **dict.fromkeys(("mkor, sums", "mkor, gradient"), "reads the gradient"),
 }
 
@@ -90,4 +99,7 @@ HALF = {
     "kfac": KFAC(),
     "kfac, eigen": KFAC(inverse="eigen"),
     "kfac, newton": KFAC(inverse="newton"),
+    "singd": SINGD(factor_dtype=torch.bfloat16),
+    "singd, hierarchical": SINGD(factor_dtype=torch.bfloat16, structure="hierarchical", corners=(2, 2)),
+    "kldwrm": KLDWRM(graft="gradient", kl_clip=None),
 }

@@ -11,8 +11,10 @@ from .eva import Eva
 from .hybrid import Hybrid
 from .hyper import Hyper
 from .kfac import KFAC
+from .kldwrm import KLDWRM
 from .mkor import MKOR
 from .shampoo import Shampoo
+from .singd import SINGD
 from .soap import SOAP
 from .thermodynamic import ThermodynamicKFAC
 
@@ -20,7 +22,9 @@ __all__ = [
     "CGFAC",
     "EKFAC",
     "KFAC",
+    "KLDWRM",
     "MKOR",
+    "SINGD",
     "SOAP",
     "AdaFisher",
     "Eva",

@@ -77,11 +77,12 @@ class KFAC(Rule):
     }
 
     def __post_init__(self) -> None:
+        name = type(self).__name__
         check_positive(self, "damping", "1e-3")
         check_decay(self, "0.95")
         check_max_factor(self)
         if self.inverse not in ("cholesky", "eigen", "newton"):
-            raise ValueError(f"KFAC(inverse={self.inverse!r}): must be 'cholesky', 'eigen' or 'newton'")
+            raise ValueError(f"{name}(inverse={self.inverse!r}): must be 'cholesky', 'eigen' or 'newton'")
         check_count(self, "newton_steps")
         if self.kl_clip is not None:
             check_positive(self, "kl_clip", "1e-3, or None")
@@ -117,27 +118,29 @@ class KFAC(Rule):
     def update(self, state: State, uses: list[Use], grad: Gradient, step: Tensor) -> State:
         new = averaged(state, uses, self.decay)
         if self.inverse == "newton":
-            for name, factor in self._damped(new).items():
+            for name, factor in self._damped(self._curvature(new)).items():
                 new[f"{name}_inverse"] = newton_inverse(factor, state[f"{name}_inverse"], self.newton_steps)
         return new
+
+    def _curvature(self, state: State) -> State:
+        """``L`` and ``R`` that a direction inverts, those that there are."""
+        return {name: state[name] for name in ("L", "R") if name in state}
 
     def derive(self, state: State) -> State:
         """The damped inverses by Cholesky, or bases and eigenvalues, of factors that have seen a refresh."""
         seen, made = state["seen"] > 0, {}
         if self.inverse == "eigen":
-            for name in ("L", "R"):
-                if name in state:
-                    values, made[f"{name}_basis"] = torch.linalg.eigh((state[name] + state[name].mT) / 2)
-                    made[f"{name}_values"] = values.clamp_min(0)
+            for name, factor in self._curvature(state).items():
+                values, made[f"{name}_basis"] = torch.linalg.eigh((factor + factor.mT) / 2)
+                made[f"{name}_values"] = values.clamp_min(0)
             made["derived"] = state["seen"]
         else:
-            for name, factor in self._damped(state).items():
+            for name, factor in self._damped(self._curvature(state)).items():
                 made[f"{name}_inverse"] = torch.cholesky_inverse(torch.linalg.cholesky(factor))
         return {**state, **{key: torch.where(seen, new, state[key]) for key, new in made.items()}}
 
-    def _damped(self, state: State) -> dict[str, Tensor]:
-        """The factors with their damping."""
-        return damped(state, self.damping, self.pi)
+    def _damped(self, factors: State) -> dict[str, Tensor]:
+        return damped(factors, self.damping, self.pi)
 
     def sides(self, state: State) -> Sides:
         return Sides(state.get("L_inverse"), state.get("R_inverse"))

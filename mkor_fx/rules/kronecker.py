@@ -36,8 +36,8 @@ def moments_of_rows(shape: Shape, a_NI: Tensor, g_NO: Tensor, max_factor: int) -
     return inputs, outputs
 
 
-def averaged(state: State, uses: list[Use], decay: Any) -> State:
-    """The state with ``F <- decay F + (1 - decay) F_new`` for its factors, the first as it is, and ``seen`` one on."""
+def moments(state: State, uses: list[Use]) -> dict[str, Tensor]:
+    """``L`` and ``R`` of this step's rows, where the state has such a factor."""
     new: dict[str, Tensor] = {}
     for use in uses:
         inputs, outputs = use.summary[:2]
@@ -45,12 +45,13 @@ def averaged(state: State, uses: list[Use], decay: Any) -> State:
         a_II, g_OO = inputs / rows, outputs * rows
         for name, moment in (("L", a_II if use.opposite else g_OO), ("R", g_OO if use.opposite else a_II)):
             new[name] = new[name] + moment if name in new else moment
+    return {name: new[name].to(state[name].dtype) / len(uses) for name in ("L", "R") if name in state}
+
+
+def averaged(state: State, uses: list[Use], decay: Any) -> State:
+    """The state with ``F <- decay F + (1 - decay) F_new`` for its factors, the first as it is, and ``seen`` one on."""
     old = weight_of_old(state["seen"], decay)
-    factors: State = {
-        name: old * state[name] + (1 - old) * new[name].to(state[name].dtype) / len(uses)
-        for name in ("L", "R")
-        if name in state
-    }
+    factors = {name: old * state[name] + (1 - old) * new for name, new in moments(state, uses).items()}
     return {**state, **factors, "seen": state["seen"] + 1}
 
 
@@ -59,8 +60,8 @@ def damped(state: State, damping: Any, pi: bool) -> dict[str, Tensor]:
     ``L + sqrt(damping) / pi`` and ``R + pi sqrt(damping)`` with ``pi = sqrt((tr R / I) / (tr L / O))``."""
     factors = {name: state[name] for name in ("L", "R") if name in state}
     means = {name: factor.diagonal(dim1=-2, dim2=-1).mean(-1) for name, factor in factors.items()}
-    damping = (torch.ones_like(state["seen"]) * damping).to(state["seen"].dtype)
-    share = torch.ones_like(state["seen"])
+    share = torch.ones_like(next(iter(means.values())))
+    damping = (share * damping).to(share.dtype)
     if pi:
         damping = damping.sqrt()
         share = (means["R"] / means["L"]).sqrt() if len(means) == 2 else share
