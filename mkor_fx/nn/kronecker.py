@@ -13,25 +13,25 @@ from torch import Tensor, nn
 class Kronecker(nn.Module):
     """``y = x W^T + b`` with ``W = s (A x B)``, or ``W = W0 + s (A x B)`` beside a frozen ``W0``; ``W`` is never formed.
 
-    With ``A`` of ``[a1, a2]``, ``B`` of ``[b1, b2]``, ``a1 b1 = O``, ``a2 b2 = I``, and each input as a matrix ``X [a2, b2]``:
+    ``A`` is ``[a1, a2]``, ``B`` is ``[b1, b2]``, ``a1 b1 = O``, ``a2 b2 = I``, and each input is a matrix ``X [a2, b2]``:
 
         ``W[i b1 + k, j b2 + l] = s A[i, j] B[k, l]``
         ``y = s vec(A X B^T)``, in two products: ``T = X B^T``, then ``A T``
 
-    That takes ``N (a2 b1 b2 + a1 a2 b1)`` multiplications for ``N`` inputs instead of ``N O I``, and ``a1 a2 + b1 b2`` numbers
-    instead of ``O I``, while the rank of ``A x B`` is the product of their ranks. Both products are matched: ``A`` is a weight
-    of ``N b1`` rows and ``B`` one of ``N a2``. What sizes a step by the norm of a weight or of its gradient sees each factor
-    by itself, although ``c A`` and ``B / c`` are the same layer.
+    That takes ``N (a2 b1 b2 + a1 a2 b1)`` multiplications for ``N`` inputs instead of ``N O I``, and ``a1 a2 + b1 b2``
+    numbers instead of ``O I``, while the rank of ``A x B`` is the product of their ranks. Both products are matched: ``A``
+    is a weight of ``N b1`` rows and ``B`` one of ``N a2``. What sizes a step by the norm of a weight or of its gradient
+    sees each factor by itself, although ``c A`` and ``B / c`` are the same layer.
 
-    A layer starts with both factors uniform, of variances ``1 / (sqrt(3) a2)`` and ``1 / (sqrt(3) b2)``: entries of ``W`` have
-    the ``1 / (3 I)`` of ``nn.Linear`` (at ``s = 1``). An adapter starts at ``W0``: one factor is zero and the other as the
-    weight of an ``nn.Linear`` of its shape. With both at zero no gradient would flow.
+    A layer starts with both factors uniform, of variances ``1 / (sqrt(3) a2)`` and ``1 / (sqrt(3) b2)``: at ``s = 1``
+    entries of ``W`` have the ``1 / (3 I)`` of ``nn.Linear``. An adapter starts at ``W0``: one factor is zero and the other
+    as the weight of an ``nn.Linear`` of its shape. With both at zero no gradient would flow.
 
     Args:
         in_features, out_features: ``I``, ``O``; ``[*, I]`` becomes ``[*, O]``.
         bias: whether the layer has a bias ``b [O]`` of its own; an adapter has its base's.
-        left: the shape ``(a1, a2)`` of ``A``; ``a1`` divides ``O`` and ``a2`` divides ``I``. None: for each the largest divisor
-            not above the square root, so that ``A`` is the smaller factor.
+        left: the shape ``(a1, a2)`` of ``A``, divisors of ``O`` and of ``I``. None: of each the largest that is not above
+            the square root, so that ``A`` is the smaller factor.
         scale: ``s``, not zero. LoKr's ``alpha / r``.
         base: the frozen layer that this one adapts; its parameters are no longer trained. See :meth:`adapt`.
         zero: of an adapter the factor that starts at zero, ``"left"`` (LoKr, arXiv 2309.14859) or ``"right"``.
@@ -64,7 +64,7 @@ class Kronecker(nn.Module):
 
     @classmethod
     def adapt(cls, linear: nn.Linear, **options: Any) -> Kronecker:
-        """The adapter of a trained layer, at first equal to it. ``linear`` becomes :attr:`base` and its parameters are frozen.
+        """The adapter of a trained layer, at first equal to it. ``linear`` becomes its ``base`` and is frozen.
 
         Args:
             linear: the layer ``W0``, with its bias.

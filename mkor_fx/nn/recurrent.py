@@ -42,7 +42,7 @@ class KroneckerCell(nn.Module):
     def _state(self, x: Tensor, h: Tensor | None) -> Tensor:
         needed = (*x.shape[:-1], self.hidden_size)
         if h is not None and h.shape != needed:
-            raise ValueError(f"{type(self).__name__}: a state of {tuple(h.shape)}, needs {needed} for inputs {tuple(x.shape)}")
+            raise ValueError(f"{type(self).__name__}: a state of {tuple(h.shape)}, needs {needed}, as the inputs")
         return x.new_zeros(needed) if h is None else h
 
     def extra_repr(self) -> str:
