@@ -1,6 +1,6 @@
 """Second-order optimizers as a compiler pass: MKOR inside torch.compile's own graphs."""
 
-from . import optim
+from . import nn, optim
 from .api import compile, compile_step
 from .doors.explain import explain
 from .doors.simulate import simulate
@@ -41,6 +41,7 @@ __all__ = [
     "compile",
     "compile_step",
     "explain",
+    "nn",
     "op_rule",
     "optim",
     "progress",

@@ -195,7 +195,7 @@ def _numel(node: fx.Node) -> int:
 
 def _row_count(operand: Operand) -> Any:
     """``N`` of an operand's rows, of each member; symbolic where its sizes are, None where the data deal rows to members."""
-    arguments = [fake_value(a) if isinstance(a, fx.Node) else a for a in operand.arguments]
+    arguments = pytree.tree_map_only(fx.Node, fake_value, operand.arguments)
     value = fake_value(operand.node)
     with torch.no_grad(), value.fake_mode:  # a view may make tensors of its own
         rows = operand.view(value, *arguments)

@@ -10,7 +10,8 @@ from ...ir import Decline, Parameter, Site, StepGraph, Tap, fake_value, product,
 from ...ops import CASTS, VIEWS
 from .boxes import Box, merge, view_of
 from ..core import graph_pass
-from .pieces import Piece, PlacedTap, on_whole, pieces, read_piece, where
+from .pieces import Piece, PlacedTap, on_whole, pieces, where
+from .uses import read_uses
 
 aten = torch.ops.aten
 
@@ -77,25 +78,6 @@ def read_weight(parameter: Parameter, backward: set[fx.Node]) -> list[PlacedTap]
     if not product(parameter.shape):
         return Decline(reasons.EMPTY)
     return read_uses(parameter.grad, parameter.shape, backward)
-
-
-def read_uses(grad: fx.Node, shape: tuple[int, ...], backward: set[fx.Node]) -> list[PlacedTap] | Decline:
-    """The products that make up a gradient, all turned to see the weight as the same matrices."""
-    uses: list[PlacedTap] = []
-    for piece in pieces(grad, Box.whole(shape)):
-        use = read_piece(piece, shape, backward)
-        if isinstance(use, Decline):
-            return use
-        uses.append(use)
-    if not uses:
-        return Decline(reasons.ZERO, *where(grad))
-    ways = [{use.whole: use for use in reversed(read.readings())} for read in uses]
-    shared = [whole for whole in (use.whole for use in uses[0].readings()) if all(whole in way for way in ways)]
-    if not shared:
-        return Decline(reasons.DIFFERENT, *where(uses[-1].tap.node))
-    if view_of(*shared[0]) is None:
-        return Decline(reasons.INCOMPLETE, *where(uses[-1].tap.node))
-    return [way[shared[0]] for way in ways]
 
 
 class WeightFunctions:
