@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from soap import Soap
 
-from mkor_fx import KFAC, MKOR, Eva, Rule
+from mkor_fx import EKFAC, KFAC, MKOR, SOAP, Eva, Rule, Shampoo
 from mkor_fx.kinds import Kind
 from mkor_fx.rules import Gradient, Sides
 
@@ -65,12 +65,18 @@ RULES = {
 }
 
 #: of these a door's trajectory and one resume in every run, the rest nightly
-MORE_RULES: dict[str, Rule] = {}
+MORE_RULES: dict[str, Rule] = {
+    "shampoo": Shampoo(derive_every=2, beta=0.9, damping=1e-3),
+    "shampoo, newton": Shampoo(root="newton", damping=1e-3, graft=None, magnitude="rmsprop", beta2=0.9),
+    "SOAP": SOAP(derive_every=2, max_factor=6),  # sides that a first gradient fills, or bases are a matter of rounding
+    "ekfac": EKFAC(derive_every=2, damping=1e-2, scaling_decay=0.8),
+    "ekfac, gradient": EKFAC(scaling="gradient", scaling_decay=0.75, derive_every=2, damping=1e-2),
+}
 
 #: why the backward mode does not take one
 REFUSED = {
-    **dict.fromkeys(("mkor", "soap", "leading"), "keeps moments"),
-    **dict.fromkeys(("mkor, sums", "mkor, gradient"), "reads the gradient"),
+    **dict.fromkeys(("mkor", "soap", "leading", "shampoo", "SOAP"), "keeps moments"),
+    **dict.fromkeys(("mkor, sums", "mkor, gradient", "shampoo, newton", "ekfac, gradient"), "reads the gradient"),
 }
 
 #: as they would be taken in half precision
@@ -81,4 +87,9 @@ HALF = {
     "kfac": KFAC(),
     "kfac, eigen": KFAC(inverse="eigen"),
     "kfac, newton": KFAC(inverse="newton"),
+    "shampoo": Shampoo(),
+    "shampoo, newton": Shampoo(root="newton"),
+    "SOAP": SOAP(),
+    "ekfac": EKFAC(),
+    "ekfac, gradient": EKFAC(scaling="gradient"),
 }
