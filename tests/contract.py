@@ -131,5 +131,7 @@ class Contract:
         return Gradient(self.sized(made.weight, grad.weight), bias), state
 
     def sized(self, D, G):
-        size = {"gradient": G.norm(), "moment": G.norm(), "rms": 0.2 * D.numel() ** 0.5, None: D.norm()}[self.size]
+        if self.size is None:
+            return D
+        size = {"gradient": G.norm(), "moment": G.norm(), "rms": 0.2 * D.numel() ** 0.5}[self.size]
         return D * (size / D.norm())

@@ -5,7 +5,20 @@ from dataclasses import dataclass
 import torch
 from soap import Soap
 
-from mkor_fx import CGFAC, KFAC, KLDWRM, MKOR, SINGD, AdaFisher, Eva, Rule, ThermodynamicKFAC
+from mkor_fx import (
+    CGFAC,
+    EKFAC,
+    KFAC,
+    KLDWRM,
+    MKOR,
+    SINGD,
+    SOAP,
+    AdaFisher,
+    Eva,
+    Rule,
+    Shampoo,
+    ThermodynamicKFAC,
+)
 from mkor_fx.kinds import Kind
 from mkor_fx.rules import Gradient, Sides
 
@@ -79,13 +92,18 @@ MORE_RULES: dict[str, Rule] = {
     "kldwrm, q": KLDWRM(variant="q", rate=0.05, damping=0.1, derive_every=2, kl_clip=None),
     "kldwrm, cholesky": KLDWRM(variant="q", rate=0.05, damping=0.1, derive_every=2, inverse="cholesky", kl_clip=None),
     "kldwrm, newton": KLDWRM(variant="q", rate=0.05, damping=0.1, inverse="newton", kl_clip=None),
+    "shampoo": Shampoo(derive_every=2, beta=0.9, damping=1e-3),
+    "shampoo, newton": Shampoo(root="newton", damping=1e-3, graft=None, magnitude="rmsprop", beta2=0.9),
+    "SOAP": SOAP(derive_every=2, max_factor=6),  # sides that a first gradient fills, or bases are a matter of rounding
+    "ekfac": EKFAC(derive_every=2, damping=1e-2, scaling_decay=0.8),
+    "ekfac, gradient": EKFAC(scaling="gradient", scaling_decay=0.75, derive_every=2, damping=1e-2),
 }
 
 #: why the backward mode does not take one
 REFUSED = {
-    **dict.fromkeys(("mkor", "soap", "leading", "adafisher", "cgfac", "cgfac, sketches"), "keeps moments"),
+    **dict.fromkeys(("mkor", "soap", "leading", "adafisher", "cgfac", "cgfac, sketches", "shampoo", "SOAP"), "keeps moments"),
     **dict.fromkeys((name for name in MORE_RULES if "kldwrm" in name), "keeps moments"),
-    **dict.fromkeys(("mkor, sums", "mkor, gradient"), "reads the gradient"),
+    **dict.fromkeys(("mkor, sums", "mkor, gradient", "shampoo, newton", "ekfac, gradient"), "reads the gradient"),
 }
 
 #: as they would be taken in half precision
@@ -102,4 +120,9 @@ HALF = {
     "singd": SINGD(factor_dtype=torch.bfloat16),
     "singd, hierarchical": SINGD(factor_dtype=torch.bfloat16, structure="hierarchical", corners=(2, 2)),
     "kldwrm": KLDWRM(graft="gradient", kl_clip=None),
+    "shampoo": Shampoo(),
+    "shampoo, newton": Shampoo(root="newton"),
+    "SOAP": SOAP(),
+    "ekfac": EKFAC(),
+    "ekfac, gradient": EKFAC(scaling="gradient"),
 }

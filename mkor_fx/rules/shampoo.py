@@ -146,14 +146,12 @@ class Shampoo(Rule):
         return {**new, "count": state["count"] + 1}
 
     def _roots(self, state: State) -> State:
-        names = [name for name in ("L", "R") if name in state]
+        made, names = {}, [name for name in ("L", "R") if name in state]
         order = self.order or 2 * len(names)
-        made = {}
         for name in names:
             factor = _corrected(state[name], self.beta, state["count"])
             norm = torch.linalg.vector_norm(factor, dim=(-2, -1), keepdim=True)
-            eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
-            usable = norm > 0
+            eye, usable = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device), norm > 0
             damped = torch.where(usable, factor + self.damping * norm * eye, eye)
             if self.root == "newton":
                 root = inverse_root(damped, order, self.newton_steps)
@@ -168,6 +166,8 @@ class Shampoo(Rule):
 
     def normalize(self, state: State, product: Tensor, moment: Tensor) -> Normalized:
         """In the length of the step of ``magnitude``."""
+        if self.magnitude is None:
+            return super().normalize(state, product, moment)
         beta = 1.0 if self.magnitude == "adagrad" else self.beta2
         squares = _corrected(state["squares"], beta, state["count"])
         step = moment.to(squares.dtype) / (squares.sqrt() + self.eps)
