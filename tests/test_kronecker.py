@@ -336,7 +336,9 @@ def check_coverage(table, model):
     assert {entry.name for entry in table.covered} == matrices
 
 
-@pytest.mark.parametrize("make", [lambda: Kronecker(30, 20), lambda: Materialised(Kronecker(30, 20))])
+@pytest.mark.parametrize("make", [
+    pytest.param(lambda: Kronecker(30, 20), marks=pytest.mark.nightly), lambda: Materialised(Kronecker(30, 20)),
+])  # fmt: skip
 @pytest.mark.parametrize("door", EITHER)
 def test_the_batch_may_be_of_any_size(make, door):
     torch.manual_seed(0)
@@ -542,6 +544,7 @@ def test_the_page_runs_and_its_numbers_are_right():
     assert counter.get_total_flops() == 2 * 3 * 65536
 
 
+@pytest.mark.nightly
 def test_lokr_of_peft_is_covered():
     peft = pytest.importorskip("peft", reason="installed by make test")
     config = peft.LoKrConfig(r=16, alpha=8, target_modules=["0"], init_weights="lycoris")
