@@ -22,7 +22,7 @@ from benchmarks.cases import Case
 from benchmarks.floor import counts, floor
 from benchmarks.step_sides import SEED, SIDES, Step
 
-USUAL = ("AdamW", "SGD", "Muon + AdamW", "MKOR", "MKOR, products in float32", "MKOR, refresh every 10")
+USUAL = ("AdamW", "SGD", "Muon + AdamW", "MKOR", "MKOR, never refreshed")
 #: whose difference is what a stage costs
 STAGES = ("AdamW", "MKOR, never refreshed", "MKOR")
 #: CPU and wall seconds a step by side, for one round

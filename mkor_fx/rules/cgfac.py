@@ -14,7 +14,7 @@ from ..prims import accumulation_dtype, sketch
 from .base import Rule, Shape, State, Use
 from .direction import Gradient, Graft
 from .hyper import Hyper, check_count, check_decay, check_positive, number
-from .kronecker import averaged, check_max_factor, moments_of_rows, sides_with_factor
+from .kronecker_factors import averaged, check_max_factor, moments_of_rows, sides_with_factor
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from .base import Shape, State, Use
 from .direction import Gradient, Graft, from_sides
 from .hyper import Hyper, number
 from .kfac import KFAC
-from .kronecker import moments
+from .kronecker_factors import moments
 
 
 @dataclass(frozen=True, kw_only=True)

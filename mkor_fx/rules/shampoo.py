@@ -13,7 +13,7 @@ from .base import Rule, Shape, State, Use
 from .bases import grams
 from .direction import Gradient, Graft, Normalized, Sides
 from .hyper import Hyper, check_positive
-from .kronecker import check_max_factor, sides_with_factor
+from .kronecker_factors import check_max_factor, sides_with_factor
 
 
 @dataclass(frozen=True, kw_only=True)

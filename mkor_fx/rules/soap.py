@@ -12,7 +12,7 @@ from .base import Rule, Shape, State, Use
 from .bases import grams, into_bases, out_of_bases
 from .direction import Gradient, Graft
 from .hyper import Hyper, check_decay, check_positive
-from .kronecker import check_max_factor, sides_with_factor
+from .kronecker_factors import check_max_factor, sides_with_factor
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from ..prims import normals, uniforms
 from .base import Rule, Shape, State, Use
 from .direction import Gradient, Graft, Sides
 from .hyper import Hyper, check_count, check_decay, check_positive
-from .kronecker import averaged, check_max_factor, damped, moments_of_rows, sides_with_factor
+from .kronecker_factors import averaged, check_max_factor, damped, moments_of_rows, sides_with_factor
 
 
 @dataclass(frozen=True, kw_only=True)

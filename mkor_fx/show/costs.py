@@ -52,7 +52,7 @@ class Costs:
     """Counts of one weight and its bias, all members of a batched one. A multiply-add is two flops.
 
     Bytes are what has to be read and written, once. ``layer_flops``: forward and backward of the weight itself, ``6 N O I``
-    (0 for a lookup), to compare with. ``refresh``: the factors' update, with the operands that its statistics read.
+    (0 for a lookup), to compare with. ``refresh``: statistics, whose rows are taken for plain ones, and the factors' update.
     ``cheapest``: the order of the products with the fewest multiply-adds, see :func:`orders`; a compiled step takes it where
     the gradient is one product that is neither reduced nor clipped nor accumulated. None or '' where it depends on the data.
     """
@@ -79,8 +79,10 @@ def count_costs(work: Work) -> Costs:
         uses = [layout.shape_of_use(kind) for kind in layout.kinds]
         read: dict[str, Any] = {"state": state} if rule.reads_state else {}
         read |= {"key": torch.empty((), dtype=torch.int64)} if rule.draws else {}
-        summaries = [rule.summarize(use, torch.empty(1, use.I), torch.empty(1, use.O), **read) for use in uses]
+        summaries = _summarize(rule, uses, 1, read)
         counts, step = [torch.empty(()) for _ in uses], torch.empty((), dtype=torch.int64)
+    each = 0 if rows is None else rows // len(uses)
+    statistics = _count(_summarize, rule, uses, each, read)[0] if each and not shape.lookup else 0
     refresh = _count(_refresh, rule, state, summaries, counts, gradient, bias, step)
     precondition = _count(_precondition, rule, state, gradient, bias, step)
     left, right = (side is not None for side in layout.sides)
@@ -89,7 +91,7 @@ def count_costs(work: Work) -> Costs:
     return Costs(
         rows,
         0 if shape.lookup else None if rows is None else 6 * members * rows * shape.O * shape.I,
-        members * refresh[0],
+        members * (refresh[0] + statistics),
         members * refresh[1] + (work.operand_bytes or 0) * any(map(len, summaries)),
         members * precondition[0],
         members * precondition[1],
@@ -155,6 +157,10 @@ def short(number: float | None, unit: str = "") -> str:
         f"{number:.0f}" if not prefix or number >= 99.95 else f"{number:.2f}" if number < 9.995 else f"{number:.1f}"
     )
     return f"{digits} {prefix}{unit}".rstrip()
+
+
+def _summarize(rule: Rule, uses: list[Shape], rows: int, read: dict[str, Any]) -> list[tuple[Tensor, ...]]:
+    return [rule.summarize(use, torch.empty(rows, use.I), torch.empty(rows, use.O), **read) for use in uses]
 
 
 def _refresh(rule: Rule, state: dict, summaries: list, rows: list, grad: Tensor, bias: Any, step: Tensor) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import torch
@@ -140,7 +141,7 @@ def _is_zero(node: fx.Node) -> bool:
     return node.target is aten.full.default and node.args[1] == 0
 
 
-def read_product(node: fx.Node, backward: set[fx.Node]) -> Tap | Decline:
+def read_product(node: fx.Node, backward: Collection[fx.Node]) -> Tap | Decline:
     """Read the product that makes a piece of a parameter off its op table row, and which operand is which."""
     output = None
     if node.op == "call_function" and getattr(node.target, "__name__", "") == "getitem":
@@ -155,7 +156,7 @@ def read_product(node: fx.Node, backward: set[fx.Node]) -> Tap | Decline:
     return tap if isinstance(tap, Decline) else replace(tap, bias_grads=tap.bias_grads | row_sums(tap))
 
 
-def assign_roles(tap: Tap, backward: set[fx.Node]) -> Tap | Decline:
+def assign_roles(tap: Tap, backward: Collection[fx.Node]) -> Tap | Decline:
     """``g`` depends on the loss gradient, ``a`` does not: says which is which, and checks what a row has said."""
     depends = (tap.rows_first.node in backward, tap.rows_last.node in backward)
     inputs = {(True, False): INPUTS_LAST, (False, True): INPUTS_FIRST}.get(depends)

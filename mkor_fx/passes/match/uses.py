@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
@@ -18,15 +19,18 @@ from .pieces import PlacedTap, on_whole, pieces, read_product, viewed, where
 aten = torch.ops.aten
 
 
-def read_uses(grad: fx.Node, shape: tuple[int, ...], backward: set[fx.Node]) -> list[PlacedTap] | Decline:
-    """The products that make up a gradient, all turned to see the weight as the same matrices."""
+def read_uses(
+    grad: fx.Node, shape: tuple[int, ...], backward: Collection[fx.Node], of_data: Collection[fx.Node] = ()
+) -> list[PlacedTap] | Decline:
+    """The products that make up a gradient, all turned to see the weight as the same matrices. ``of_data`` are nodes that no
+    weight can be a function of."""
     uses: list[PlacedTap] = []
     for piece in pieces(grad, Box.whole(shape)):
-        contraction = read_contraction(piece.node, backward)
+        contraction = read_contraction(piece.node, backward, of_data)
         if contraction is None:
             taps = [read_product(piece.node, backward)]
         else:
-            taps = contraction.taps(backward) or [Decline(reasons.KRONECKER, *where(piece.node))]
+            taps = contraction.taps(backward, of_data) or [Decline(reasons.KRONECKER, *where(piece.node))]
         for tap in taps:
             use = tap if isinstance(tap, Decline) else place(tap, piece.box, shape)
             if isinstance(use, Decline):
@@ -67,7 +71,7 @@ class Contraction(NamedTuple):
     sizes: tuple[int, int, int, int]
     kept: int
 
-    def taps(self, backward: set[fx.Node]) -> list[Tap]:
+    def taps(self, backward: Collection[fx.Node], of_data: Collection[fx.Node]) -> list[Tap]:
         """The uses of this factor, one for each of ``W``; none where those are no products of rows.
 
         As in ``T = X B^T, Y = s A T``: the inputs of ``A`` are ``T``, the output gradients of ``B`` are ``s A^T dY``. Every
@@ -75,7 +79,8 @@ class Contraction(NamedTuple):
         """
         i, k, j, l = self.sizes  # noqa: E741
         whole = Box.whole((i * k, j * l))
-        uses = read_uses(self.G, (i * k, j * l), backward) if fake_value(self.G).shape == (i * k, j * l) else None
+        whole_gradient = fake_value(self.G).shape == (i * k, j * l)
+        uses = read_uses(self.G, (i * k, j * l), backward, of_data) if whole_gradient else None
         if not isinstance(uses, list):
             return []
         uses = [use if use.whole == ((), *whole.dims) else use.flipped() for use in uses]
@@ -97,13 +102,16 @@ class Contraction(NamedTuple):
         return Tap(self.node, "kronecker", (k, l) if self.kept else (i, j), first, last, tap.inputs)
 
 
-def read_contraction(node: fx.Node, backward: set[fx.Node]) -> Contraction | None:
-    """How a node contracts the gradient of a Kronecker product with one of its factors, None where it does not."""
+def read_contraction(
+    node: fx.Node, backward: Collection[fx.Node], of_data: Collection[fx.Node]
+) -> Contraction | None:
+    """How a node contracts the gradient of a Kronecker product with one of its factors, None where it does not. What the
+    batch is part of is no factor: a weight of one number, times the batch, looks alike."""
     inner = behind(node.args[0], CASTS) if node.target is aten.sum.dim_IntList else node
     if inner.target is not aten.mul.Tensor or fake_value(inner).dim() != 4:
         return None
     seen, other = sorted(inner.args, key=lambda arg: arg not in backward)
-    if not isinstance(other, fx.Node) or other in backward:
+    if not isinstance(other, fx.Node) or other in backward or other in of_data:
         return None
     shape, summed = fake_value(inner).shape, {d % 4 for d in node.args[1]}
     single = {d for d in range(4) if same_sizes(shape[d : d + 1], (1,))}
