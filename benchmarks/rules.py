@@ -1,6 +1,7 @@
 """The table of docs/rules.md: what every rule keeps, costs and sends, and how it trains on two tasks.
 
-    python -m benchmarks.rules --out docs/convergence > docs/rules.md      # goes on where it stopped
+    python -m benchmarks.rules --counted                        # without training
+    python -m benchmarks.rules --out docs/convergence           # goes on where it stopped
 
 Counted on one layer of 512 x 512 without bias under 2048 rows, in flops of its forward and backward; what `derive` does
 outside of the program is not in them. Losses are those of `benchmarks.convergence`, each side at its own best rate, first
@@ -26,7 +27,7 @@ SIDES = {
     "AdamW": "",
     "Muon": "",
     "MKOR()": "first: the default of both doors",
-    "MKOR.published()": "least traffic and state beside Eva: vectors of one layer's width",
+    "MKOR.published()": "factors behind any base optimizer, least traffic beside Eva",
     "KFAC()": "the curvature itself, for analysis or small layers",
     "EKFAC()": "as K-FAC, where its factors fit badly",
     "Eva()": "no room for factors",
@@ -37,8 +38,8 @@ SIDES = {
     "CGFAC(curvature='sketches')": "wide layers: no factor is made",
     "AdaFisher()": "a first-order method's state and cost",
     "ThermodynamicKFAC()": "to study analogue inversion",
-    "Shampoo()": "no capture: weights that are used in ways the op table does not know",
-    "SOAP()": "likewise; small batches, many steps",
+    "Shampoo()": "statistics of the gradient alone: nothing but gradients crosses the network",
+    "SOAP()": "likewise, as a step of its own beside AdamW",
 }
 
 
@@ -60,8 +61,9 @@ def counted(key: str) -> list[str]:
     ]
 
 
-def trained(ledger: Ledger, task: str, key: str) -> str:
+def trained(ledger: Ledger | None, task: str, key: str) -> str:
     """Training and held-out loss at the best rate."""
+    assert ledger is not None
     search = Search(ledger, ALL_TASKS[task], key, "inductor", None)
     run = min(best(search.all([0], ALL_TASKS[task].grid)), key=lambda one: one.seed)
     return f"{run.final():.4g} / {run.final('held_out'):.4g}"
@@ -70,12 +72,16 @@ def trained(ledger: Ledger, task: str, key: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--side", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--counted", action="store_true", help="train nothing")
     parser.add_argument("--out", type=Path, default=Path("convergence-output"), help="of the ledger of runs")
     options = parser.parse_args()
-    ledger = Ledger(options.out / "runs.jsonl")
-    rows = [[f"`{key}`", *counted(key), *(trained(ledger, t, key) for t in TASKS), SIDES[key]] for key in options.side]
-    headers = ("rule", "state / weight", "refresh", "direction", "numbers sent", *TASKS, "when to use")
-    print(tabulate(rows, headers, tablefmt="pipe", disable_numparse=True, colalign=("left", *["right"] * 6, "left")))
+    tasks = () if options.counted else TASKS
+    sides = [key for key in options.side if tasks or key not in NAMED]
+    ledger = Ledger(options.out / "runs.jsonl") if tasks else None
+    rows = [[f"`{key}`", *counted(key), *(trained(ledger, t, key) for t in tasks), SIDES[key]] for key in sides]
+    headers = ("rule", "state / weight", "refresh", "direction", "numbers sent", *tasks, "when to use")
+    align = ("left", *["right"] * (4 + len(tasks)), "left")
+    print(tabulate(rows, headers, tablefmt="pipe", disable_numparse=True, colalign=align))
 
 
 if __name__ == "__main__":
