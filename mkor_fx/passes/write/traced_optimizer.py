@@ -2,105 +2,60 @@
 
 Every number of ``param_groups`` (learning rate, betas, momentum, weight decay, ...) becomes an entry of one packed
 tensor, so that schedulers compile nothing again. Comparisons such as ``weight_decay != 0`` are answered from the value at
-trace time and remembered in ``Update.branches``; only a change of their answer asks for another trace.
+trace time and remembered in ``Update.branches``; only a change of their answer asks for another trace. Numbers that the step
+itself changes are state, like its tensors (``runtime/counters.py``). What cannot be followed exactly is refused.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.optim import Optimizer
-from torch.overrides import TorchFunctionMode
 
+from ...runtime.counters import as_tensor, counters_of, is_python_number, places
 from ...runtime.optimizer_state import Number, initialise_state, numbers_of, read_number, tensor_state
 from ...runtime.optimizers import Optimizers
 from ..torch_api.backend import new_fake_mode
 from ..torch_api.dynamo import compiling, outside_dynamo
 from ..torch_api.tracing import forget_values, shaped_like, trace
+from .python_numbers import Branch, Known, PythonNumbers, Refused
+from .what_a_step_changes import changed, own_copy, snapshot
 
 #: group options that choose between implementations of one update; the traced one is the plain loop
 IMPLEMENTATION = {"foreach": False, "fused": False, "capturable": True, "differentiable": False}
-
-
-@dataclass(frozen=True)
-class Branch:
-    """``number <operator> other`` was ``answer`` when the update was traced."""
-
-    number: Number
-    operator: str
-    other: float
-    answer: bool
-
-    def holds(self, optimizer: Optimizers) -> bool:
-        return bool(getattr(float(read_number(optimizer, self.number)), self.operator)(self.other)) == self.answer
+OTHERWISE = "Use mkor_fx.compile(model) with your own loop: it works with every torch optimizer."
 
 
 @dataclass(frozen=True)
 class Update:
-    """The traced step: inputs ``params, grads, state tensors, packed numbers``; outputs ``new params, new state``.
+    """The traced step: inputs ``params, grads, state tensors, counters, packed numbers``; outputs ``new params, new state, new
+    counters``.
 
-    ``states`` are examples of each parameter's state tensors, by name.
+    ``states`` are examples of each parameter's state tensors, by name; ``counters`` of those that groups hold, by group and key.
     """
 
     module: fx.GraphModule
     states: list[dict[str, Tensor]]
+    counters: dict[tuple[int, str], Tensor]
     branches: tuple[Branch, ...]
 
 
-class _TensorNumbers(TorchFunctionMode):
-    """Lets code written for Python floats run on 0-dim tensors: no ``.item()``, no data-dependent branch."""
+@dataclass
+class Findings:
+    """What a trace has found an optimizer to do that a program would not: by optimizer's name, in words for the user.
 
-    COMPARISONS = ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__")
-    WRITES = ("__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__", "__ipow__", "__setitem__")
+    ``late`` is state that its step creates, ``hidden`` what it changes besides tensors of its state; of these ``counters`` are
+    the keys of groups whose numbers could be state, with whether the optimizer keeps a Python number there."""
 
-    def __init__(self, numbers: dict[int, tuple[Number, float]]) -> None:
-        super().__init__()
-        self.numbers = numbers
-        self.branches: list[Branch] = []
-        self.written: list[Number] = []
-
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = dict(kwargs or {})
-        name = getattr(func, "__name__", "")
-        if args and id(args[0]) in self.numbers:
-            operator = f"__{name.strip('_')}__"
-            if operator in self.COMPARISONS and isinstance(args[1], (int, float)):
-                return self._decide(args[0], operator, float(args[1]))
-            if operator == "__bool__":
-                return self._decide(args[0], "__ne__", 0.0)
-        if (name.endswith("_") and not name.endswith("__")) or name in self.WRITES:
-            targets = args[0] if args and isinstance(args[0], (list, tuple)) else args[:1]
-            self.written += [self.numbers[id(t)][0] for t in targets if id(t) in self.numbers]
-        for scale in ("alpha", "value"):
-            if isinstance(kwargs.get(scale), Tensor):
-                return _scaled(name, args, kwargs.pop(scale))
-        return func(*args, **kwargs)
-
-    def _decide(self, tensor: Tensor, operator: str, other: float) -> bool:
-        number, value = self.numbers[id(tensor)]
-        self.branches.append(Branch(number, operator, other, bool(getattr(value, operator)(other))))
-        return self.branches[-1].answer
-
-
-def _scaled(name: str, args: tuple, scale: Tensor) -> Tensor:
-    """``x.add(y, alpha=s)``, ``x.addcmul(y, z, value=s)`` and kin for a tensor ``s``, which torch would read on the host."""
-    kind = name.removesuffix("_")
-    target, operands = args[0], args[1:]
-    terms = {
-        "add": lambda y: y * scale,
-        "sub": lambda y: -(y * scale),
-        "addcmul": lambda y, z: y * scale * z,
-        "addcdiv": lambda y, z: y * scale / z,
-    }
-    if kind not in terms:
-        raise NotImplementedError(f"torch.{name} scaled by a tensor")
-    return target.add_(terms[kind](*operands)) if name.endswith("_") else target.add(terms[kind](*operands))
+    late: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    hidden: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    counters: dict[Optimizer, dict[str, bool]] = field(default_factory=lambda: defaultdict(dict))
 
 
 def planned(optimizers: Optimizers, params: Sequence[nn.Parameter]) -> tuple[Optimizers, list[Tensor]]:
@@ -108,12 +63,13 @@ def planned(optimizers: Optimizers, params: Sequence[nn.Parameter]) -> tuple[Opt
     tensors, so that nothing is allocated, and nothing of the user's is changed."""
     with torch.no_grad(), outside_dynamo(), new_fake_mode():
         stands_for = {id(p): shaped_like(p) for p in params}
-        clones = Optimizers([_stand_in(member, params, stands_for) for member in optimizers.members])
+        clones = Optimizers([stand_in(member, params, stands_for) for member in optimizers.members])
         initialise_state(clones, list(stands_for.values()))  # type: ignore[arg-type]
     return clones, list(stands_for.values())
 
 
-def _stand_in(optimizer: Optimizer, params: Sequence[nn.Parameter], stands_for: dict[int, Tensor]) -> Optimizer:
+def stand_in(optimizer: Optimizer, params: Sequence[nn.Parameter], stands_for: dict[int, Tensor]) -> Optimizer:
+    """A copy over other tensors, whose state is shaped like the optimizer's."""
     clone = _bare(optimizer)
     clone.param_groups = [
         {key: _without_memory(value) for key, value in group.items() if key != "params"}
@@ -124,107 +80,204 @@ def _stand_in(optimizer: Optimizer, params: Sequence[nn.Parameter], stands_for: 
         if p in optimizer.state:
             held = optimizer.state[p]
             clone.state[stands_for[id(p)]] = {key: _without_memory(value) for key, value in held.items()}
+    known, own = counters_of(clone), counters_of(optimizer)
+    known.groups.update(own.groups)
+    known.state.update(own.state)
+    known.of_gradient = own.of_gradient
     return clone
 
 
 def _bare(optimizer: Optimizer) -> Optimizer:
     """An optimizer of the same class and attributes, whose state is empty."""
     clone = object.__new__(type(optimizer))
-    clone.__dict__.update(vars(optimizer))
+    clone.__dict__.update({k: own_copy(v) for k, v in vars(optimizer).items() if k not in ("state", "param_groups")})
+    clone.__dict__.update({key: value for key, value in IMPLEMENTATION.items() if key in vars(clone)})
     clone.state = defaultdict(dict)
     return clone
 
 
 def _without_memory(value: Any) -> Any:
-    return shaped_like(value) if isinstance(value, Tensor) else value
+    return shaped_like(value) if isinstance(value, Tensor) else own_copy(value)
 
 
 def trace_update(optimizers: Optimizers, params: Sequence[nn.Parameter]) -> Update:
     """Trace one step of every optimizer over ``params``, those with a gradient. Allocates nothing, changes nothing.
 
     Raises:
-        ValueError: an optimizer cannot be traced; says what stood in the way.
+        ValueError: an optimizer cannot be traced, or does what a program would not; says what.
     """
+    update, found = attempt(optimizers, params)
+    for name, keys in found.late.items():
+        raise ValueError(
+            f"{name} creates its state ({', '.join(sorted(set(keys)))}) inside step(), where it cannot be compiled. Call "
+            "optimizer.step() once before compile_step, or use mkor_fx.compile(model) with your own loop."
+        )
+    refuse_hidden(found)
+    return update
+
+
+def refuse_hidden(found: Findings) -> None:
+    """Raises ValueError for what a step changes and no program would."""
+    for name, hidden in found.hidden.items():
+        raise ValueError(
+            f"{name}.step() changes {', '.join(dict.fromkeys(hidden))}, which a compiled step would never see change: "
+            "keep it as a tensor in optimizer.state, or use mkor_fx.compile(model) with your own loop."
+        )
+
+
+def attempt(optimizers: Optimizers, params: Sequence[nn.Parameter]) -> tuple[Update, Findings]:
+    """As ``trace_update``; what the step does besides is returned."""
     if len(params) != len({id(p) for p in params}):
         raise AssertionError("a parameter is listed twice")
-    numbers = numbers_of(optimizers)
-    start, stand_ins = planned(optimizers, params)
-    states = [tensor_state(start, p) for p in stand_ins]  # type: ignore[arg-type]
+    numbers, found, name = numbers_of(optimizers), Findings(), optimizers.names
     positions = {id(p): i for i, p in enumerate(params)}
     branches: list[Branch] = []
-    made: dict[str, set[str]] = defaultdict(set)
-    hidden: dict[str, list[str]] = defaultdict(list)
-    name = ""
-
-    def run(ps: list[Tensor], gs: list[Tensor], ss: list[dict[str, Tensor]], packed: Tensor) -> tuple[list, list]:
-        nonlocal name
-        ps, ss = [p.clone() for p in ps], [{k: v.clone() for k, v in s.items()} for s in ss]
-        entries = {number: packed[i] for i, number in enumerate(numbers)}
-        known = {id(t): (n, float(read_number(optimizers, n))) for n, t in entries.items()}
-        for p, g in zip(ps, gs):
-            p.grad = g
-        kept = dict[int, dict[str, Any]]()
-        for (optimizer, begin), begun in zip(optimizers.begins(), start.members):
-            name, clone = type(optimizer).__name__, _bare(begun)
-            own = [[positions[id(p)] for p in group["params"] if id(p) in positions] for group in optimizer.param_groups]
-            clone.param_groups = [
-                _group_on_tensors(group, begin + i, entries, [ps[at] for at in own[i]])
-                for i, group in enumerate(optimizer.param_groups)
-            ]
-            for at in (at for members in own for at in members):
-                clone.state[ps[at]] = {**begun.state.get(stand_ins[at], {}), **ss[at]}
-            before = _numbers_on_the_host(clone)
-            with compiling(), _TensorNumbers(known) as mode:
-                inspect.unwrap(type(optimizer).step)(clone)
-            branches.extend(mode.branches)
-            after = _numbers_on_the_host(clone)
-            hidden[name] += [key for key in after if before.get(key) != after[key]]
-            hidden[name] += [f"param_groups[{n.group - begin}][{n.key!r}]" for n in mode.written]
-            for at in (at for members in own for at in members):
-                kept[at] = state = clone.state[ps[at]]
-                made[name].update(key for key in state.keys() - ss[at] if isinstance(state[key], Tensor))
-        return ps, [kept[at][key] for at, s in enumerate(ss) for key in s]
-
-    with torch.no_grad(), stand_ins[0].fake_mode:  # type: ignore[attr-defined]
-        packed = torch.empty(len(numbers), dtype=torch.float64, device=params[0].device)
-        gradients = [shaped_like(p) for p in params]
     try:
+        start, stand_ins = planned(optimizers, params)
+        states = [tensor_state(start, p) for p in stand_ins]  # type: ignore[arg-type]
+        with torch.no_grad(), stand_ins[0].fake_mode:  # type: ignore[attr-defined]
+            counters = {
+                (begin + i, key): as_tensor(group[key], params[0].device)
+                for (member, begin), begun in zip(optimizers.begins(), start.members)
+                for i, group in enumerate(begun.param_groups)
+                for key in places(counters_of(member), group)
+            }
+            packed = torch.empty(len(numbers), dtype=torch.float64, device=params[0].device)
+            gradients = [shaped_like(p) for p in params]
+
+        def run(
+            ps: list[Tensor], gs: list[Tensor], ss: list[dict[str, Tensor]], cs: dict[tuple[int, str], Tensor], packed: Tensor
+        ) -> tuple:
+            nonlocal name
+            ps, ss = [p.clone() for p in ps], [{k: v.clone() for k, v in s.items()} for s in ss]
+            entries = {number: packed[i] for i, number in enumerate(numbers)}
+            new: dict[tuple[int, str], Tensor] = {}
+            kept = dict[int, dict[str, Any]]()
+            for p, g in zip(ps, gs):
+                p.grad = g
+            for (member, begin), begun in zip(optimizers.begins(), start.members):
+                name = type(member).__name__
+                mode = PythonNumbers()
+                for n, tensor in entries.items():
+                    value = read_number(optimizers, n)
+                    mode.add(Known(tensor, n, float(value), python=not isinstance(value, Tensor), origin=f"{n.key!r}"))
+                one = _Member(member, begin, begun, mode, found)
+                own = one.own_positions(positions)
+                clone = one.clone([[ps[at] for at in members] for members in own], entries, cs)
+                for at in (at for members in own for at in members):
+                    clone.state[ps[at]] = one.state(begun.state.get(stand_ins[at], {}), ss[at])
+                before = snapshot(clone)
+                with compiling(), mode, mode.hears():
+                    inspect.unwrap(type(member).step)(clone)
+                branches.extend(mode.branches)
+                one.note(before, snapshot(clone))
+                new |= one.new_counters(clone, cs)
+                for at in (at for members in own for at in members):
+                    kept[at] = one.new_state(clone.state[ps[at]], ss[at])
+            return ps, [kept[at][key] for at, s in enumerate(ss) for key in s], [new[place] for place in cs], packed
+
         with outside_dynamo():
             function = torch.func.functionalize(run, remove="mutations_and_views")
-            traced = trace(function, (stand_ins, gradients, states, packed))
+            traced = trace(function, (stand_ins, gradients, states, counters, packed)).module
+        _check(traced, len(params))
     except Exception as error:
         raise ValueError(
-            f"{name}.step() cannot be traced into the compiled step: {str(error).splitlines()[0]}\n"
-            "Use mkor_fx.compile(model) with your own loop: it works with every torch optimizer."
+            f"{name}.step() cannot be traced into the compiled step: {_reason(error)}{_suspects(optimizers)}\n{OTHERWISE}"
         ) from error
-    for name, keys in made.items():
-        if keys:
-            raise ValueError(
-                f"{name} creates its state ({', '.join(sorted(keys))}) inside step(), where it cannot be compiled. Call "
-                "optimizer.step() once before compile_step, or use mkor_fx.compile(model) with your own loop."
-            )
-    for name, changed in hidden.items():
-        if changed:
-            raise ValueError(
-                f"{name}.step() changes {', '.join(dict.fromkeys(changed))}, which a compiled step would never see change: "
-                "keep it as a tensor in optimizer.state, or use mkor_fx.compile(model) with your own loop."
-            )
-    forget_values(traced.module)
-    return Update(traced.module, states, tuple(dict.fromkeys(branches)))
+    forget_values(traced)
+    return Update(traced, states, counters, tuple(dict.fromkeys(branches))), found
 
 
-def _numbers_on_the_host(optimizer: Optimizer) -> dict[str, Any]:
-    """Every Python number that a step could count in: on the optimizer, in its groups and in its state."""
-    places = {f"self.{key}": value for key, value in vars(optimizer).items()}
-    for i, group in enumerate(optimizer.param_groups):
-        places |= {f"param_groups[{i}][{key!r}]": value for key, value in group.items()}
-    for i, state in enumerate(optimizer.state.values()):
-        places |= {f"state {i}[{key!r}]": value for key, value in state.items()}
-    return {place: value for place, value in places.items() if isinstance(value, (int, float, bool))}
+@dataclass
+class _Member:
+    """One optimizer while it is traced: what stands for its numbers, and what it does to them."""
+
+    optimizer: Optimizer
+    begin: int
+    begun: Optimizer
+    mode: PythonNumbers
+    found: Findings
+
+    @property
+    def name(self) -> str:
+        return type(self.optimizer).__name__
+
+    def own_positions(self, positions: dict[int, int]) -> list[list[int]]:
+        return [[positions[id(p)] for p in group["params"] if id(p) in positions] for group in self.optimizer.param_groups]
+
+    def clone(self, params: list[list[Tensor]], entries: dict[Number, Tensor], counters: dict) -> Optimizer:
+        """The optimizer over traced tensors, its numbers 0-dim ones."""
+        clone, known = _bare(self.optimizer), counters_of(self.optimizer)
+        clone.param_groups = [
+            _group_on_tensors(group, self.begin + i, entries, params[i]) for i, group in enumerate(self.begun.param_groups)
+        ]
+        for i, group in enumerate(clone.param_groups):
+            for key in places(known, group):
+                held = counters[self.begin + i, key]
+                group[key] = self._number(held, f"its own {key!r}") if known.groups[key] else held.clone()
+        return clone
+
+    def state(self, begun: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+        numbers = counters_of(self.optimizer).state | counters_of(self.begun).state
+        shown = {k: self._number(t, f"its own {k!r}") if k in numbers else t for k, t in tensors.items()}
+        return {**begun, **shown}
+
+    def _number(self, held: Tensor, origin: str) -> Tensor:
+        number = held.to(torch.float64, copy=True)
+        self.mode.add(Known(number, whole=not held.dtype.is_floating_point, origin=origin))
+        return number
+
+    def note(self, before: dict[str, Any], after: dict[str, Any]) -> None:
+        """What has changed without a program's seeing it."""
+        known = counters_of(self.optimizer)
+        numbers = known.state | counters_of(self.begun).state
+        for place in changed(before, after):
+            if place.key in (numbers if place.of_state else known.groups):
+                continue
+            if place not in before and (place.of_state or place.group is not None):
+                self.found.late[self.name].append(place.key)
+            else:
+                self._note_hidden(place.name, place.key, place.group)
+        for n in self.mode.written:
+            self._note_hidden(f"param_groups[{n.group - self.begin}][{n.key!r}]", n.key, n.group - self.begin)
+
+    def _note_hidden(self, place: str, key: str, group: int | None) -> None:
+        self.found.hidden[self.name].append(place)
+        if group is None or key in ("lr", "weight_decay"):
+            return
+        value = self.optimizer.param_groups[group].get(key, self.begun.param_groups[group].get(key))
+        if is_python_number(value) or (isinstance(value, Tensor) and value.numel() == 1):
+            self.found.counters[self.optimizer][key] = not isinstance(value, Tensor)
+
+    def new_counters(self, clone: Optimizer, counters: dict[tuple[int, str], Tensor]) -> dict[tuple[int, str], Tensor]:
+        groups = dict(enumerate(clone.param_groups, start=self.begin))
+        return {
+            (at, key): self._kept(groups[at][key], held, f"param_groups[{at - self.begin}][{key!r}]")
+            for (at, key), held in counters.items()
+            if at in groups
+        }
+
+    def new_state(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+        if made := [k for k, v in state.items() if k not in tensors and isinstance(v, Tensor)]:
+            self.found.late[self.name] += made
+        return {k: self._kept(state[k], held, f"its state's {k!r}") for k, held in tensors.items()}
+
+    def _kept(self, value: Any, held: Tensor, place: str) -> Tensor:
+        """A new value as it is kept."""
+        known = self.mode.of(value)
+        if is_python_number(value):
+            if not held.dtype.is_floating_point and not isinstance(value, int):
+                raise Refused(f"{place} is a whole number that becomes {value}")
+            return torch.full_like(held, value)
+        if not isinstance(value, Tensor) or value.shape != held.shape:
+            raise Refused(f"{place} becomes {tuple(value.shape) if isinstance(value, Tensor) else repr(value)}")
+        if known is not None and not known.whole and not held.dtype.is_floating_point:
+            raise Refused(f"{place} is a whole number that becomes a fraction: begin it as a float")
+        return value if known is None else value.to(held.dtype)
 
 
 def _group_on_tensors(group: dict, index: int, entries: dict[Number, Tensor], params: list[Tensor]) -> dict:
-    replaced = {**group, "params": params}
+    replaced = {key: own_copy(value) for key, value in group.items()} | {"params": params}
     replaced.update({k: v for k, v in IMPLEMENTATION.items() if k in group})
     for number, tensor in entries.items():
         if number.group != index:
@@ -236,3 +289,43 @@ def _group_on_tensors(group: dict, index: int, entries: dict[Number, Tensor], pa
             values[number.position] = tensor
             replaced[number.key] = tuple(values)
     return replaced
+
+
+def _check(traced: fx.GraphModule, count: int) -> None:
+    """Raises Refused for what a program cannot do as the optimizer does it."""
+    inputs = traced.graph.find_nodes(op="placeholder")
+    (outputs,) = traced.graph.output_node().args
+    if outputs[-1] is not inputs[-1]:
+        raise Refused("it changes numbers of its groups through views of them")
+    if all(_same_value(new, old) for new, old in zip(outputs[:count], inputs)):
+        raise Refused("it changes no weight")
+    for node in traced.graph.nodes:
+        if node.op == "get_attr":
+            raise Refused(f"it holds a tensor of its own ({node.target})")
+        if isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags:
+            raise Refused(f"it draws random numbers ({node.target}), other ones than its own loop and on each rank")
+
+
+def _same_value(new: fx.Node, old: fx.Node) -> bool:
+    return new is old or (new.target is torch.ops.aten.clone.default and new.args[0] is old)
+
+
+def _reason(error: Exception) -> str:
+    text = (str(error).splitlines() or [type(error).__name__])[0]
+    if "_local_scalar_dense" in text or "data-dependent" in text:
+        return "it reads a value of a tensor on the host (an if on a tensor, float(), int())"
+    return text
+
+
+def _suspects(optimizers: Optimizers) -> str:
+    """What an optimizer keeps that no program takes, which is why a trace may have failed."""
+    found = []
+    for member in optimizers.members:
+        found += [f"self.{key}" for key, value in vars(member).items() if isinstance(value, Tensor)]
+        groups = enumerate(member.param_groups)
+        found += [f"param_groups[{i}][{k!r}]" for i, g in groups for k, v in g.items() if isinstance(v, Tensor) and v.numel() > 1]
+        states = [state for state in member.state.values() if isinstance(state, dict)]
+        nested = (dict, list, tuple)
+        found += [f"state {k!r}" for state in states[:1] for k, v in state.items() if isinstance(v, nested) or hasattr(v, "__dict__")
+                  and not isinstance(v, Tensor)]  # fmt: skip
+    return f"; it keeps {', '.join(dict.fromkeys(found))}, which no program takes" if found else ""

@@ -1,0 +1,278 @@
+"""Code written for Python numbers, run on 0-dim tensors: an optimizer's rates, betas and counts of steps while it is traced.
+
+A number that the user may change between steps is an entry of a packed tensor; what is computed from such numbers alone keeps
+its value as well, so that a branch on it is answered at trace time and watched. A number that the step itself changes, or that
+it reads from a tensor (``x.item()``), has no value on the host: it is computed with, and a branch on it is refused by name.
+"""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import math
+import operator
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from ...runtime.optimizer_state import Number, read_number
+from ...runtime.optimizers import Groups
+
+#: what keeps the value of numbers known, by the names that torch has for it
+OPERATIONS: dict[str, Callable[..., Any]] = {
+    "add": operator.add, "radd": lambda a, b: b + a, "sub": operator.sub, "rsub": lambda a, b: b - a, "mul": operator.mul,
+    "rmul": lambda a, b: b * a, "div": operator.truediv, "truediv": operator.truediv, "true_divide": operator.truediv,
+    "rdiv": lambda a, b: b / a, "rtruediv": lambda a, b: b / a, "pow": operator.pow, "rpow": lambda a, b: b**a,
+    "floordiv": operator.floordiv, "floor_divide": operator.floordiv, "rfloordiv": lambda a, b: b // a, "neg": operator.neg,
+    "mod": operator.mod, "remainder": operator.mod, "rmod": lambda a, b: b % a, "abs": abs, "sqrt": math.sqrt,
+    "exp": math.exp, "log": math.log, "sin": math.sin, "cos": math.cos, "tanh": math.tanh, "log2": math.log2,
+    "log10": math.log10, "expm1": math.expm1, "log1p": math.log1p, "max": max, "min": min,
+}  # fmt: skip
+#: of whole numbers these make whole ones
+WHOLE = {"add", "radd", "sub", "rsub", "mul", "rmul", "floordiv", "rfloordiv", "floor_divide", "mod", "rmod", "remainder", "neg",
+         "abs", "max", "min"}  # fmt: skip
+COMPARISONS = {"eq", "ne", "lt", "le", "gt", "ge"}
+#: of a number they bind another one; of a tensor they change it
+REBINDING = {"iadd", "isub", "imul", "itruediv", "idiv", "ifloordiv", "imod", "ipow"}
+WRITES = {f"__{name}__" for name in REBINDING} | {"__setitem__"}
+#: functions of ``math`` that torch has under the same name
+MATH = ("sqrt", "pow", "exp", "log", "sin", "cos", "tanh", "log2", "log10", "expm1", "log1p")
+READS = {"__float__", "__int__", "__index__", "__bool__", "item"}
+
+
+class Refused(Exception):
+    """What stands in the way of a trace, in words for the user."""
+
+
+@dataclass(frozen=True)
+class Derived:
+    """Computed from numbers of the optimizer alone."""
+
+    operation: str
+    operands: tuple[Any, ...]
+
+
+def value_of(expression: Any, optimizers: Groups) -> Any:
+    """The present value of a number, of what is computed from numbers, or of a constant."""
+    if isinstance(expression, Number):
+        return float(read_number(optimizers, expression))
+    if isinstance(expression, Derived):
+        operands = [value_of(operand, optimizers) for operand in expression.operands]
+        return OPERATIONS[expression.operation](*operands)
+    return expression
+
+
+@dataclass(frozen=True)
+class Branch:
+    """``left <operator> right`` was ``answer`` when the update was traced."""
+
+    left: Any
+    operator: str
+    right: Any
+    answer: bool
+
+    def holds(self, optimizers: Groups) -> bool:
+        try:
+            left, right = value_of(self.left, optimizers), value_of(self.right, optimizers)
+            return bool(getattr(operator, self.operator)(left, right)) == self.answer
+        except (ArithmeticError, ValueError):
+            return False
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a 0-dim tensor stands for. ``expression`` and ``value`` are None where only the device knows it; ``python``: the
+    optimizer itself has a Python number there; ``whole``: an integer; ``origin``: what it comes from, for a message."""
+
+    tensor: Tensor
+    expression: Any = None
+    value: Any = None
+    python: bool = True
+    whole: bool = False
+    origin: str = ""
+
+
+class PythonNumbers(TorchFunctionMode):
+    """No ``.item()``, no data-dependent branch. ``branches`` are those that were answered, ``written`` the numbers of the
+    optimizer that were changed in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known: dict[int, Known] = {}
+        self.branches: list[Branch] = []
+        self.written: list[Number] = []
+        self._plainly = False
+
+    def add(self, known: Known) -> None:
+        self.known[id(known.tensor)] = known
+
+    def of(self, value: Any) -> Known | None:
+        return self.known.get(id(value)) if isinstance(value, Tensor) else None
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if self._plainly:
+            return func(*args, **kwargs)
+        full = getattr(func, "__name__", "")
+        name, first = full.strip("_"), self.of(args[0]) if args else None
+        if name in REBINDING and first is not None and first.python:
+            name, full = name[1:], f"__{name[1:]}__"
+            func = getattr(Tensor, full)
+        elif (full.endswith("_") and not full.endswith("__")) or full in WRITES:
+            self._note_written(args)
+        if full in READS and len(args) == 1:
+            if full == "item" and args[0].dtype is not torch.bool:
+                return self.number(args[0], copy=True)
+            if first is not None:
+                return self._read(first, name)
+        operands = [self._operand(arg) for arg in args]
+        if operands and not kwargs and None not in operands and any(self.of(arg) for arg in args):
+            if name in COMPARISONS and len(operands) == 2:
+                return self._decide(name, *operands)  # type: ignore[arg-type]
+            if name in OPERATIONS:
+                return self._derive(name, operands, func(*args))  # type: ignore[arg-type]
+        return without_host(func, full, args, kwargs)
+
+    def number(self, tensor: Tensor, copy: bool = False) -> Tensor:
+        """What Python has where it reads a tensor of one element: 0-dim, in float64."""
+        known = self.of(tensor)
+        if known is not None and known.python and not copy:
+            return tensor
+        number = tensor.reshape(()).to(torch.float64, copy=True)
+        if known is not None:
+            self.add(replace(known, tensor=number, python=True))
+        else:
+            self.add(Known(number, whole=not tensor.dtype.is_floating_point, origin="a value of a tensor"))
+        return number
+
+    def _note_written(self, args: tuple) -> None:
+        targets = args[0] if args and isinstance(args[0], (list, tuple)) else args[:1]
+        for known in filter(None, map(self.of, targets)):
+            del self.known[id(known.tensor)]
+            if isinstance(known.expression, Number):
+                self.written.append(known.expression)
+
+    def _operand(self, value: Any) -> Known | None:
+        if isinstance(value, (int, float)):
+            return Known(None, value, value, True, isinstance(value, int))  # type: ignore[arg-type]
+        return self.of(value)
+
+    def _decide(self, name: str, left: Known, right: Known) -> bool:
+        for known in (left, right):
+            if known.expression is None:
+                raise Refused(f"it branches on {known.origin}, which only the device knows")
+        self.branches.append(Branch(left.expression, name, right.expression, True))
+        answer = bool(getattr(operator, name)(left.value, right.value))
+        self.branches[-1] = Branch(left.expression, name, right.expression, answer)
+        return answer
+
+    def _read(self, known: Known, name: str) -> Any:
+        """A number that code wants on the host: a constant of the program, as long as it does not change."""
+        if name == "bool":
+            return self._decide("ne", known, self._operand(0))  # type: ignore[arg-type]
+        if known.expression is None:
+            raise Refused(f"it reads {known.origin} on the host, as {name}()")
+        self.branches.append(Branch(known.expression, "eq", known.value, True))
+        return int(known.value) if name in ("int", "index") else float(known.value)
+
+    def _derive(self, name: str, operands: list[Known], result: Any) -> Any:
+        if isinstance(result, Tensor) and not result.dim():
+            expression = value = None
+            if all(operand.expression is not None for operand in operands):
+                with contextlib.suppress(ArithmeticError, ValueError):
+                    value = OPERATIONS[name](*(operand.value for operand in operands))
+                    expression = Derived(name, tuple(operand.expression for operand in operands))
+            whole = name in WHOLE and all(operand.whole for operand in operands)
+            origin = next((operand.origin for operand in operands if operand.origin), "")
+            python = all(operand.python for operand in operands)
+            self.add(Known(result, expression, value, python, whole, origin))
+        return result
+
+    # ---- functions of Python that torch does not hear of ----------------------------------------------------------------
+
+    def _extreme(self, name: str, args: tuple) -> Any:
+        """Python's ``max`` and ``min`` of numbers: the first of the largest."""
+        like = next(arg for arg in args if isinstance(arg, Tensor))
+        best = args[0]
+        for other in args[1:]:
+            pair = [t if isinstance(t, Tensor) else like.new_full((), t, dtype=torch.float64) for t in (other, best)]
+            self._plainly = True
+            try:
+                result = torch.where((torch.gt if name == "max" else torch.lt)(*pair), *pair)
+            finally:
+                self._plainly = False
+            best = self._derive(name, [self._operand(best), self._operand(other)], result)  # type: ignore[list-item]
+        return best
+
+    @contextlib.contextmanager
+    def hears(self) -> Iterator[None]:
+        """While it lasts, ``math``, ``max`` and ``min`` take such numbers in this thread, and give 0-dim tensors."""
+        thread = threading.get_ident()
+
+        def function(name: str, plain: Callable) -> Callable:
+            def heard(*args: Any) -> Any:
+                if threading.get_ident() != thread or not any(isinstance(arg, Tensor) for arg in args):
+                    return plain(*args)
+                if name == "log" and len(args) == 2:
+                    return heard(args[0]) / heard(args[1])
+                return getattr(torch, name)(*(self.number(arg) if isinstance(arg, Tensor) else arg for arg in args))
+
+            return heard
+
+        def extreme(name: str, plain: Callable) -> Callable:
+            def heard(*args: Any, **kwargs: Any) -> Any:
+                ours = threading.get_ident() == thread and len(args) > 1 and not kwargs
+                if ours and any(map(self.of, args)) and all(map(self._operand, args)):
+                    return self._extreme(name, args)
+                return plain(*args, **kwargs)
+
+            return heard
+
+        made = {(math, name): function(name, getattr(math, name)) for name in MATH}
+        made |= {(builtins, name): extreme(name, getattr(builtins, name)) for name in ("max", "min")}
+        plain = {place: getattr(*place) for place in made}
+        try:
+            for (module, name), heard in made.items():
+                setattr(module, name, heard)
+            yield
+        finally:
+            for (module, name), before in plain.items():
+                setattr(module, name, before)
+
+
+def without_host(func: Callable, name: str, args: tuple, kwargs: dict) -> Any:
+    """Call a function of torch that would read one of its numbers on the host, where that is a tensor, in another way."""
+    for scale in ("alpha", "value"):
+        if isinstance(kwargs.get(scale), Tensor):
+            return _scaled(name, args, kwargs.pop(scale))
+    if name == "square_":  # torch has no functional form of it
+        return args[0].mul_(args[0])
+    if name in ("clamp", "clamp_", "clip", "clip_"):
+        low, high = [*args[1:], kwargs.get("min"), kwargs.get("max")][:2] if len(args) > 1 else (kwargs.get("min"), kwargs.get("max"))
+        if isinstance(low, Tensor) != isinstance(high, Tensor) and low is not None and high is not None:
+            inplace = "_" if name.endswith("_") else ""
+            return getattr(getattr(args[0], f"clamp_min{inplace}")(low), f"clamp_max{inplace}")(high)
+    if name in ("tensor", "as_tensor") and isinstance(args[0], Tensor):
+        dtype = kwargs.get("dtype") or torch.get_default_dtype()
+        return args[0].detach().to(kwargs.get("device") or args[0].device, dtype, copy=True)
+    return func(*args, **kwargs)
+
+
+def _scaled(name: str, args: tuple, scale: Tensor) -> Tensor:
+    """``x.add(y, alpha=s)``, ``x.addcmul(y, z, value=s)`` and kin for a tensor ``s``."""
+    kind = name.removesuffix("_")
+    target, operands = args[0], args[1:]
+    terms = {
+        "add": lambda y: y * scale,
+        "sub": lambda y: -(y * scale),
+        "addcmul": lambda y, z: y * scale * z,
+        "addcdiv": lambda y, z: y * scale / z,
+    }
+    if kind not in terms:
+        raise Refused(f"torch.{name} takes its factor on the host")
+    return target.add_(terms[kind](*operands)) if name.endswith("_") else target.add(terms[kind](*operands))

@@ -1,0 +1,67 @@
+"""A trial of optimizers' steps before anything is compiled: which numbers they change, and whether they can be followed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ...runtime.counters import counters_of
+from ...runtime.optimizer_state import init_group, makes_state
+from ...runtime.optimizers import Optimizers
+from ..torch_api.dynamo import outside_dynamo
+from .traced_optimizer import attempt, planned, refuse_hidden, stand_in
+
+
+def try_optimizers(optimizers: Optimizers) -> None:
+    """Look at one step over a parameter of each kind. Numbers in the groups that it changes are state from here on. Torch's
+    own optimizers are known to have none such. Changes nothing of the user's.
+
+    Raises:
+        ValueError: an optimizer cannot be traced, or changes what a program cannot; says what.
+    """
+    for member in optimizers.members:
+        params = _of_each_kind(member)
+        if type(member).__module__.partition(".")[0] == "torch" or not params:
+            continue
+        if makes_state(member):
+            counters_of(member).of_gradient = _makes_state_of_gradients(member, params)
+        alone = Optimizers([member])
+        (begun,) = planned(alone, params)[0].members
+        for group, before in zip(begun.param_groups, member.param_groups, strict=True):
+            made = {key for key, value in group.items() if isinstance(value, Tensor) and not isinstance(before.get(key), Tensor)}
+            counters_of(member).groups.update(dict.fromkeys(made - {"lr", "weight_decay"}, False))
+        _, found = attempt(alone, params)
+        if found.counters[member]:
+            counters_of(member).groups.update(found.counters[member])
+            _, found = attempt(alone, params)
+        if not found.late:  # state that is created in the step may come from a checkpoint
+            refuse_hidden(found)
+
+
+def _of_each_kind(optimizer: Optimizer) -> list[nn.Parameter]:
+    """The first parameter of each group, rank and dtype."""
+    found = dict[tuple, nn.Parameter]()
+    for i, group in enumerate(optimizer.param_groups):
+        for p in group["params"]:
+            if p.requires_grad:
+                found.setdefault((i, p.dim(), p.dtype), p)
+    return list(found.values())
+
+
+def _makes_state_of_gradients(optimizer: Optimizer, params: list[nn.Parameter]) -> bool:
+    """Whether state that is made for copies of ``params`` differs with their gradients."""
+    if any(p.device.type == "meta" for p in params):
+        return False
+    made = list[list[Tensor]]()
+    with torch.no_grad(), outside_dynamo(), torch.random.fork_rng(devices=[]):
+        for value in (0.0, 1.0):
+            torch.manual_seed(0)
+            copies = {id(p): nn.Parameter(p.detach().clone()) for p in params}
+            clone = stand_in(optimizer, [], copies)  # type: ignore[arg-type]
+            for group in clone.param_groups:
+                if group["params"]:
+                    init_group(clone, group, group["params"], [torch.full_like(p, value) for p in group["params"]])
+            states = (clone.state[copy] for copy in copies.values())
+            made.append([value for state in states for value in state.values() if isinstance(value, Tensor)])
+    return any(one.shape != other.shape or not torch.equal(one, other) for one, other in zip(*made, strict=True))

@@ -1,0 +1,77 @@
+"""What an optimizer's step changes besides tensors of its state: counted on the object, in its groups, in containers of either."""
+
+from __future__ import annotations
+
+import copy
+import types
+from collections import deque
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+#: how deep objects within an optimizer are looked into
+DEPTH = 4
+_WHOLE = (Tensor, nn.Module, Optimizer, type, types.ModuleType, types.FunctionType, types.MethodType, types.BuiltinFunctionType)
+
+
+class Place(NamedTuple):
+    """Where something may change: an attribute, an entry of a ``group`` or of a parameter's state."""
+
+    name: str
+    key: str
+    group: int | None = None
+    of_state: bool = False
+
+
+def own_copy(value: Any, depth: int = DEPTH) -> Any:
+    """A copy that a trial step may change: of containers and plain objects, not of tensors, modules and functions."""
+    if depth == 0 or isinstance(value, _WHOLE):
+        return value
+    if isinstance(value, (list, set, deque)):
+        return type(value)(own_copy(each, depth - 1) for each in value) if type(value) in (list, set, deque) else copy.copy(value)
+    if isinstance(value, tuple):
+        return tuple(own_copy(each, depth - 1) for each in value) if type(value) is tuple else value
+    if isinstance(value, Mapping) and hasattr(value, "__setitem__"):
+        found = copy.copy(value)
+        for key, each in value.items():
+            found[key] = own_copy(each, depth - 1)  # type: ignore[index]
+        return found
+    if hasattr(value, "__dict__") and not callable(value):
+        try:
+            found = copy.copy(value)
+            vars(found).update({key: own_copy(each, depth - 1) for key, each in vars(value).items()})
+        except Exception:
+            return value
+        return found
+    return copy.copy(value) if hasattr(value, "tobytes") else value
+
+
+def snapshot(optimizer: Optimizer) -> dict[Place, Any]:
+    """All that a step could keep a count in, by place."""
+    found = {Place(f"self.{k}", ""): _frozen(v) for k, v in vars(optimizer).items() if k not in ("state", "param_groups")}
+    for i, group in enumerate(optimizer.param_groups):
+        found |= {Place(f"param_groups[{i}][{k!r}]", k, i): _frozen(v) for k, v in group.items() if k != "params"}
+    for i, state in enumerate(optimizer.state.values()):
+        found |= {Place(f"state {i}[{k!r}]", k, of_state=True): _frozen(v) for k, v in state.items() if not isinstance(v, Tensor)}
+    return found
+
+
+def changed(before: Mapping[Place, Any], after: Mapping[Place, Any]) -> list[Place]:
+    return [place for place in {**before, **after} if before.get(place) != after.get(place)]
+
+
+def _frozen(value: Any, depth: int = DEPTH) -> Any:
+    """What can be compared later: the contents of containers and objects, the identity of tensors."""
+    if isinstance(value, _WHOLE) or depth == 0:
+        return id(value)
+    if isinstance(value, Mapping):
+        return "mapping", tuple((repr(key), _frozen(each, depth - 1)) for key, each in value.items())
+    if isinstance(value, (list, tuple, set, deque)):
+        return type(value).__name__, tuple(_frozen(each, depth - 1) for each in value)
+    if hasattr(value, "tobytes"):
+        return value.tobytes()
+    if hasattr(value, "__dict__"):
+        return type(value).__name__, _frozen(vars(value), depth - 1)
+    return type(value).__name__, repr(value)
