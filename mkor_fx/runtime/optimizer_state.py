@@ -164,9 +164,9 @@ class OptimizerNumbers:
         optimizer = self._optimizer()
         assert optimizer is not None
         groups = optimizer.param_groups
+        fresh = {at for at in fresh_groups if type(owner_of(optimizer, at)) is torch.optim.SGD}
         return self._packed.write(
-            0.0 if n.key == "dampening" and n.group in fresh_groups else _read(groups, n)
-            for n in self._numbers
+            0.0 if n.key == "dampening" and n.group in fresh else _read(groups, n) for n in self._numbers
         )
 
 

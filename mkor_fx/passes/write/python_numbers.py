@@ -37,9 +37,11 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
 WHOLE = {"add", "radd", "sub", "rsub", "mul", "rmul", "floordiv", "rfloordiv", "floor_divide", "mod", "rmod", "remainder", "neg",
          "abs", "max", "min"}  # fmt: skip
 COMPARISONS = {"eq", "ne", "lt", "le", "gt", "ge"}
-#: of a number they bind another one; of a tensor they change it
-REBINDING = {"iadd", "isub", "imul", "itruediv", "idiv", "ifloordiv", "imod", "ipow"}
-WRITES = {f"__{name}__" for name in REBINDING} | {"__setitem__"}
+#: ``x += y`` as torch hears of it: of a number it binds another one, of a tensor it changes it
+REBINDING = {"add_": "add", "sub_": "sub", "mul_": "mul", "div_": "div", "pow_": "pow", "floor_divide_": "floor_divide",
+             "remainder_": "remainder"}  # fmt: skip
+REBINDING |= {"__iadd__": "add", "__isub__": "sub", "__imul__": "mul", "__idiv__": "div", "__itruediv__": "div",
+              "__ipow__": "pow", "__ifloordiv__": "floor_divide", "__imod__": "remainder"}  # fmt: skip
 #: functions of ``math`` that torch has under the same name
 MATH = ("sqrt", "pow", "exp", "log", "sin", "cos", "tanh", "log2", "log10", "expm1", "log1p")
 READS = {"__float__", "__int__", "__index__", "__bool__", "item"}
@@ -120,10 +122,10 @@ class PythonNumbers(TorchFunctionMode):
             return func(*args, **kwargs)
         full = getattr(func, "__name__", "")
         name, first = full.strip("_"), self.of(args[0]) if args else None
-        if name in REBINDING and first is not None and first.python:
-            name, full = name[1:], f"__{name[1:]}__"
-            func = getattr(Tensor, full)
-        elif (full.endswith("_") and not full.endswith("__")) or full in WRITES:
+        if full in REBINDING and first is not None and first.python:
+            name = full = REBINDING[full]
+            func = getattr(torch, name)
+        elif (full.endswith("_") and not full.endswith("__")) or full in REBINDING or full == "__setitem__":
             self._note_written(args)
         if full in READS and len(args) == 1:
             if full == "item" and args[0].dtype is not torch.bool:
@@ -188,7 +190,7 @@ class PythonNumbers(TorchFunctionMode):
                     value = OPERATIONS[name](*(operand.value for operand in operands))
                     expression = Derived(name, tuple(operand.expression for operand in operands))
             whole = name in WHOLE and all(operand.whole for operand in operands)
-            origin = next((operand.origin for operand in operands if operand.origin), "")
+            origin = next((operand.origin for operand in operands if operand.expression is None), "")
             python = all(operand.python for operand in operands)
             self.add(Known(result, expression, value, python, whole, origin))
         return result
@@ -252,11 +254,12 @@ def without_host(func: Callable, name: str, args: tuple, kwargs: dict) -> Any:
             return _scaled(name, args, kwargs.pop(scale))
     if name == "square_":  # torch has no functional form of it
         return args[0].mul_(args[0])
-    if name in ("clamp", "clamp_", "clip", "clip_"):
-        low, high = [*args[1:], kwargs.get("min"), kwargs.get("max")][:2] if len(args) > 1 else (kwargs.get("min"), kwargs.get("max"))
-        if isinstance(low, Tensor) != isinstance(high, Tensor) and low is not None and high is not None:
-            inplace = "_" if name.endswith("_") else ""
-            return getattr(getattr(args[0], f"clamp_min{inplace}")(low), f"clamp_max{inplace}")(high)
+    if name in ("clamp", "clamp_", "clip", "clip_"):  # with one bound a tensor, the other a number
+        bounds = dict(zip(("min", "max"), args[1:])) | kwargs
+        for bound, limit in bounds.items():
+            if limit is not None:
+                args = (getattr(args[0], f"clamp_{bound}{'_' * name.endswith('_')}")(limit),)
+        return args[0]
     if name in ("tensor", "as_tensor") and isinstance(args[0], Tensor):
         dtype = kwargs.get("dtype") or torch.get_default_dtype()
         return args[0].detach().to(kwargs.get("device") or args[0].device, dtype, copy=True)

@@ -51,11 +51,14 @@ class Findings:
     """What a trace has found an optimizer to do that a program would not: by optimizer's name, in words for the user.
 
     ``late`` is state that its step creates, ``hidden`` what it changes besides tensors of its state; of these ``counters`` are
-    the keys of groups whose numbers could be state, with whether the optimizer keeps a Python number there."""
+    the keys of groups whose numbers could be state, with whether the optimizer keeps a Python number there. ``of_gradient``: whose
+    state is made of more than parameters; ``idle``: who changes no weight."""
 
     late: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     hidden: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     counters: dict[Optimizer, dict[str, bool]] = field(default_factory=lambda: defaultdict(dict))
+    of_gradient: set[Optimizer] = field(default_factory=set)
+    idle: list[str] = field(default_factory=list)
 
 
 def planned(optimizers: Optimizers, params: Sequence[nn.Parameter]) -> tuple[Optimizers, list[Tensor]]:
@@ -92,7 +95,7 @@ def _bare(optimizer: Optimizer) -> Optimizer:
     clone = object.__new__(type(optimizer))
     clone.__dict__.update({k: own_copy(v) for k, v in vars(optimizer).items() if k not in ("state", "param_groups")})
     clone.__dict__.update({key: value for key, value in IMPLEMENTATION.items() if key in vars(clone)})
-    clone.state = defaultdict(dict)
+    vars(clone)["state"] = defaultdict(dict)
     return clone
 
 
@@ -118,6 +121,8 @@ def trace_update(optimizers: Optimizers, params: Sequence[nn.Parameter]) -> Upda
 
 def refuse_hidden(found: Findings) -> None:
     """Raises ValueError for what a step changes and no program would."""
+    for name in found.idle:
+        raise ValueError(f"{name}.step() changes no weight when it is called without a closure\n{OTHERWISE}")
     for name, hidden in found.hidden.items():
         raise ValueError(
             f"{name}.step() changes {', '.join(dict.fromkeys(hidden))}, which a compiled step would never see change: "
@@ -166,6 +171,7 @@ def attempt(optimizers: Optimizers, params: Sequence[nn.Parameter]) -> tuple[Upd
                 clone = one.clone([[ps[at] for at in members] for members in own], entries, cs)
                 for at in (at for members in own for at in members):
                     clone.state[ps[at]] = one.state(begun.state.get(stand_ins[at], {}), ss[at])
+                one.watch_init(clone)
                 before = snapshot(clone)
                 with compiling(), mode, mode.hears():
                     inspect.unwrap(type(member).step)(clone)
@@ -179,7 +185,8 @@ def attempt(optimizers: Optimizers, params: Sequence[nn.Parameter]) -> tuple[Upd
         with outside_dynamo():
             function = torch.func.functionalize(run, remove="mutations_and_views")
             traced = trace(function, (stand_ins, gradients, states, counters, packed)).module
-        _check(traced, len(params))
+        if _check(traced, len(params)):
+            found.idle.append(optimizers.names)
     except Exception as error:
         raise ValueError(
             f"{name}.step() cannot be traced into the compiled step: {_reason(error)}{_suspects(optimizers)}\n{OTHERWISE}"
@@ -216,6 +223,18 @@ class _Member:
                 held = counters[self.begin + i, key]
                 group[key] = self._number(held, f"its own {key!r}") if known.groups[key] else held.clone()
         return clone
+
+    def watch_init(self, clone: Optimizer) -> None:
+        """State whose making is passed more than the group cannot be made before."""
+        if not hasattr(type(clone), "init_group"):
+            return
+
+        def init_group(group: dict, *args: Any, **kwargs: Any) -> None:
+            if args or kwargs:
+                self.found.of_gradient.add(self.optimizer)
+            type(clone).init_group(clone, group, *args, **kwargs)  # type: ignore[attr-defined]
+
+        vars(clone)["init_group"] = init_group
 
     def state(self, begun: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
         numbers = counters_of(self.optimizer).state | counters_of(self.begun).state
@@ -291,19 +310,18 @@ def _group_on_tensors(group: dict, index: int, entries: dict[Number, Tensor], pa
     return replaced
 
 
-def _check(traced: fx.GraphModule, count: int) -> None:
-    """Raises Refused for what a program cannot do as the optimizer does it."""
+def _check(traced: fx.GraphModule, count: int) -> bool:
+    """Raises Refused for what a program cannot do as the optimizer does it. Whether no weight changes."""
     inputs = traced.graph.find_nodes(op="placeholder")
     (outputs,) = traced.graph.output_node().args
     if outputs[-1] is not inputs[-1]:
         raise Refused("it changes numbers of its groups through views of them")
-    if all(_same_value(new, old) for new, old in zip(outputs[:count], inputs)):
-        raise Refused("it changes no weight")
     for node in traced.graph.nodes:
         if node.op == "get_attr":
             raise Refused(f"it holds a tensor of its own ({node.target})")
         if isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags:
             raise Refused(f"it draws random numbers ({node.target}), other ones than its own loop and on each rank")
+    return all(_same_value(new, old) for new, old in zip(outputs[:count], inputs))
 
 
 def _same_value(new: fx.Node, old: fx.Node) -> bool:
@@ -312,6 +330,8 @@ def _same_value(new: fx.Node, old: fx.Node) -> bool:
 
 def _reason(error: Exception) -> str:
     text = (str(error).splitlines() or [type(error).__name__])[0]
+    if isinstance(error, KeyError):
+        return f"KeyError: {text}"
     if "_local_scalar_dense" in text or "data-dependent" in text:
         return "it reads a value of a tensor on the host (an if on a tensor, float(), int())"
     return text

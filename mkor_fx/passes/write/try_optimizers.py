@@ -10,7 +10,7 @@ from ...runtime.counters import counters_of
 from ...runtime.optimizer_state import init_group, makes_state
 from ...runtime.optimizers import Optimizers
 from ..torch_api.dynamo import outside_dynamo
-from .traced_optimizer import attempt, planned, refuse_hidden, stand_in
+from .traced_optimizer import OTHERWISE, attempt, planned, refuse_hidden, stand_in
 
 
 def try_optimizers(optimizers: Optimizers) -> None:
@@ -24,19 +24,31 @@ def try_optimizers(optimizers: Optimizers) -> None:
         params = _of_each_kind(member)
         if type(member).__module__.partition(".")[0] == "torch" or not params:
             continue
-        if makes_state(member):
-            counters_of(member).of_gradient = _makes_state_of_gradients(member, params)
         alone = Optimizers([member])
-        (begun,) = planned(alone, params)[0].members
-        for group, before in zip(begun.param_groups, member.param_groups, strict=True):
-            made = {key for key, value in group.items() if isinstance(value, Tensor) and not isinstance(before.get(key), Tensor)}
-            counters_of(member).groups.update(dict.fromkeys(made - {"lr", "weight_decay"}, False))
+        _see_what_it_makes(alone, member, params)
         _, found = attempt(alone, params)
-        if found.counters[member]:
+        if member in found.of_gradient or found.counters[member]:
+            counters_of(member).of_gradient |= member in found.of_gradient
             counters_of(member).groups.update(found.counters[member])
             _, found = attempt(alone, params)
         if not found.late:  # state that is created in the step may come from a checkpoint
             refuse_hidden(found)
+
+
+def _see_what_it_makes(alone: Optimizers, member: Optimizer, params: list[nn.Parameter]) -> None:
+    """Note whether state is made of gradients, and the counters that are made in groups as tensors."""
+    try:
+        if makes_state(member):
+            counters_of(member).of_gradient = _makes_state_of_gradients(member, params)
+        (begun,) = planned(alone, params)[0].members
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{type(member).__name__} cannot make its state before it steps ({type(error).__name__}: {reason})\n{OTHERWISE}"
+        ) from error
+    for group, before in zip(begun.param_groups, member.param_groups, strict=True):
+        made = {key for key, value in group.items() if isinstance(value, Tensor) and not isinstance(before.get(key), Tensor)}
+        counters_of(member).groups.update(dict.fromkeys(made - {"lr", "weight_decay"}, False))
 
 
 def _of_each_kind(optimizer: Optimizer) -> list[nn.Parameter]:
