@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from ...runtime.optimizer_state import Number, read_number
 from ...runtime.optimizers import Groups
+from ..torch_api.tracing import shaped_like
 
 #: what keeps the value of numbers known, by the names that torch has for it
 OPERATIONS: dict[str, Callable[..., Any]] = {
@@ -33,9 +34,6 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "exp": math.exp, "log": math.log, "sin": math.sin, "cos": math.cos, "tanh": math.tanh, "log2": math.log2,
     "log10": math.log10, "expm1": math.expm1, "log1p": math.log1p, "max": max, "min": min,
 }  # fmt: skip
-#: of whole numbers these make whole ones
-WHOLE = {"add", "radd", "sub", "rsub", "mul", "rmul", "floordiv", "rfloordiv", "floor_divide", "mod", "rmod", "remainder", "neg",
-         "abs", "max", "min"}  # fmt: skip
 COMPARISONS = {"eq", "ne", "lt", "le", "gt", "ge"}
 #: ``x += y`` as torch hears of it: of a number it binds another one, of a tensor it changes it
 REBINDING = {"add_": "add", "sub_": "sub", "mul_": "mul", "div_": "div", "pow_": "pow", "floor_divide_": "floor_divide",
@@ -89,13 +87,12 @@ class Branch:
 @dataclass(frozen=True)
 class Known:
     """What a 0-dim tensor stands for. ``expression`` and ``value`` are None where only the device knows it; ``python``: the
-    optimizer itself has a Python number there; ``whole``: an integer; ``origin``: what it comes from, for a message."""
+    optimizer itself has a Python number there; ``origin``: what it comes from, for a message."""
 
     tensor: Tensor
     expression: Any = None
     value: Any = None
     python: bool = True
-    whole: bool = False
     origin: str = ""
 
 
@@ -108,7 +105,14 @@ class PythonNumbers(TorchFunctionMode):
         self.known: dict[int, Known] = {}
         self.branches: list[Branch] = []
         self.written: list[Number] = []
+        self.foreign: dict[int, Tensor] = {}
         self._plainly = False
+
+    def hold(self, tensor: Tensor) -> Tensor:
+        """What stands for a tensor that the optimizer holds, and no program is passed."""
+        held = shaped_like(tensor)
+        self.foreign[id(held)] = held
+        return held
 
     def add(self, known: Known) -> None:
         self.known[id(known.tensor)] = known
@@ -118,9 +122,11 @@ class PythonNumbers(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = dict(kwargs or {})
-        if self._plainly:
-            return func(*args, **kwargs)
         full = getattr(func, "__name__", "")
+        if self._plainly or full == "__get__":
+            return func(*args, **kwargs)
+        if any(id(arg) in self.foreign for arg in (*args, *kwargs.values())):
+            raise Refused(f"it uses a tensor of its own, in {full}")
         name, first = full.strip("_"), self.of(args[0]) if args else None
         if full in REBINDING and first is not None and first.python:
             name = full = REBINDING[full]
@@ -149,7 +155,7 @@ class PythonNumbers(TorchFunctionMode):
         if known is not None:
             self.add(replace(known, tensor=number, python=True))
         else:
-            self.add(Known(number, whole=not tensor.dtype.is_floating_point, origin="a value of a tensor"))
+            self.add(Known(number, origin="a value of a tensor"))
         return number
 
     def _note_written(self, args: tuple) -> None:
@@ -161,7 +167,7 @@ class PythonNumbers(TorchFunctionMode):
 
     def _operand(self, value: Any) -> Known | None:
         if isinstance(value, (int, float)):
-            return Known(None, value, value, True, isinstance(value, int))  # type: ignore[arg-type]
+            return Known(None, value, value)  # type: ignore[arg-type]
         return self.of(value)
 
     def _decide(self, name: str, left: Known, right: Known) -> bool:
@@ -189,10 +195,9 @@ class PythonNumbers(TorchFunctionMode):
                 with contextlib.suppress(ArithmeticError, ValueError):
                     value = OPERATIONS[name](*(operand.value for operand in operands))
                     expression = Derived(name, tuple(operand.expression for operand in operands))
-            whole = name in WHOLE and all(operand.whole for operand in operands)
             origin = next((operand.origin for operand in operands if operand.expression is None), "")
             python = all(operand.python for operand in operands)
-            self.add(Known(result, expression, value, python, whole, origin))
+            self.add(Known(result, expression, value, python, origin))
         return result
 
     # ---- functions of Python that torch does not hear of ----------------------------------------------------------------

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,12 +51,11 @@ class Findings:
     """What a trace has found an optimizer to do that a program would not: by optimizer's name, in words for the user.
 
     ``late`` is state that its step creates, ``hidden`` what it changes besides tensors of its state; of these ``counters`` are
-    the keys of groups whose numbers could be state, with whether the optimizer keeps a Python number there. ``of_gradient``: whose
-    state is made of more than parameters; ``idle``: who changes no weight."""
+    the keys of groups whose numbers could be state, with what the optimizer keeps there. ``of_gradient``: whose state is made of more than parameters; ``idle``: who changes no weight."""
 
     late: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     hidden: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-    counters: dict[Optimizer, dict[str, bool]] = field(default_factory=lambda: defaultdict(dict))
+    counters: dict[Optimizer, dict[str, type]] = field(default_factory=lambda: defaultdict(dict))
     of_gradient: set[Optimizer] = field(default_factory=set)
     idle: list[str] = field(default_factory=list)
 
@@ -71,18 +70,19 @@ def planned(optimizers: Optimizers, params: Sequence[nn.Parameter]) -> tuple[Opt
     return clones, list(stands_for.values())
 
 
-def stand_in(optimizer: Optimizer, params: Sequence[nn.Parameter], stands_for: dict[int, Tensor]) -> Optimizer:
-    """A copy over other tensors, whose state is shaped like the optimizer's."""
-    clone = _bare(optimizer)
+def stand_in(
+    optimizer: Optimizer, params: Sequence[nn.Parameter], stands_for: dict[int, Tensor], tensors: Callable = shaped_like
+) -> Optimizer:
+    """A copy over other tensors; what it holds besides is made by ``tensors`` of the optimizer's."""
+    clone = _bare(optimizer, tensors)
     clone.param_groups = [
-        {key: _without_memory(value) for key, value in group.items() if key != "params"}
+        {key: own_copy(value, tensors) for key, value in group.items() if key != "params"}
         | {"params": [stands_for[id(p)] for p in group["params"] if id(p) in stands_for]}
         for group in optimizer.param_groups
     ]
     for p in params:
         if p in optimizer.state:
-            held = optimizer.state[p]
-            clone.state[stands_for[id(p)]] = {key: _without_memory(value) for key, value in held.items()}
+            clone.state[stands_for[id(p)]] = {key: own_copy(value, tensors) for key, value in optimizer.state[p].items()}
     known, own = counters_of(clone), counters_of(optimizer)
     known.groups.update(own.groups)
     known.state.update(own.state)
@@ -90,17 +90,13 @@ def stand_in(optimizer: Optimizer, params: Sequence[nn.Parameter], stands_for: d
     return clone
 
 
-def _bare(optimizer: Optimizer) -> Optimizer:
+def _bare(optimizer: Optimizer, tensors: Callable) -> Optimizer:
     """An optimizer of the same class and attributes, whose state is empty."""
     clone = object.__new__(type(optimizer))
-    clone.__dict__.update({k: own_copy(v) for k, v in vars(optimizer).items() if k not in ("state", "param_groups")})
-    clone.__dict__.update({key: value for key, value in IMPLEMENTATION.items() if key in vars(clone)})
+    attributes = {k: own_copy(v, tensors) for k, v in vars(optimizer).items() if k not in ("state", "param_groups")}
+    vars(clone).update(attributes | {key: value for key, value in IMPLEMENTATION.items() if key in attributes})
     vars(clone)["state"] = defaultdict(dict)
     return clone
-
-
-def _without_memory(value: Any) -> Any:
-    return shaped_like(value) if isinstance(value, Tensor) else own_copy(value)
 
 
 def trace_update(optimizers: Optimizers, params: Sequence[nn.Parameter]) -> Update:
@@ -185,8 +181,12 @@ def attempt(optimizers: Optimizers, params: Sequence[nn.Parameter]) -> tuple[Upd
         with outside_dynamo():
             function = torch.func.functionalize(run, remove="mutations_and_views")
             traced = trace(function, (stand_ins, gradients, states, counters, packed)).module
-        if _check(traced, len(params)):
+        inputs, outputs = traced.graph.find_nodes(op="placeholder"), traced.graph.output_node().args[0]
+        if all(_same_value(new, old) for new, old in zip(outputs[: len(params)], inputs)):
             found.idle.append(optimizers.names)
+        if outputs[-1] is not inputs[-1] and not found.hidden:
+            found.hidden[name].append("numbers of its groups through views of them")
+        _check(traced)
     except Exception as error:
         raise ValueError(
             f"{name}.step() cannot be traced into the compiled step: {_reason(error)}{_suspects(optimizers)}\n{OTHERWISE}"
@@ -214,14 +214,14 @@ class _Member:
 
     def clone(self, params: list[list[Tensor]], entries: dict[Number, Tensor], counters: dict) -> Optimizer:
         """The optimizer over traced tensors, its numbers 0-dim ones."""
-        clone, known = _bare(self.optimizer), counters_of(self.optimizer)
+        clone, known = _bare(self.optimizer, self.mode.hold), counters_of(self.optimizer)
         clone.param_groups = [
             _group_on_tensors(group, self.begin + i, entries, params[i]) for i, group in enumerate(self.begun.param_groups)
         ]
         for i, group in enumerate(clone.param_groups):
             for key in places(known, group):
                 held = counters[self.begin + i, key]
-                group[key] = self._number(held, f"its own {key!r}") if known.groups[key] else held.clone()
+                group[key] = held.clone() if known.groups[key] is Tensor else self._number(held, f"its own {key!r}")
         return clone
 
     def watch_init(self, clone: Optimizer) -> None:
@@ -237,19 +237,19 @@ class _Member:
         vars(clone)["init_group"] = init_group
 
     def state(self, begun: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
-        numbers = counters_of(self.optimizer).state | counters_of(self.begun).state
+        numbers = counters_of(self.optimizer).state.keys() | counters_of(self.begun).state.keys()
         shown = {k: self._number(t, f"its own {k!r}") if k in numbers else t for k, t in tensors.items()}
         return {**begun, **shown}
 
     def _number(self, held: Tensor, origin: str) -> Tensor:
         number = held.to(torch.float64, copy=True)
-        self.mode.add(Known(number, whole=not held.dtype.is_floating_point, origin=origin))
+        self.mode.add(Known(number, origin=origin))
         return number
 
     def note(self, before: dict[str, Any], after: dict[str, Any]) -> None:
         """What has changed without a program's seeing it."""
         known = counters_of(self.optimizer)
-        numbers = known.state | counters_of(self.begun).state
+        numbers = known.state.keys() | counters_of(self.begun).state.keys()
         for place in changed(before, after):
             if place.key in (numbers if place.of_state else known.groups):
                 continue
@@ -266,7 +266,7 @@ class _Member:
             return
         value = self.optimizer.param_groups[group].get(key, self.begun.param_groups[group].get(key))
         if is_python_number(value) or (isinstance(value, Tensor) and value.numel() == 1):
-            self.found.counters[self.optimizer][key] = not isinstance(value, Tensor)
+            self.found.counters[self.optimizer][key] = Tensor if isinstance(value, Tensor) else type(value)
 
     def new_counters(self, clone: Optimizer, counters: dict[tuple[int, str], Tensor]) -> dict[tuple[int, str], Tensor]:
         groups = dict(enumerate(clone.param_groups, start=self.begin))
@@ -283,20 +283,16 @@ class _Member:
 
     def _kept(self, value: Any, held: Tensor, place: str) -> Tensor:
         """A new value as it is kept."""
-        known = self.mode.of(value)
         if is_python_number(value):
-            if not held.dtype.is_floating_point and not isinstance(value, int):
-                raise Refused(f"{place} is a whole number that becomes {value}")
             return torch.full_like(held, value)
         if not isinstance(value, Tensor) or value.shape != held.shape:
             raise Refused(f"{place} becomes {tuple(value.shape) if isinstance(value, Tensor) else repr(value)}")
-        if known is not None and not known.whole and not held.dtype.is_floating_point:
-            raise Refused(f"{place} is a whole number that becomes a fraction: begin it as a float")
-        return value if known is None else value.to(held.dtype)
+        return value if self.mode.of(value) is None else value.to(held.dtype)
 
 
 def _group_on_tensors(group: dict, index: int, entries: dict[Number, Tensor], params: list[Tensor]) -> dict:
-    replaced = {key: own_copy(value) for key, value in group.items()} | {"params": params}
+    replaced = {key: own_copy(value, lambda tensor: tensor) for key, value in group.items() if key != "params"}
+    replaced["params"] = params
     replaced.update({k: v for k, v in IMPLEMENTATION.items() if k in group})
     for number, tensor in entries.items():
         if number.group != index:
@@ -310,18 +306,13 @@ def _group_on_tensors(group: dict, index: int, entries: dict[Number, Tensor], pa
     return replaced
 
 
-def _check(traced: fx.GraphModule, count: int) -> bool:
-    """Raises Refused for what a program cannot do as the optimizer does it. Whether no weight changes."""
-    inputs = traced.graph.find_nodes(op="placeholder")
-    (outputs,) = traced.graph.output_node().args
-    if outputs[-1] is not inputs[-1]:
-        raise Refused("it changes numbers of its groups through views of them")
+def _check(traced: fx.GraphModule) -> None:
+    """Raises Refused for what a program cannot do as the optimizer does it."""
     for node in traced.graph.nodes:
         if node.op == "get_attr":
             raise Refused(f"it holds a tensor of its own ({node.target})")
         if isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags:
             raise Refused(f"it draws random numbers ({node.target}), other ones than its own loop and on each rank")
-    return all(_same_value(new, old) for new, old in zip(outputs[:count], inputs))
 
 
 def _same_value(new: fx.Node, old: fx.Node) -> bool:

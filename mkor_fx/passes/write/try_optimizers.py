@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ...runtime.counters import counters_of
+from ...runtime.counters import counters_of, is_python_number, save_numbers
 from ...runtime.optimizer_state import init_group, makes_state
 from ...runtime.optimizers import Optimizers
 from ..torch_api.dynamo import outside_dynamo
@@ -33,6 +33,7 @@ def try_optimizers(optimizers: Optimizers) -> None:
             _, found = attempt(alone, params)
         if not found.late:  # state that is created in the step may come from a checkpoint
             refuse_hidden(found)
+        save_numbers(member)
 
 
 def _see_what_it_makes(alone: Optimizers, member: Optimizer, params: list[nn.Parameter]) -> None:
@@ -48,7 +49,7 @@ def _see_what_it_makes(alone: Optimizers, member: Optimizer, params: list[nn.Par
         ) from error
     for group, before in zip(begun.param_groups, member.param_groups, strict=True):
         made = {key for key, value in group.items() if isinstance(value, Tensor) and not isinstance(before.get(key), Tensor)}
-        counters_of(member).groups.update(dict.fromkeys(made - {"lr", "weight_decay"}, False))
+        counters_of(member).groups.update(dict.fromkeys(made - {"lr", "weight_decay"}, Tensor))
 
 
 def _of_each_kind(optimizer: Optimizer) -> list[nn.Parameter]:
@@ -70,10 +71,11 @@ def _makes_state_of_gradients(optimizer: Optimizer, params: list[nn.Parameter]) 
         for value in (0.0, 1.0):
             torch.manual_seed(0)
             copies = {id(p): nn.Parameter(p.detach().clone()) for p in params}
-            clone = stand_in(optimizer, [], copies)  # type: ignore[arg-type]
+            clone = stand_in(optimizer, [], copies, Tensor.clone)  # type: ignore[arg-type]
             for group in clone.param_groups:
                 if group["params"]:
                     init_group(clone, group, group["params"], [torch.full_like(p, value) for p in group["params"]])
-            states = (clone.state[copy] for copy in copies.values())
+            states = [clone.state[copy] for copy in copies.values()]
+            counters_of(optimizer).state.update((k, type(v)) for own in states for k, v in own.items() if is_python_number(v))
             made.append([value for state in states for value in state.values() if isinstance(value, Tensor)])
     return any(one.shape != other.shape or not torch.equal(one, other) for one, other in zip(*made, strict=True))

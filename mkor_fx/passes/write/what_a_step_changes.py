@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import types
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -25,27 +25,29 @@ class Place(NamedTuple):
     of_state: bool = False
 
 
-def own_copy(value: Any, depth: int = DEPTH) -> Any:
-    """A copy that a trial step may change: of containers and plain objects, not of tensors, modules and functions."""
+def own_copy(value: Any, tensors: Callable[[Tensor], Tensor], depth: int = DEPTH) -> Any:
+    """A copy that a trial step may change: of containers, plain objects and by ``tensors`` of tensors, not of parameters, modules
+    and functions."""
+    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+        return tensors(value)
     if depth == 0 or isinstance(value, _WHOLE):
         return value
-    if isinstance(value, (list, set, deque)):
-        return type(value)(own_copy(each, depth - 1) for each in value) if type(value) in (list, set, deque) else copy.copy(value)
-    if isinstance(value, tuple):
-        return tuple(own_copy(each, depth - 1) for each in value) if type(value) is tuple else value
-    if isinstance(value, Mapping) and hasattr(value, "__setitem__"):
+    each = lambda inner: own_copy(inner, tensors, depth - 1)
+    if type(value) in (list, set, tuple):
+        return type(value)(map(each, value))
+    if isinstance(value, deque):
+        return deque(map(each, value), value.maxlen)
+    if isinstance(value, dict):
         found = copy.copy(value)
-        for key, each in value.items():
-            found[key] = own_copy(each, depth - 1)  # type: ignore[index]
+        found.update((key, each(inner)) for key, inner in value.items())
         return found
+    if hasattr(value, "tobytes"):
+        return copy.copy(value)
     if hasattr(value, "__dict__") and not callable(value):
-        try:
-            found = copy.copy(value)
-            vars(found).update({key: own_copy(each, depth - 1) for key, each in vars(value).items()})
-        except Exception:
-            return value
+        found = copy.copy(value)
+        vars(found).update((key, each(inner)) for key, inner in vars(value).items())
         return found
-    return copy.copy(value) if hasattr(value, "tobytes") else value
+    return value
 
 
 def snapshot(optimizer: Optimizer) -> dict[Place, Any]:
