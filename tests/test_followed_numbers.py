@@ -1,4 +1,4 @@
-"""Optimizers that users write: what their steps do to numbers is followed exactly, or refused before anything has changed."""
+"""Optimizers that users write: what a step does to numbers is followed exactly, or refused before anything has changed."""
 
 import copy
 import math
@@ -43,7 +43,8 @@ def network():
 
 def data(count=7):
     generator = torch.Generator().manual_seed(0)
-    return [(torch.randn(5, 6, generator=generator).double(), torch.randint(4, (5,), generator=generator)) for _ in range(count)]
+    draw = lambda: (torch.randn(5, 6, generator=generator).double(), torch.randint(4, (5,), generator=generator))
+    return [draw() for _ in range(count)]
 
 
 def compiled(model, optimizer, **options):
@@ -240,13 +241,17 @@ def look(self, group, state):
 
 
 REFUSED = {
-    "a count on itself": (on_itself(lambda o: vars(o).update(calls=o.calls + 1)), setup(calls=0), r"changes self\.calls, which"),
+    "a count on itself": (on_itself(lambda o: vars(o).update(calls=o.calls + 1)), setup(calls=0), r"changes self\.calls"),
     "a list on itself": (on_itself(lambda o: o.seen.append(1)), setup(seen=[]), r"changes self\.seen"),
     "an object of its own": (on_itself(lambda o: add_one(o.own)), setup(own=Counts()), r"changes self\.own"),
     "a namespace": (on_itself(lambda o: add_one(o.own)), setup(own=SimpleNamespace(calls=0)), r"changes self\.own"),
     "an array": (on_itself(lambda o: o.seen.__iadd__(1)), setup(seen=np.zeros(2)), r"changes self\.seen"),
-    "a tensor on itself": (on_itself(lambda o: o.count.add_(1)), setup(count=torch.zeros(())), r"uses a tensor of its own, in add_; it keeps self\.count"),
-    "a dict in the group": (once(lambda o, g: g["seen"].update(a=g["seen"]["a"] + 1) or 1.0), nothing, r"\[0\]\['seen'\]"),
+    "a tensor on itself": (
+        on_itself(lambda o: o.count.add_(1)),
+        setup(count=torch.zeros(())),
+        r"a tensor of its own, in add_; it keeps self\.count",
+    ),
+    "a dict in the group": (once(lambda o, g: g["seen"].update(a=1) or 1.0), nothing, r"changes param_groups\[0\]\['seen"),
     "a flag in the group": (once(lambda o, g: g.update(flag=True) or 1.0), nothing, r"changes param_groups\[0\]\['flag'\]"),
     "its own rate": (once(own_rate), nothing, r"changes param_groups\[0\]\['lr'\]"),
     "a branch on the count": (once(branch), nothing, r"branches on its own 'calls', which only the device knows"),

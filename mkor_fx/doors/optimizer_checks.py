@@ -33,8 +33,8 @@ def check_optimizer(model: nn.Module, optimizer: object, *, changed: bool = Fals
         inner = [key for key, value in vars(member).items() if isinstance(value, Optimizer)]
         if inner:
             raise ValueError(
-                f"{type(member).__name__} steps through another optimizer (self.{inner[0]}), which a compiled step cannot follow: "
-                "pass that one, or use mkor_fx.compile with your loop"
+                f"{type(member).__name__} steps through another optimizer (self.{inner[0]}), which a compiled step cannot "
+                "follow: pass that one, or use mkor_fx.compile with your loop"
             )
     optimizers = Optimizers.of(members)
     check_step_hooks(optimizers)

@@ -19,8 +19,8 @@ class Adalayer(DecoupledOptimizer):
         ``m <- b1 m + (1 - b1) g,   v <- b2 v + (1 - b2) mean(g^2)``
         ``p <- p (1 - lr weight_decay) - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)``
 
-    A block is a whole tensor. The authors find that two layers need more: the output layer and the embedding with a block a row
-    (``blocks="rows"``), attention weights that hold query, key and value with one for each (``blocks=3``); give them groups of
+    A block is a whole tensor. The authors find that some layers need more: the output layer and the embedding a block a row
+    (``blocks="rows"``), attention weights that hold query, key and value one for each (``blocks=3``); give them groups of
     their own. Their variants that freeze ``v`` are left out.
 
     Args:

@@ -15,8 +15,8 @@ from ..prims import accumulation_dtype
 class DecoupledOptimizer(Optimizer):
     """``p <- p (1 - lr weight_decay) - lr u``, with ``u`` a direction made of one tensor's gradient and state.
 
-    A subclass makes the state (``fresh_state``) and the direction (``direction``). Both work in float32, in float64 for float64
-    parameters; half-precision parameters keep such state, across ``load_state_dict`` as well. A step waits for nothing and
+    A subclass makes the state (``fresh_state``) and the direction (``direction``). Both work in float32, in float64 for
+    float64 parameters; half-precision ones keep such state, across ``load_state_dict`` as well. A step waits for nothing and
     compiles into one program.
     """
 
@@ -43,7 +43,8 @@ class DecoupledOptimizer(Optimizer):
             if p.grad is None:
                 continue
             if p.grad.is_sparse or p.is_complex():
-                kind = "complex parameters" if p.is_complex() else "sparse gradients: use torch.optim.SparseAdam for that parameter"
+                sparse = "sparse gradients: use torch.optim.SparseAdam for that parameter"
+                kind = "complex parameters" if p.is_complex() else sparse
                 raise RuntimeError(f"{type(self).__name__} takes no {kind}")
             if not self.state[p]:
                 dtype = accumulation_dtype(p.dtype)

@@ -23,7 +23,7 @@ class HFac(DecoupledOptimizer):
         ``D = c1 / 2 ((u - G 1/n) / sqrt(r / n) 1^T + 1 (v - G^T 1/m)^T / sqrt(s / m)) + clip(U)``
         ``p <- p - lr (D + weight_decay p)``
 
-    For vectors, of which the paper does not speak, ``D`` is Adam's: both averages element by element, with ``c1`` and ``c2``.
+    For vectors, of which the paper does not speak, ``D`` is Adam's: both averages are element by element.
 
     Args:
         params: parameters, or groups of them; every option below can differ from group to group.
@@ -39,8 +39,8 @@ class HFac(DecoupledOptimizer):
     """
 
     def __init__(
-        self, params: Iterable[Any], lr: float | Tensor = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-30,
-        weight_decay: float = 0.0, *, threshold: float = 1.0,
+        self, params: Iterable[Any], lr: float | Tensor = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-30, weight_decay: float = 0.0, *, threshold: float = 1.0,
     ) -> None:  # fmt: skip
         if not threshold > 0:
             raise ValueError(f"HFac(threshold={threshold!r}): a root mean square above 0, e.g. 1.0")

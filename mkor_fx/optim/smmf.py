@@ -15,17 +15,17 @@ from .decoupled import DecoupledOptimizer
 class SMMF(DecoupledOptimizer):
     """Square-matricized momentum factorization, as in the authors' release.
 
-    A tensor of ``n`` elements is seen as a matrix ``a x b``, ``b`` the largest divisor of ``n`` up to its root. Between steps
-    the momentum ``M`` and the second moment ``V`` of that matrix are kept as a vector for its rows and one for its columns, and
-    the signs of ``M`` as one bit an element. With ``t`` the count of steps from 1:
+    A tensor of ``n`` elements is seen as a matrix ``a x b``, ``b`` the largest divisor of ``n`` up to its root. Between
+    steps the momentum ``M`` and the second moment ``V`` of that matrix are kept as a vector for its rows and one for its
+    columns, the signs of ``M`` as one bit an element. With ``t`` the count of steps from 1:
 
         ``M <- b1 M + (1 - b1) g,   b1 = beta growth^(t-1)``
         ``V <- b2 V + (1 - b2) g^2,   b2 = 1 - t^decay``
         ``p <- p (1 - lr weight_decay) - lr M / (sqrt(V) + eps)``
         ``|M| ~ r c^T,   r = |M| 1,   c = 1^T |M| / sum(|M|)``, and ``V`` likewise
 
-    ``b2`` is 0 in the first step: nothing needs a bias correction. A bias is a matrix like any other tensor; one of a prime number
-    of elements is a column, whose factorization is exact and saves nothing.
+    ``b2`` is 0 in the first step: nothing needs a bias correction. A bias is a matrix like any other tensor; one of a prime
+    number of elements is a column, whose factorization is exact and saves nothing.
 
     Args:
         params: parameters, or groups of them; every option below can differ from group to group.

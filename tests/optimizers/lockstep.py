@@ -1,7 +1,6 @@
 """One optimizer beside itself: as a compiled step, and in torch's own loop."""
 
 import copy
-import warnings
 from dataclasses import dataclass
 
 import torch
@@ -72,19 +71,18 @@ def beside_itself(build, dtype=torch.float64, matrices=False):
             weights.append([p.detach().clone() for p in twin.parameters()])
     except Exception as error:
         raise Own(f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}") from error
-    untouched = copy.deepcopy(own.state_dict()), [p.detach().clone() for p in model.parameters()]
     step, warm, apart = None, False, 0.0
     for number, (x, y) in enumerate(data):
         _prepare(own, number)
+        state = str(own.state_dict()["state"])
         try:
             if step is None:
                 step = mkor_fx.compile_step(model, functional.cross_entropy, own, None, backend="eager")
             step(x, y)
         except ValueError as error:
             if number or "once before compile_step" not in str(error):
-                assert all(torch.equal(p, q) for p, q in zip(model.parameters(), untouched[1], strict=True))
-                _prepare(own, 0)
-                assert str(own.state_dict()["state"]) == str(untouched[0]["state"])
+                assert all(torch.equal(p, q) for p, q in zip(model.parameters(), weights[number], strict=True))
+                assert str(own.state_dict()["state"]) == state
                 return NotFollowed(str(error).splitlines()[0], early=step is None)
             warm, step = True, None
             eager(model, own, x, y)

@@ -20,20 +20,11 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ...runtime.optimizer_state import Number, read_number
-from ...runtime.optimizers import Groups
+from ...runtime.optimizer_state import Number
 from ..torch_api.tracing import shaped_like
+from .watched_branches import OPERATIONS, Branch, Derived
+from .without_host import Refused, without_host
 
-#: what keeps the value of numbers known, by the names that torch has for it
-OPERATIONS: dict[str, Callable[..., Any]] = {
-    "add": operator.add, "radd": lambda a, b: b + a, "sub": operator.sub, "rsub": lambda a, b: b - a, "mul": operator.mul,
-    "rmul": lambda a, b: b * a, "div": operator.truediv, "truediv": operator.truediv, "true_divide": operator.truediv,
-    "rdiv": lambda a, b: b / a, "rtruediv": lambda a, b: b / a, "pow": operator.pow, "rpow": lambda a, b: b**a,
-    "floordiv": operator.floordiv, "floor_divide": operator.floordiv, "rfloordiv": lambda a, b: b // a, "neg": operator.neg,
-    "mod": operator.mod, "remainder": operator.mod, "rmod": lambda a, b: b % a, "abs": abs, "sqrt": math.sqrt,
-    "exp": math.exp, "log": math.log, "sin": math.sin, "cos": math.cos, "tanh": math.tanh, "log2": math.log2,
-    "log10": math.log10, "expm1": math.expm1, "log1p": math.log1p, "max": max, "min": min,
-}  # fmt: skip
 COMPARISONS = {"eq", "ne", "lt", "le", "gt", "ge"}
 #: ``x += y`` as torch hears of it: of a number it binds another one, of a tensor it changes it
 REBINDING = {"add_": "add", "sub_": "sub", "mul_": "mul", "div_": "div", "pow_": "pow", "floor_divide_": "floor_divide",
@@ -45,47 +36,8 @@ MATH = ("sqrt", "pow", "exp", "log", "sin", "cos", "tanh", "log2", "log10", "exp
 READS = {"__float__", "__int__", "__index__", "__bool__", "item"}
 
 
-class Refused(Exception):
-    """What stands in the way of a trace, in words for the user."""
-
-
 @dataclass(frozen=True)
-class Derived:
-    """Computed from numbers of the optimizer alone."""
-
-    operation: str
-    operands: tuple[Any, ...]
-
-
-def value_of(expression: Any, optimizers: Groups) -> Any:
-    """The present value of a number, of what is computed from numbers, or of a constant."""
-    if isinstance(expression, Number):
-        return float(read_number(optimizers, expression))
-    if isinstance(expression, Derived):
-        operands = [value_of(operand, optimizers) for operand in expression.operands]
-        return OPERATIONS[expression.operation](*operands)
-    return expression
-
-
-@dataclass(frozen=True)
-class Branch:
-    """``left <operator> right`` was ``answer`` when the update was traced."""
-
-    left: Any
-    operator: str
-    right: Any
-    answer: bool
-
-    def holds(self, optimizers: Groups) -> bool:
-        try:
-            left, right = value_of(self.left, optimizers), value_of(self.right, optimizers)
-            return bool(getattr(operator, self.operator)(left, right)) == self.answer
-        except (ArithmeticError, ValueError):
-            return False
-
-
-@dataclass(frozen=True)
-class Known:
+class PythonNumber:
     """What a 0-dim tensor stands for. ``expression`` and ``value`` are None where only the device knows it; ``python``: the
     optimizer itself has a Python number there; ``origin``: what it comes from, for a message."""
 
@@ -102,7 +54,7 @@ class PythonNumbers(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.known: dict[int, Known] = {}
+        self.known: dict[int, PythonNumber] = {}
         self.branches: list[Branch] = []
         self.written: list[Number] = []
         self.foreign: dict[int, Tensor] = {}
@@ -114,10 +66,10 @@ class PythonNumbers(TorchFunctionMode):
         self.foreign[id(held)] = held
         return held
 
-    def add(self, known: Known) -> None:
+    def add(self, known: PythonNumber) -> None:
         self.known[id(known.tensor)] = known
 
-    def of(self, value: Any) -> Known | None:
+    def of(self, value: Any) -> PythonNumber | None:
         return self.known.get(id(value)) if isinstance(value, Tensor) else None
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -155,7 +107,7 @@ class PythonNumbers(TorchFunctionMode):
         if known is not None:
             self.add(replace(known, tensor=number, python=True))
         else:
-            self.add(Known(number, origin="a value of a tensor"))
+            self.add(PythonNumber(number, origin="a value of a tensor"))
         return number
 
     def _note_written(self, args: tuple) -> None:
@@ -165,12 +117,12 @@ class PythonNumbers(TorchFunctionMode):
             if isinstance(known.expression, Number):
                 self.written.append(known.expression)
 
-    def _operand(self, value: Any) -> Known | None:
+    def _operand(self, value: Any) -> PythonNumber | None:
         if isinstance(value, (int, float)):
-            return Known(None, value, value)  # type: ignore[arg-type]
+            return PythonNumber(None, value, value)  # type: ignore[arg-type]
         return self.of(value)
 
-    def _decide(self, name: str, left: Known, right: Known) -> bool:
+    def _decide(self, name: str, left: PythonNumber, right: PythonNumber) -> bool:
         for known in (left, right):
             if known.expression is None:
                 raise Refused(f"it branches on {known.origin}, which only the device knows")
@@ -179,7 +131,7 @@ class PythonNumbers(TorchFunctionMode):
         self.branches[-1] = Branch(left.expression, name, right.expression, answer)
         return answer
 
-    def _read(self, known: Known, name: str) -> Any:
+    def _read(self, known: PythonNumber, name: str) -> Any:
         """A number that code wants on the host: a constant of the program, as long as it does not change."""
         if name == "bool":
             return self._decide("ne", known, self._operand(0))  # type: ignore[arg-type]
@@ -188,7 +140,7 @@ class PythonNumbers(TorchFunctionMode):
         self.branches.append(Branch(known.expression, "eq", known.value, True))
         return int(known.value) if name in ("int", "index") else float(known.value)
 
-    def _derive(self, name: str, operands: list[Known], result: Any) -> Any:
+    def _derive(self, name: str, operands: list[PythonNumber], result: Any) -> Any:
         if isinstance(result, Tensor) and not result.dim():
             expression = value = None
             if all(operand.expression is not None for operand in operands):
@@ -197,7 +149,7 @@ class PythonNumbers(TorchFunctionMode):
                     expression = Derived(name, tuple(operand.expression for operand in operands))
             origin = next((operand.origin for operand in operands if operand.expression is None), "")
             python = all(operand.python for operand in operands)
-            self.add(Known(result, expression, value, python, origin))
+            self.add(PythonNumber(result, expression, value, python, origin))
         return result
 
     # ---- functions of Python that torch does not hear of ----------------------------------------------------------------
@@ -250,37 +202,3 @@ class PythonNumbers(TorchFunctionMode):
         finally:
             for (module, name), before in plain.items():
                 setattr(module, name, before)
-
-
-def without_host(func: Callable, name: str, args: tuple, kwargs: dict) -> Any:
-    """Call a function of torch that would read one of its numbers on the host, where that is a tensor, in another way."""
-    for scale in ("alpha", "value"):
-        if isinstance(kwargs.get(scale), Tensor):
-            return _scaled(name, args, kwargs.pop(scale))
-    if name == "square_":  # torch has no functional form of it
-        return args[0].mul_(args[0])
-    if name in ("clamp", "clamp_", "clip", "clip_"):  # with one bound a tensor, the other a number
-        bounds = dict(zip(("min", "max"), args[1:])) | kwargs
-        for bound, limit in bounds.items():
-            if limit is not None:
-                args = (getattr(args[0], f"clamp_{bound}{'_' * name.endswith('_')}")(limit),)
-        return args[0]
-    if name in ("tensor", "as_tensor") and isinstance(args[0], Tensor):
-        dtype = kwargs.get("dtype") or torch.get_default_dtype()
-        return args[0].detach().to(kwargs.get("device") or args[0].device, dtype, copy=True)
-    return func(*args, **kwargs)
-
-
-def _scaled(name: str, args: tuple, scale: Tensor) -> Tensor:
-    """``x.add(y, alpha=s)``, ``x.addcmul(y, z, value=s)`` and kin for a tensor ``s``."""
-    kind = name.removesuffix("_")
-    target, operands = args[0], args[1:]
-    terms = {
-        "add": lambda y: y * scale,
-        "sub": lambda y: -(y * scale),
-        "addcmul": lambda y, z: y * scale * z,
-        "addcdiv": lambda y, z: y * scale / z,
-    }
-    if kind not in terms:
-        raise Refused(f"torch.{name} takes its factor on the host")
-    return target.add_(terms[kind](*operands)) if name.endswith("_") else target.add(terms[kind](*operands))

@@ -10,7 +10,8 @@ from ...runtime.counters import counters_of, is_python_number, save_numbers
 from ...runtime.optimizer_state import init_group, makes_state
 from ...runtime.optimizers import Optimizers
 from ..torch_api.dynamo import outside_dynamo
-from .traced_optimizer import OTHERWISE, attempt, planned, refuse_hidden, stand_in
+from .traced_member import stand_in
+from .traced_optimizer import OTHERWISE, attempt, planned, refuse_hidden
 
 
 def try_optimizers(optimizers: Optimizers) -> None:
