@@ -2,6 +2,8 @@
 
 import copy
 import math
+import random
+import types
 from types import SimpleNamespace
 
 import numpy as np
@@ -221,6 +223,38 @@ def add_one(counts):
     counts.calls += 1
 
 
+def looked_up(self, group):
+    group["calls"] += 1
+    return 0.5 if group["calls"] in {3, 5} else 1.0
+
+
+def by_chance(self, group):
+    return random.random()
+
+
+class OnItsClass(Written):
+    calls = 0
+
+
+def become_another(optimizer):
+    optimizer.__class__ = OnItsClass
+
+
+def on_its_class(self, group):
+    type(self).calls += 1
+    return 1.0
+
+
+def through_a_method(self, group):
+    """Kept on the object, bound to it."""
+    return self.bound(group)
+
+
+def keep(optimizer):
+    optimizer.calls = 0
+    optimizer.bound = types.MethodType(lambda self, group: vars(self).update(calls=self.calls + 1) or 1.0, optimizer)
+
+
 def branch(self, group):
     group["calls"] += 1
     return 1.0 if group["calls"] < 3 else 0.5
@@ -255,6 +289,10 @@ REFUSED = {
     "a flag in the group": (once(lambda o, g: g.update(flag=True) or 1.0), nothing, r"changes param_groups\[0\]\['flag'\]"),
     "its own rate": (once(own_rate), nothing, r"changes param_groups\[0\]\['lr'\]"),
     "a branch on the count": (once(branch), nothing, r"branches on its own 'calls', which only the device knows"),
+    "a count in a set": (once(looked_up), nothing, r"looks its own 'calls' up in a set or a dict"),
+    "a count on its class": (once(on_its_class), become_another, r"changes OnItsClass\.calls"),
+    "a bound method": (once(through_a_method), keep, r"changes self\.calls"),
+    "chance": (once(by_chance), nothing, r"changes the state of Python's random numbers"),
     "a count on the host": (once(to_host), nothing, r"reads its own 'calls' on the host, as float\(\)"),
     "a branch on a tensor": (each(look), nothing, r"reads a value of a tensor on the host"),
     "random numbers": (each(lambda o, g, s: torch.rand_like(s["average"]).mean()), nothing, r"draws random numbers"),

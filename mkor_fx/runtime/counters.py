@@ -1,8 +1,8 @@
 """Numbers that an optimizer's own step changes, as a count of steps in a group: tensors that a program advances.
 
-Where an optimizer keeps one as a Python number, the compiled step puts a 0-dim float64 tensor in its place, on the parameters'
-device: there the optimizer finds the number that its own loop would have left, and goes on from it. Its ``state_dict()``
-has Python numbers, as its own loop would save them.
+Where an optimizer keeps one as a Python number, the compiled step puts a 0-dim float64 tensor in its place, on the
+parameters' device: there the optimizer finds the number that its own loop would have left, and goes on from it. Its
+``state_dict()`` has Python numbers, as its own loop would save them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 @dataclass
 class Counters:
-    """By key, with the type that the optimizer itself has there: in the groups, and Python numbers in the state of parameters.
+    """By key, with the type that the optimizer itself has there: in the groups, and numbers in the state of parameters.
 
     ``of_gradient``: state is made of the first gradient, so that it cannot be made before."""
 

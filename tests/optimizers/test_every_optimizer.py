@@ -33,7 +33,7 @@ def test_it_is_followed_or_refused_as_the_table_says(library, name):
     result, tolerance = tried(library, name)
     assert agrees(result, tolerance), result
     section = TABLE.partition(f"## {library}")[2].partition("\n## ")[0]
-    assert row(name, result, tolerance) in section.splitlines(), "python tests/optimizers/every_optimizer.py writes docs/optimizers.md"
+    assert row(name, result, tolerance) in section.splitlines(), "every_optimizer.py writes docs/optimizers.md"
 
 
 @pytest.mark.parametrize("name", classes("mkor_fx.optim"))

@@ -1,8 +1,8 @@
 """Code written for Python numbers, run on 0-dim tensors: an optimizer's rates, betas and counts of steps while it is traced.
 
-A number that the user may change between steps is an entry of a packed tensor; what is computed from such numbers alone keeps
-its value as well, so that a branch on it is answered at trace time and watched. A number that the step itself changes, or that
-it reads from a tensor (``x.item()``), has no value on the host: it is computed with, and a branch on it is refused by name.
+A number that the user may change between steps is an entry of a packed tensor; what is computed from such numbers alone
+keeps its value as well, so that a branch on it is answered at trace time and watched. A number that the step itself changes,
+or that it reads from a tensor (``x.item()``), has no value on the host: a branch on it is refused by name.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from ...runtime.optimizer_state import Number
 from ..torch_api.tracing import shaped_like
@@ -75,9 +76,11 @@ class PythonNumbers(TorchFunctionMode):
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = dict(kwargs or {})
         full = getattr(func, "__name__", "")
-        if self._plainly or full == "__get__":
+        if self._plainly:
             return func(*args, **kwargs)
-        if any(id(arg) in self.foreign for arg in (*args, *kwargs.values())):
+        if self.foreign and any(id(each) in self.foreign for each in tree_leaves((args, kwargs))):
+            if full == "__get__" and not isinstance(attribute := func(*args, **kwargs), Tensor):
+                return attribute
             raise Refused(f"it uses a tensor of its own, in {full}")
         name, first = full.strip("_"), self.of(args[0]) if args else None
         if full in REBINDING and first is not None and first.python:
@@ -126,9 +129,8 @@ class PythonNumbers(TorchFunctionMode):
         for known in (left, right):
             if known.expression is None:
                 raise Refused(f"it branches on {known.origin}, which only the device knows")
-        self.branches.append(Branch(left.expression, name, right.expression, True))
         answer = bool(getattr(operator, name)(left.value, right.value))
-        self.branches[-1] = Branch(left.expression, name, right.expression, answer)
+        self.branches.append(Branch(left.expression, name, right.expression, answer))
         return answer
 
     def _read(self, known: PythonNumber, name: str) -> Any:
@@ -170,7 +172,8 @@ class PythonNumbers(TorchFunctionMode):
 
     @contextlib.contextmanager
     def hears(self) -> Iterator[None]:
-        """While it lasts, ``math``, ``max`` and ``min`` take such numbers in this thread, and give 0-dim tensors."""
+        """While it lasts, ``math``, ``max`` and ``min`` take such numbers in this thread, and give 0-dim tensors; sets and
+        dicts, which would know a tensor by its identity, refuse them."""
         thread = threading.get_ident()
 
         def function(name: str, plain: Callable) -> Callable:
@@ -192,7 +195,13 @@ class PythonNumbers(TorchFunctionMode):
 
             return heard
 
-        made = {(math, name): function(name, getattr(math, name)) for name in MATH}
+        def hashed(tensor: Tensor) -> int:
+            if threading.get_ident() == thread and (known := self.of(tensor)) is not None and known.python:
+                raise Refused(f"it looks {known.origin or 'a number'} up in a set or a dict")
+            return id(tensor)
+
+        made: dict[tuple[Any, str], Callable] = {(Tensor, "__hash__"): hashed}
+        made |= {(math, name): function(name, getattr(math, name)) for name in MATH}
         made |= {(builtins, name): extreme(name, getattr(builtins, name)) for name in ("max", "min")}
         plain = {place: getattr(*place) for place in made}
         try:

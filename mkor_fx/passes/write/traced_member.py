@@ -1,7 +1,8 @@
-"""One optimizer while its step is traced: the copy that is stepped, what stands for its numbers, and what it does to them."""
+"""One optimizer while its step is traced: the copy that is stepped, what stands for its numbers, what it does to them."""
 
 from __future__ import annotations
 
+import types
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from ...runtime.counters import counters_of, is_python_number, places
 from ...runtime.optimizer_state import Number
 from ..torch_api.tracing import shaped_like
 from .python_numbers import PythonNumber, PythonNumbers
-from .what_a_step_changes import changed, own_copy, snapshot
+from .what_a_step_changes import changed, own_copy
 from .without_host import Refused
 
 #: group options that choose between implementations of one update; the traced one is the plain loop
@@ -26,8 +27,9 @@ IMPLEMENTATION = {"foreach": False, "fused": False, "capturable": True, "differe
 class Findings:
     """What a trace has found an optimizer to do that a program would not: by optimizer's name, in words for the user.
 
-    ``late`` is state that its step creates, ``hidden`` what it changes besides tensors of its state; of these ``counters`` are
-    the keys of groups whose numbers could be state, with what the optimizer keeps there. ``of_gradient``: whose state is made of more than parameters; ``idle``: who changes no weight."""
+    ``late`` is state that its step creates, ``hidden`` what it changes besides tensors of its state; of these ``counters``
+    are the keys of groups whose numbers could be state, with the type that the optimizer has there. ``of_gradient``: whose
+    state is made of more than parameters; ``idle``: who changes no weight."""
 
     late: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     hidden: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
@@ -60,6 +62,9 @@ def _bare(optimizer: Optimizer, tensors: Callable) -> Optimizer:
     """An optimizer of the same class and attributes, whose state is empty."""
     clone = object.__new__(type(optimizer))
     attributes = {k: own_copy(v, tensors) for k, v in vars(optimizer).items() if k not in ("state", "param_groups")}
+    for key, value in attributes.items():
+        if isinstance(value, types.MethodType) and value.__self__ is optimizer:
+            attributes[key] = types.MethodType(value.__func__, clone)
     vars(clone).update(attributes | {key: value for key, value in IMPLEMENTATION.items() if key in attributes})
     vars(clone)["state"] = defaultdict(dict)
     return clone

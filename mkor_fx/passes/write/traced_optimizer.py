@@ -25,7 +25,7 @@ from ..torch_api.tracing import forget_values, shaped_like, trace
 from .python_numbers import PythonNumber, PythonNumbers
 from .traced_member import Findings, Member, stand_in
 from .watched_branches import Branch
-from .what_a_step_changes import snapshot
+from .what_a_step_changes import changed, snapshot
 from .without_host import Refused
 
 OTHERWISE = "Use mkor_fx.compile(model) with your own loop: it works with every torch optimizer."
@@ -33,10 +33,10 @@ OTHERWISE = "Use mkor_fx.compile(model) with your own loop: it works with every 
 
 @dataclass(frozen=True)
 class Update:
-    """The traced step: inputs ``params, grads, state tensors, counters, packed numbers``; outputs ``new params, new state, new
-    counters``.
+    """The traced step: inputs ``params, grads, state tensors, counters, packed numbers``; outputs ``new params, new state,
+    new counters``, and the numbers as they were.
 
-    ``states`` are examples of each parameter's state tensors, by name; ``counters`` of those that groups hold, by group and key.
+    ``states`` are examples of each parameter's state tensors, by name; ``counters`` of what groups hold, by group and key.
     """
 
     module: fx.GraphModule
@@ -102,9 +102,7 @@ def attempt(optimizers: Optimizers, params: Sequence[nn.Parameter]) -> tuple[Upd
             packed = torch.empty(len(numbers), dtype=torch.float64, device=params[0].device)
             gradients = [shaped_like(p) for p in params]
 
-        def run(
-            ps: list[Tensor], gs: list[Tensor], ss: list[dict[str, Tensor]], cs: dict[tuple[int, str], Tensor], packed: Tensor
-        ) -> tuple:
+        def run(ps: list[Tensor], gs: list[Tensor], ss: list[dict[str, Tensor]], cs: dict, packed: Tensor) -> tuple:
             nonlocal name
             ps, ss = [p.clone() for p in ps], [{k: v.clone() for k, v in s.items()} for s in ss]
             entries = {number: packed[i] for i, number in enumerate(numbers)}
@@ -117,18 +115,20 @@ def attempt(optimizers: Optimizers, params: Sequence[nn.Parameter]) -> tuple[Upd
                 mode = PythonNumbers()
                 for n, tensor in entries.items():
                     value = read_number(optimizers, n)
-                    mode.add(PythonNumber(tensor, n, float(value), python=not isinstance(value, Tensor), origin=f"{n.key!r}"))
+                    mode.add(PythonNumber(tensor, n, float(value), not isinstance(value, Tensor), f"{n.key!r}"))
                 one = Member(member, begin, begun, mode, found)
                 own = one.own_positions(positions)
                 clone = one.clone([[ps[at] for at in members] for members in own], entries, cs)
                 for at in (at for members in own for at in members):
                     clone.state[ps[at]] = one.state(begun.state.get(stand_ins[at], {}), ss[at])
                 one.watch_init(clone)
-                before = snapshot(clone)
+                before, live = snapshot(clone), snapshot(member)
                 with compiling(), mode, mode.hears():
                     inspect.unwrap(type(member).step)(clone)
                 branches.extend(mode.branches)
                 one.note(before, snapshot(clone))
+                if itself := [place.name for place in changed(live, snapshot(member))]:
+                    found.hidden[name] += itself
                 new |= one.new_counters(clone, cs)
                 for at in (at for members in own for at in members):
                     kept[at] = one.new_state(clone.state[ps[at]], ss[at])
@@ -178,10 +178,9 @@ def _suspects(optimizers: Optimizers) -> str:
     found = []
     for member in optimizers.members:
         found += [f"self.{key}" for key, value in vars(member).items() if isinstance(value, Tensor)]
-        groups = enumerate(member.param_groups)
-        found += [f"param_groups[{i}][{k!r}]" for i, g in groups for k, v in g.items() if isinstance(v, Tensor) and v.numel() > 1]
-        states = [state for state in member.state.values() if isinstance(state, dict)]
-        nested = (dict, list, tuple)
-        found += [f"state {k!r}" for state in states[:1] for k, v in state.items() if isinstance(v, nested) or hasattr(v, "__dict__")
-                  and not isinstance(v, Tensor)]  # fmt: skip
+        for i, group in enumerate(member.param_groups):
+            large = [key for key, value in group.items() if isinstance(value, Tensor) and value.numel() > 1]
+            found += [f"param_groups[{i}][{key!r}]" for key in large]
+        kept = [each for state in member.state.values() if isinstance(state, dict) for each in state.items()]
+        found += [f"state {key!r}" for key, value in kept if isinstance(value, (dict, list, tuple))]
     return f"; it keeps {', '.join(dict.fromkeys(found))}, which no program takes" if found else ""

@@ -77,6 +77,7 @@ def _makes_state_of_gradients(optimizer: Optimizer, params: list[nn.Parameter]) 
                 if group["params"]:
                     init_group(clone, group, group["params"], [torch.full_like(p, value) for p in group["params"]])
             states = [clone.state[copy] for copy in copies.values()]
-            counters_of(optimizer).state.update((k, type(v)) for own in states for k, v in own.items() if is_python_number(v))
+            numbers = {key: type(value) for own in states for key, value in own.items() if is_python_number(value)}
+            counters_of(optimizer).state.update(numbers)
             made.append([value for state in states for value in state.values() if isinstance(value, Tensor)])
     return any(one.shape != other.shape or not torch.equal(one, other) for one, other in zip(*made, strict=True))

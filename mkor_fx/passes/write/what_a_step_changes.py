@@ -1,8 +1,10 @@
-"""What an optimizer's step changes besides tensors of its state: counted on the object, in its groups, in containers of either."""
+"""What an optimizer's step changes besides tensors of its state: on the object, its class, in its groups, in containers."""
 
 from __future__ import annotations
 
 import copy
+import random
+import sys
 import types
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -13,7 +15,8 @@ from torch.optim import Optimizer
 
 #: how deep objects within an optimizer are looked into
 DEPTH = 4
-_WHOLE = (Tensor, nn.Module, Optimizer, type, types.ModuleType, types.FunctionType, types.MethodType, types.BuiltinFunctionType)
+_CODE = (type, types.ModuleType, types.FunctionType, types.MethodType, types.BuiltinFunctionType)
+_WHOLE = (Tensor, nn.Module, Optimizer, *_CODE)
 
 
 class Place(NamedTuple):
@@ -26,8 +29,8 @@ class Place(NamedTuple):
 
 
 def own_copy(value: Any, tensors: Callable[[Tensor], Tensor], depth: int = DEPTH) -> Any:
-    """A copy that a trial step may change: of containers, plain objects and by ``tensors`` of tensors, not of parameters, modules
-    and functions."""
+    """A copy that a trial step may change: of containers, of plain objects and by ``tensors`` of tensors; not of parameters,
+    modules and functions."""
     if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
         return tensors(value)
     if depth == 0 or isinstance(value, _WHOLE):
@@ -53,10 +56,17 @@ def own_copy(value: Any, tensors: Callable[[Tensor], Tensor], depth: int = DEPTH
 def snapshot(optimizer: Optimizer) -> dict[Place, Any]:
     """All that a step could keep a count in, by place."""
     found = {Place(f"self.{k}", ""): _frozen(v) for k, v in vars(optimizer).items() if k not in ("state", "param_groups")}
+    for cls in type(optimizer).__mro__:
+        held = {k: v for k, v in vars(cls).items() if isinstance(v, (int, float, list, dict, set)) and k[:2] != "__"}
+        found |= {Place(f"{cls.__name__}.{k}", ""): _frozen(v) for k, v in held.items()}
+    found[Place("the state of Python's random numbers", "")] = hash(random.getstate())
+    if (numpy := sys.modules.get("numpy")) is not None:
+        found[Place("the state of numpy's random numbers", "")] = _frozen(numpy.random.get_state())
     for i, group in enumerate(optimizer.param_groups):
         found |= {Place(f"param_groups[{i}][{k!r}]", k, i): _frozen(v) for k, v in group.items() if k != "params"}
     for i, state in enumerate(optimizer.state.values()):
-        found |= {Place(f"state {i}[{k!r}]", k, of_state=True): _frozen(v) for k, v in state.items() if not isinstance(v, Tensor)}
+        held = {k: v for k, v in state.items() if not isinstance(v, Tensor)}
+        found |= {Place(f"state {i}[{k!r}]", k, of_state=True): _frozen(v) for k, v in held.items()}
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,10 +22,11 @@ def without_host(func: Callable, name: str, args: tuple, kwargs: dict) -> Any:
         return args[0].mul_(args[0])
     if name in ("clamp", "clamp_", "clip", "clip_"):  # with one bound a tensor, the other a number
         bounds = dict(zip(("min", "max"), args[1:])) | kwargs
-        for bound, limit in bounds.items():
-            if limit is not None:
-                args = (getattr(args[0], f"clamp_{bound}{'_' * name.endswith('_')}")(limit),)
-        return args[0]
+        clamped = args[0]
+        for bound in ("min", "max"):
+            if (limit := bounds.pop(bound, None)) is not None:
+                clamped = getattr(clamped, f"clamp_{bound}{'_' * name.endswith('_')}")(limit)
+        return func(*args, **kwargs) if bounds else clamped
     if name in ("tensor", "as_tensor") and isinstance(args[0], Tensor):
         dtype = kwargs.get("dtype") or torch.get_default_dtype()
         return args[0].detach().to(kwargs.get("device") or args[0].device, dtype, copy=True)
