@@ -94,5 +94,5 @@ def _with_numbers(held: Any, types: Mapping[str, type]) -> Any:
 def _number(value: Any, kept: type) -> Any:
     if kept is Tensor or not isinstance(value, Tensor):
         return value
-    number = value.item()
+    number = float(value)
     return int(number) if kept is int and number.is_integer() else number

@@ -74,7 +74,7 @@ def beside_itself(build, dtype=torch.float64, matrices=False):
     step, warm, apart = None, False, 0.0
     for number, (x, y) in enumerate(data):
         _prepare(own, number)
-        state = str(own.state_dict()["state"])
+        state = str(own.state_dict().get("state"))
         try:
             if step is None:
                 step = mkor_fx.compile_step(model, functional.cross_entropy, own, None, backend="eager")
@@ -82,7 +82,7 @@ def beside_itself(build, dtype=torch.float64, matrices=False):
         except ValueError as error:
             if number or "once before compile_step" not in str(error):
                 assert all(torch.equal(p, q) for p, q in zip(model.parameters(), weights[number], strict=True))
-                assert str(own.state_dict()["state"]) == state
+                assert str(own.state_dict().get("state")) == state
                 return NotFollowed(str(error).splitlines()[0], early=step is None)
             warm, step = True, None
             eager(model, own, x, y)
@@ -90,6 +90,20 @@ def beside_itself(build, dtype=torch.float64, matrices=False):
             apart = max(apart, (p.detach() - q).abs().max().item())
     moved = max((q - p).abs().max().item() for p, q in zip(weights[0], weights[-1], strict=True))
     return Followed(apart / max(moved, 1e-9), warm, step.compilations)
+
+
+def refusal(build):
+    """Why a compiled step does not take what does not run by itself either; None: it does."""
+    model = network()
+    try:
+        optimizer = build(model)
+    except Exception:
+        return None
+    try:
+        mkor_fx.compile_step(model, functional.cross_entropy, optimizer, None, backend="eager")
+    except ValueError as error:
+        return NotFollowed(str(error).splitlines()[0])
+    return None
 
 
 def _prepare(optimizer, number):

@@ -9,6 +9,7 @@ itself changes are state, like its tensors (``runtime/counters.py``). What canno
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -168,6 +169,10 @@ def _reason(error: Exception) -> str:
     text = (str(error).splitlines() or [type(error).__name__])[0]
     if isinstance(error, KeyError):
         return f"KeyError: {text}"
+    if "mutating a non-functional tensor" in text:
+        return "it changes a tensor that no program is passed, as one in a list of its state"
+    if "non-ATen" in text and (operator := re.search(r"aten::[\w.]+", text)):
+        return f"it calls {operator.group()}, which torch cannot trace"
     if "_local_scalar_dense" in text or "data-dependent" in text:
         return "it reads a value of a tensor on the host (an if on a tensor, float(), int())"
     return text

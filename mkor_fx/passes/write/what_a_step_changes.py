@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .without_host import Refused
+
 #: how deep objects within an optimizer are looked into
 DEPTH = 4
 _CODE = (type, types.ModuleType, types.FunctionType, types.MethodType, types.BuiltinFunctionType)
@@ -65,6 +67,8 @@ def snapshot(optimizer: Optimizer) -> dict[Place, Any]:
     for i, group in enumerate(optimizer.param_groups):
         found |= {Place(f"param_groups[{i}][{k!r}]", k, i): _frozen(v) for k, v in group.items() if k != "params"}
     for i, state in enumerate(optimizer.state.values()):
+        if not isinstance(state, dict):
+            raise Refused("it keeps state that is of no parameter")
         held = {k: v for k, v in state.items() if not isinstance(v, Tensor)}
         found |= {Place(f"state {i}[{k!r}]", k, of_state=True): _frozen(v) for k, v in held.items()}
     return found
