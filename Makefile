@@ -46,7 +46,7 @@ $(MINILM): $(READY)
 
 # Without dependencies, likewise: optimizers to compare with.
 $(SIDES): $(READY)
-	$(RUN) -m pip install --no-deps pytorch-optimizer==4.1.0
+	$(RUN) -m pip install --no-deps pytorch-optimizer==4.1.0 torch-optimi==0.3.3
 	@touch $@
 
 demo: $(READY)  ## AdamW, Muon and mkor_fx on real data: table, demo-output/loss.png and graph.txt
