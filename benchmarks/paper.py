@@ -68,10 +68,32 @@ def sent(key: str, steps: int | None) -> str:
     return f"{sum(entry.sent for entry in coverage) * -(-steps // every):,}"
 
 
-def fine_tuned(search: Search, lr: float, seed: int) -> Tuned:
-    """The encoder, trained anew at a side's best rate, fine-tuned by the same side at a quarter of it."""
-    search.trainer.run(lr, seed, search.steps)
-    trained: Any = search.trainer.model
+class Pretraining(Search):
+    """Keeps what its runs have trained, by rate and seed."""
+
+    def __init__(self, *about: Any) -> None:
+        super().__init__(*about)
+        self.weights: dict[tuple[float, int], dict[str, torch.Tensor]] = {}
+
+    def run(self, lr: float, seed: int) -> Run:
+        finished = len(self.ledger.runs)
+        run = super().run(lr, seed)
+        if len(self.ledger.runs) > finished:
+            self.weights[lr, seed] = copy.deepcopy(self.trainer.model.state_dict())
+        return run
+
+    def trained(self, lr: float, seed: int) -> Any:
+        """The model behind a run; trained anew where that was another process's."""
+        if (lr, seed) in self.weights:
+            self.trainer.model.load_state_dict(self.weights[lr, seed])
+        else:
+            self.trainer.run(lr, seed, self.steps)
+        return self.trainer.model
+
+
+def fine_tuned(search: Pretraining, lr: float, seed: int) -> Tuned:
+    """The encoder behind a side's best rate, fine-tuned by the same side at a quarter of it."""
+    trained = search.trained(lr, seed)
     task = replace(FINE_TUNING, architecture=lambda: Rated(copy.deepcopy(trained.bert.bert)))
     tuner = build(task, search.side, search.backend)
     run = tuner.run(lr / 4, seed, min(search.steps, task.steps))
@@ -110,7 +132,7 @@ class Tunings:
         lines = path.read_text().splitlines() if path.exists() else []
         self.found = {entry["about"]: Tuned(*entry["tuned"]) for entry in map(json.loads, lines)}
 
-    def of(self, search: Search, lr: float, seed: int) -> Tuned:
+    def of(self, search: Pretraining, lr: float, seed: int) -> Tuned:
         """Looked up, or done now."""
         about = f"{identity(search.side)}, {search.steps} steps, rate {lr:g}, seed {seed}"
         if about not in self.found:
@@ -150,7 +172,7 @@ def main() -> None:
     ledger, tunings, rows = Ledger(options.out / "runs.jsonl"), Tunings(options.out / "fine-tuned.jsonl"), []
     base: Run | None = None
     for name in names:
-        search = Search(ledger, PRETRAINING, SIDES[name].key, options.backend, options.steps)
+        search = Pretraining(ledger, PRETRAINING, SIDES[name].key, options.backend, options.steps)
         (run,) = best(search.all([options.seed], options.rates or PRETRAINING.grid))
         base, tuned = base or run, tunings.of(search, run.lr, options.seed)
         if options.jobs:
