@@ -119,7 +119,7 @@ HALF = {
     "kfac, newton": KFAC(inverse="newton"),
     "singd": SINGD(factor_dtype=torch.bfloat16),
     "singd, hierarchical": SINGD(factor_dtype=torch.bfloat16, structure="hierarchical", corners=(2, 2)),
-    "kldwrm": KLDWRM(graft="gradient", kl_clip=None),
+    "kldwrm": KLDWRM(decay=0.5, graft="gradient", kl_clip=None),
     "shampoo": Shampoo(),
     "shampoo, newton": Shampoo(root="newton"),
     "SOAP": SOAP(),

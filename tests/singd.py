@@ -4,15 +4,10 @@ import torch
 from rows import matrix, watch
 
 
-def halves(n):
-    """A lower triangle, entry by entry: 1 on the diagonal, 2 below it."""
-    return torch.tensor([[1.0 if i == j else 2.0 if i > j else 0.0 for j in range(n)] for i in range(n)]).double()
-
-
 def weights_of(structure, n, block, corners):
     """What the projection multiplies the entries of a symmetric matrix by, ``[n, n]``."""
     if structure == "triangular":
-        return halves(n)
+        return 2 * torch.ones(n, n).double().tril() - torch.eye(n)
     kept = torch.zeros(n, n).double()
     if structure == "dense":
         kept += 1

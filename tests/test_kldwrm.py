@@ -90,6 +90,17 @@ def test_gradients_that_agree_give_the_share_of_kfac_that_is_new():
     torch.testing.assert_close(made.weight, 0.1 * plain, rtol=1e-10, atol=0)
 
 
+@pytest.mark.parametrize(("share", "shrinks"), [(1.0, True), (1.1, False)])
+def test_so_steps_converge_for_half_the_rates_of_kfac(share, shrinks):
+    """``share = rate h / F`` on a parabola: below ``2 / (1 + decay) = 1.053``."""
+    rule, w, F = KLDWRM(decay=0.9, damping=0.5), torch.ones(1, 1).double(), 2.0
+    state = fresh(rule, Shape(1, 1, lookup=True))
+    for _ in range(200):
+        made, state = one_step(rule, state, torch.full((1, 1), F - 0.5).double(), w)
+        w = w - share * F * made.weight
+    assert (w.abs() < 1e-3) == shrinks and (w.abs() > 1e3) != shrinks
+
+
 def test_a_rate_of_nothing_makes_the_second_variant_the_first():
     torch.manual_seed(0)
     rules = [KLDWRM(decay=0.9, damping=0.1), KLDWRM(variant="q", decay=0.9, damping=0.1, rate=0.0)]

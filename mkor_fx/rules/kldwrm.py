@@ -40,8 +40,9 @@ class KLDWRM(KFAC):
 
     The variant with the exact divergence (QE) is not one of them: it differentiates at the networks of earlier steps. Nor is
     the published bound of 1.5 on a direction's root mean square. Momentum and ``kl_clip``, where it acts, make the base
-    optimizer's step another than ``-rate D``; meant for SGD. While gradients agree, ``"so"`` steps are ``1 - decay`` times
-    those of K-FAC.
+    optimizer's step another than ``-rate D``; meant for SGD: Adam would size differences of gradients by themselves. While
+    gradients agree, ``"so"`` steps are ``1 - decay`` times those of K-FAC; but where the curvature is ``h``, they converge
+    for ``rate h / F < 2 / (1 + decay)`` only, K-FAC's for 2.
 
     State is that of K-FAC and ``2 O I`` more, the wake and the direction, of a bias alike; for ``"q"`` also ``O^2 + I^2``. A
     step costs K-FAC's, for ``"q"`` two more products of the same size. What crosses the network is K-FAC's
