@@ -33,7 +33,7 @@ SIDES = {
     "Eva()": "no room for factors",
     "SINGD()": "bfloat16 throughout, no inversion",
     "SINGD(structure='diagonal')": "as Eva, with a scale for every input and output",
-    "KLDWRM(graft='gradient', kl_clip=None)": "K-FAC in place of a momentum",
+    "KLDWRM(graft='gradient', kl_clip=None)": "to study regularisation by earlier networks; small rates",
     "CGFAC()": "K-FAC without inversions, factors that change fast",
     "CGFAC(curvature='sketches')": "wide layers: no factor is made",
     "AdaFisher()": "a first-order method's state and cost",
