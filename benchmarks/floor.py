@@ -27,6 +27,16 @@ class Layer(NamedTuple):
     rows: int
     for_muon: bool
 
+    @property
+    def own(self) -> int:
+        """Multiply-adds of forward and backward."""
+        return 3 * self.rows * self.outputs * self.inputs
+
+    @property
+    def preconditioning(self) -> int:
+        """Multiply-adds of ``L M R``."""
+        return self.outputs * self.inputs * (self.outputs + self.inputs)
+
 
 def layers(case: Case) -> list[Layer]:
     model, found = case.model(), dict[str, Layer]()
@@ -55,8 +65,10 @@ def counts(case: Case) -> str:
     table = [("attention", "", case.attention, 0, 0, 0)] if case.attention else []
     for layer in layers(case):
         o, i = layer.outputs, layer.inputs
-        mkor, factors = o * i * (o + i), 4 * (o * o + i * i)
-        table.append((layer.name, f"{o} x {i}", 3 * layer.rows * o * i, mkor, muon_multiply_adds(layer), factors))
+        factors = 4 * (o * o + i * i)
+        table.append(
+            (layer.name, f"{o} x {i}", layer.own, layer.preconditioning, muon_multiply_adds(layer), factors)
+        )
     forward, mkor, muon, factors = (sum(column) for column in zip(*(row[2:] for row in table)))
     table.append(("total", "", forward, mkor, muon, factors))
     rows = [(*row[:2], *(f"{n / 1e6:,.0f}" for n in row[2:5]), f"{row[5] / 2**20:.2f}") for row in table]
@@ -93,8 +105,8 @@ def floor(case: Case, rule: Any = None) -> Floor:
         o, i = layer.outputs, layer.inputs
         products += multiplied(o, o, i, product) + multiplied(o, i, i, product)
         for size in (o, i):
-            probes = min(size, max(8, -(-size // 20)))
-            updates += multiplied(rule.rank, size, size, wide) + multiplied(size, rule.rank + probes, size, wide)
+            columns = rule.rank + rule.probes(size)
+            updates += multiplied(rule.rank, size, size, wide) + multiplied(size, columns, size, wide)
             moved += 3 * size * size * rule.factor_dtype.itemsize
         moved += 2 * o * i * wide.itemsize
     return Floor(products, updates, moved * seconds_a_byte(moved))

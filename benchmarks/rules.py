@@ -9,6 +9,7 @@ seed.
 """
 
 import argparse
+import math
 from pathlib import Path
 
 import torch
@@ -51,10 +52,10 @@ def counted(key: str) -> list[str]:
     (entry,) = mkor_fx.explain(model, torch.randn(ROWS, WIDTH), rule=rule)
     assert entry.work is not None
     costs = count_costs(entry.work)
-    state = rule.at_first_step.init(mkor_fx.rules.Shape(WIDTH, WIDTH), torch.device("cpu"))
+    state = sum(map(math.prod, entry.factors.values()))
     layer = 6 * ROWS * WIDTH * WIDTH
     return [
-        f"{sum(t.numel() for t in state.values()) / WIDTH**2:.2f}",
+        f"{state / WIDTH**2:.2f}",
         f"{costs.refresh_flops / layer:.3f}",
         f"{costs.precondition_flops / layer:.3f}",
         f"{entry.sent:,}",

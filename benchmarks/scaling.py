@@ -50,8 +50,8 @@ def table(points: Sequence[tuple[int, int]], rounds: int, backend: str) -> str:
             compile_seconds(step)
         records = measure(steps, rounds, max(1, min(10, int(2e10 / (width**2 * (rows + width))))))
         plain, whole = (1e3 * cpu_seconds(records, name) for name in steps)
-        forward = sum(3 * layer.rows * layer.outputs * layer.inputs for layer in layers(case))
-        added = sum(layer.outputs * layer.inputs * (layer.outputs + layer.inputs) for layer in layers(case))
+        counted = layers(case)
+        forward, added = sum(layer.own for layer in counted), sum(layer.preconditioning for layer in counted)
         found.append((width, rows, plain, whole - plain, whole / plain, forward / 1e6, added / 1e6))
     varied = [float(point[0] if points[0][0] != points[-1][0] else point[1]) for point in points]
     slopes = ["slope", ""] + [f"{slope(varied, [row[at] for row in found]):.2f}" for at in (2, 3, 4, 5, 6)]

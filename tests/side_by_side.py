@@ -4,9 +4,8 @@ import copy
 
 import torch
 import zoo
+from stepping import stepper
 from torch import nn
-
-import mkor_fx
 
 
 def wide(rule_class):
@@ -44,17 +43,7 @@ def side_by_side(built, rule, door, optimizer, reference, tolerance, refresh_eve
     twin = copy.deepcopy(model)
     own, other = optimizer(model.parameters()), optimizer(twin.parameters())
     beside = reference(twin, other)
-    options = {"refresh_every": refresh_every, "backend": "eager"}
-    if door == "compile_step":
-        done = step = mkor_fx.compile_step(model, loss_fn, own, rule, **options)
-    else:
-        done = mkor_fx.compile(model, rule, **options)
-
-        def step(x, y):
-            own.zero_grad()
-            loss_fn(done(x), y).backward()
-            own.step()
-
+    done, step = stepper(door, model, loss_fn, own, rule, refresh_every=refresh_every)
     for number, (x, y) in enumerate(batches):
         step(x, y)
         other.zero_grad()

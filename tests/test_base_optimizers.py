@@ -5,11 +5,11 @@ import math
 
 import numpy as np
 import pytest
+import stepping
 import torch
 from torch import nn
 from torch.nn import functional
 
-import mkor_fx
 from mkor_fx import MKOR
 from mkor_fx.optim import SMMF, Adalayer, HFac
 from mkor_fx.runtime.optimizer_state import initialise_state
@@ -87,16 +87,7 @@ def build(dtype=torch.float64):
 
 
 def stepper(door, model, optimizer, rule=None, backend="eager"):
-    if door == "compile_step":
-        return mkor_fx.compile_step(model, functional.cross_entropy, optimizer, rule, backend=backend)
-    run = mkor_fx.compile(model, rule, backend=backend) if door == "compile" else model
-
-    def step(x, y):
-        optimizer.zero_grad()
-        functional.cross_entropy(run(x), y).backward()
-        optimizer.step()
-
-    return step
+    return stepping.stepper(door, model, functional.cross_entropy, optimizer, rule, backend)[1]
 
 
 def constant(make, grad, steps=4, **options):

@@ -7,8 +7,8 @@ import pytest
 import torch
 from kldwrm import KldwrmReference
 from rows import model_and_batches
+from stepping import stepper
 
-import mkor_fx
 from mkor_fx import KFAC, KLDWRM
 from mkor_fx.rules import Gradient, Shape, Use
 
@@ -128,19 +128,10 @@ def trajectories(door, kind, variant, refresh_every, every, rates):
     optimizer = torch.optim.SGD(model.parameters(), lr=rates[0])
     held = {p for module, _ in reference.layers.values() for p in module.parameters()}
     rest = [p for p in twin.parameters() if p not in held]
-    options = {"refresh_every": refresh_every, "backend": "eager"}
-    if door == "compile_step":
-        done = mkor_fx.compile_step(model, loss_fn, optimizer, rule, **options)
-    else:
-        done = mkor_fx.compile(model, rule, **options)
+    done, step = stepper(door, model, loss_fn, optimizer, rule, refresh_every=refresh_every)
     for (x, y), rate in zip(batches, rates, strict=True):
         optimizer.param_groups[0]["lr"] = rate
-        if door == "compile_step":
-            done(x, y)
-        else:
-            optimizer.zero_grad()
-            loss_fn(done(x), y).backward()
-            optimizer.step()
+        step(x, y)
         twin.zero_grad()
         loss_fn(twin(x), y).backward()
         reference.step(rate)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from rows import model_and_batches
 from singd import SingdReference, weights_of
+from stepping import stepper
 
 import mkor_fx
 from mkor_fx import SINGD
@@ -212,18 +213,9 @@ def trajectories(door, kind, rule, refresh_every, steps=6):
     held = {p for module, _ in reference.layers.values() for p in module.parameters()}
     rest = [p for p in twin.parameters() if p not in held]
     others = torch.optim.SGD(rest, lr=0.05, momentum=0.9, weight_decay=0.01) if rest else None
-    options = {"refresh_every": refresh_every, "backend": "eager"}
-    if door == "compile_step":
-        done = mkor_fx.compile_step(model, loss_fn, optimizer, rule, **options)
-    else:
-        done = mkor_fx.compile(model, rule, **options)
+    done, step = stepper(door, model, loss_fn, optimizer, rule, refresh_every=refresh_every)
     for x, y in batches:
-        if door == "compile_step":
-            done(x, y)
-        else:
-            optimizer.zero_grad()
-            loss_fn(done(x), y).backward()
-            optimizer.step()
+        step(x, y)
         twin.zero_grad()
         loss_fn(twin(x), y).backward()
         reference.step()

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from ..prims import accumulation_dtype
+from .wide_state import WideState
 
 
-class DecoupledOptimizer(Optimizer):
+class DecoupledOptimizer(WideState):
     """``p <- p (1 - lr weight_decay) - lr u``, with ``u`` a direction made of one tensor's gradient and state.
 
     A subclass makes the state (``fresh_state``) and the direction (``direction``). Both work in float32, in float64 for
@@ -70,13 +70,3 @@ class DecoupledOptimizer(Optimizer):
                 along = self.direction(group, p.grad.to(wide), state)
                 p.copy_(p.to(wide) * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * along)
         return loss
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As every optimizer's; state keeps its own dtype."""
-        super().load_state_dict(state_dict)
-        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        for index, p in zip(indices, params, strict=True):
-            for key, saved in state_dict["state"].get(index, {}).items():
-                kept = accumulation_dtype(p.dtype) if saved.is_floating_point() else saved.dtype
-                self.state[p][key] = saved.to(p.device, kept, copy=True)

@@ -10,15 +10,15 @@ from torch import Tensor
 
 from ..kinds import Kind
 from ..prims import accumulation_dtype
-from .base import Rule, Shape, State, Use
+from .base import Shape, State, Use
 from .bases import into_bases, out_of_bases
 from .direction import Gradient, Graft, Sides
 from .hyper import Hyper, check_count, check_decay, check_positive
-from .kronecker_factors import averaged, check_max_factor, damped, moments_of_rows, sides_with_factor
+from .kronecker_factors import FactoredRule, averaged, check_max_factor, damped, sides_with_factor
 
 
 @dataclass(frozen=True, kw_only=True)
-class KFAC(Rule):
+class KFAC(FactoredRule):
     """Kronecker-factored curvature with damped inverses.
 
     With rows ``a`` of inputs and ``g`` of output gradients, ``N`` of them, the factors are averages of
@@ -91,9 +91,6 @@ class KFAC(Rule):
         own = {"derive": self.inverse != "newton", "precondition": self.inverse == "eigen", "sides": self.inverse != "eigen"}
         return super().overrides(function) and own.get(function, True)
 
-    def without_state(self, shape: Shape) -> str:
-        return f"both sides exceed max_factor={self.max_factor}"
-
     def init(self, shape: Shape, device: torch.device) -> State:
         """``L`` and ``R`` zero, their inverses (``eigen``: bases) the identity, float32; ``seen`` counts refreshes."""
         sides = sides_with_factor(shape, self.max_factor)
@@ -104,16 +101,6 @@ class KFAC(Rule):
             state |= {f"{name}_values": torch.zeros(size, device=device) for name, size in sides.items()}
             state["derived"] = torch.zeros((), device=device)
         return {**state, "seen": torch.zeros((), device=device)} if state else {}
-
-    def preconditions_bias(self, shape: Shape) -> bool:
-        return shape.O <= self.max_factor
-
-    def summarize(self, shape: Shape, a_NI: Tensor, g_NO: Tensor) -> tuple[Tensor, ...]:
-        return moments_of_rows(shape, a_NI, g_NO, self.max_factor)
-
-    def unscale(self, summary: tuple[Tensor, ...], scale: Tensor) -> tuple[Tensor, ...]:
-        inputs, outputs = summary
-        return inputs, outputs / (scale * scale)
 
     def update(self, state: State, uses: list[Use], grad: Gradient, step: Tensor) -> State:
         new = averaged(state, uses, self.decay)

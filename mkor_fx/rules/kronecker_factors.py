@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..prims import accumulation_dtype
-from .base import Shape, State, Use
+from .base import Rule, Shape, State, Use
 from .hyper import weight_of_old
 
 
@@ -29,11 +29,26 @@ def sides_with_factor(shape: Shape, max_factor: int) -> dict[str, int]:
     return {name: size for name, size in sides.items() if size <= max_factor}
 
 
-def moments_of_rows(shape: Shape, a_NI: Tensor, g_NO: Tensor, max_factor: int) -> tuple[Tensor, Tensor]:
-    """``a^T a`` and ``g^T g``, accumulated in float32; nothing of a side without a factor."""
-    kept = None if shape.lookup or shape.I > max_factor else a_NI, None if shape.O > max_factor else g_NO
-    inputs, outputs = (g_NO.new_zeros(0, dtype=torch.float32) if rows is None else _gram(rows) for rows in kept)
-    return inputs, outputs
+class FactoredRule(Rule):
+    """A rule over such factors, of sides up to ``max_factor``: what each use contributes to them."""
+
+    max_factor: int
+
+    def without_state(self, shape: Shape) -> str:
+        return f"both sides exceed max_factor={self.max_factor}"
+
+    def preconditions_bias(self, shape: Shape) -> bool:
+        return shape.O <= self.max_factor
+
+    def summarize(self, shape: Shape, a_NI: Tensor, g_NO: Tensor) -> tuple[Tensor, ...]:
+        """``a^T a`` and ``g^T g``, accumulated in float32; nothing of a side without a factor."""
+        most = self.max_factor
+        kept = None if shape.lookup or shape.I > most else a_NI, None if shape.O > most else g_NO
+        return tuple(g_NO.new_zeros(0, dtype=torch.float32) if rows is None else _gram(rows) for rows in kept)
+
+    def unscale(self, summary: tuple[Tensor, ...], scale: Tensor) -> tuple[Tensor, ...]:
+        inputs, outputs = summary
+        return inputs, outputs / (scale * scale)
 
 
 def moments(state: State, uses: list[Use]) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from ..kinds import Kind
 from .base import Rule, Shape, State, Use
 from .bases import grams
 from .direction import Gradient, Graft, Normalized, Sides
-from .hyper import Hyper, check_positive
+from .hyper import Hyper, check_count, check_positive
 from .kronecker_factors import check_max_factor, sides_with_factor
 
 
@@ -87,10 +87,9 @@ class Shampoo(Rule):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"Shampoo({name}={getattr(self, name)!r}): must be one of {', '.join(map(repr, allowed))}")
         check_max_factor(self)
-        for name, least in (("newton_steps", 1), ("order", 1)):
-            value = getattr(self, name)
-            if (not isinstance(value, int) or value < least) and not (name == "order" and value is None):
-                raise ValueError(f"Shampoo({name}={value!r}): must be an integer of at least {least}")
+        check_count(self, "newton_steps")
+        if self.order is not None:
+            check_count(self, "order")
         if self.magnitude is not None and self.graft is not None:
             raise ValueError(
                 f"Shampoo(magnitude={self.magnitude!r}, graft={self.graft!r}): either sizes directions: use graft=None with "
