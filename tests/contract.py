@@ -1,25 +1,14 @@
 """What a rule means, on hooks and plain torch: calls its functions in the order of the contract, and nothing else.
 
-Of modules: Linear, Conv2d, Embedding (also as the table of a Linear), and Experts below. O outputs, I inputs, N rows.
+Of modules: Linear, Conv2d, Embedding (also as the table of a Linear), and Experts. O outputs, I inputs, N rows.
 """
 
 from dataclasses import replace
 
 import torch
-from torch import nn
+from rows import Experts, watch
 
 from mkor_fx.rules import MKOR, Gradient, Shape, Use
-
-
-class Experts(nn.Module):
-    """[E, N, I] -> [E, N, O], a matrix each."""
-
-    def __init__(self, members, inputs, outputs):
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(members, inputs, outputs) / inputs**0.5)
-
-    def forward(self, x):
-        return torch.bmm(x, self.weight)
 
 
 class Contract:
@@ -34,46 +23,24 @@ class Contract:
             (group,) = optimizer.param_groups
             rule, self.size = replace(rule, momentum=group["momentum"], nesterov=group["nesterov"]), "moment"
         self.rule = rule
-        self.rows, self.state, self.sites = {}, {}, {}
-        names = {p: name for name, p in model.named_parameters()}
-        for module in sorted(model.modules(), key=lambda m: isinstance(m, nn.Embedding)):
-            if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding | Experts):
-                name = names[module.weight]
-                self.sites.setdefault(name, (module.weight, getattr(module, "bias", None), type(module)))
-                module.register_forward_hook(lambda m, x, y, name=name: self.watch(name, m, x[0].detach(), y))
+        self.state, self.layers = {}, watch(model)
 
-    def watch(self, name, module, x, y):
-        def record(g, x=x):
-            if isinstance(module, Experts):
-                pairs = list(zip(x, g, strict=True))
-            elif isinstance(module, nn.Conv2d):
-                x = nn.functional.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)
-                pairs = [(x.mT.flatten(0, 1), g.movedim(1, -1).flatten(0, -2))]
-            elif isinstance(module, nn.Embedding):
-                pairs = [(nn.functional.one_hot(x, len(module.weight)).to(g.dtype).flatten(0, -2), g.flatten(0, -2))]
-            else:
-                pairs = [(x.flatten(0, -2), g.flatten(0, -2))]
-            self.rows.setdefault(name, {}).setdefault(type(module) is nn.Embedding, []).append(pairs)
-        if y.requires_grad:
-            y.register_hook(record)
-
-    def matrices(self, weight, kind):
+    def members(self, layer, tensor):
         """Views ``[O, I]`` of what is stored like the weight, one a member; writes through them land in it."""
-        if kind is Experts:
-            return [part.T for part in weight]
-        return [weight.T] if kind is nn.Embedding else [weight.flatten(1)]
+        return list(layer.matrix(tensor)) if layer.kind is Experts else [layer.matrix(tensor)]
 
     @torch.no_grad()
     def step(self):
         taken, raw = [], []
-        for name, (weight, bias, kind) in self.sites.items():
+        for name, layer in self.layers.items():
+            weight, bias = layer.weight, layer.bias
             if weight.grad is None:
                 continue
-            own = bias if bias is not None and self.rule.preconditions_bias(self.shape(weight, kind, True)) else None
+            own = bias if bias is not None and self.rule.preconditions_bias(self.shape(layer, True)) else None
             direction, of_bias = weight.grad.clone(), None if own is None else own.grad.clone()
-            pairs = zip(self.matrices(weight.grad, kind), self.matrices(direction, kind), strict=True)
+            pairs = zip(self.members(layer, weight.grad), self.members(layer, direction), strict=True)
             for member, (G, D) in enumerate(pairs):
-                made = self.member(f"{name}:{member}", name, member, Gradient(G, None if own is None else own.grad))
+                made = self.member(f"{name}:{member}", layer, member, Gradient(G, None if own is None else own.grad))
                 D.copy_(made.weight)
                 if own is not None:
                     of_bias.copy_(made.bias)
@@ -90,31 +57,35 @@ class Contract:
             param.grad = grad
         if self.rule.overrides("derive") and self.count % self.rule.derive_every == 0:
             self.state = {key: self.rule.derive(state) for key, state in self.state.items()}
-        self.rows, self.count = {}, self.count + 1
+        for layer in self.layers.values():
+            layer.clear()
+        self.count += 1
         self.optimizer.zero_grad()
 
-    def shape(self, weight, kind, bias):
-        outputs, inputs = self.matrices(weight, kind)[0].shape
-        return Shape(outputs, inputs, bias, lookup=kind is nn.Embedding)
+    def shape(self, layer, bias):
+        outputs, inputs = self.members(layer, layer.weight)[0].shape
+        return Shape(outputs, inputs, bias, lookup=layer.lookup)
 
-    def member(self, key, name, member, grad):
-        weight, _, kind = self.sites[name]
-        shape = self.shape(weight, kind, grad.bias is not None)
+    def member(self, key, layer, member, grad):
+        shape = self.shape(layer, grad.bias is not None)
         state = self.state.get(key) or self.rule.init(shape, torch.device("cpu"))
         uses = []
-        for opposite, groups in sorted(self.rows[name].items()):
-            a, g = (torch.cat(part) for part in zip(*(pairs[member] for pairs in groups), strict=True))
-            turned = opposite and kind is not nn.Embedding
-            seen = shape if not turned else Shape(shape.I, shape.O, opposite=True)
+        for opposite, pairs in sorted(layer.uses.items()):
+            seen = shape if not opposite else Shape(shape.I, shape.O, opposite=True)
+            rows = [tuple(t[member] for t in pair) if layer.kind is Experts else pair for pair in pairs]
             read = {"state": state} if self.rule.reads_state else {}
             read |= {"key": torch.tensor((self.count - self.late) << 32)} if self.rule.draws else {}
-            summary = tuple(s.to(a.dtype) for s in self.rule.summarize(seen, a, g, **read))
-            uses.append(Use(summary, torch.tensor(float(len(a))), turned))
+            summary = tuple(s.to(layer.weight.dtype) for s in self.summarize(seen, rows, read))
+            uses.append(Use(summary, torch.tensor(float(sum(len(a) for a, _ in rows))), opposite))
         clock = torch.tensor(self.count)
         if self.count % self.refresh_every == 0:
             state = self.rule.update(state, uses, grad, clock)
         made, self.state[key] = self.direction(self.rule.advance(state, grad, clock), grad)
         return made
+
+    def summarize(self, shape, rows, read):
+        """Of pairs of rows, one a use."""
+        return self.rule.summarize(shape, *map(torch.cat, zip(*rows, strict=True)), **read)
 
     def direction(self, state, grad):
         if isinstance(self.rule, MKOR) or not self.rule.overrides("precondition"):

@@ -1,66 +1,81 @@
-"""Rows of inputs and output gradients of a model's Linear, Conv2d and Embedding layers, taken by hooks."""
+"""A model's layers, and the rows of their inputs and output gradients, taken by hooks. N rows, O outputs, I inputs."""
 
 import torch
 from torch import nn
 
 
-def watch(model):
-    """``{weight's name: (module, rows)}``; ``rows`` is a list of pairs ``a_NI, g_NO`` that each backward adds to. An
-    embedding has ``None`` for ``a_NI``."""
-    found = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
-            rows = []
-            found[f"{name}.weight" if name else "weight"] = module, rows
-            module.register_forward_hook(lambda module, x, y, rows=rows: _record(module, x[0].detach(), y, rows))
+class Experts(nn.Module):
+    """[E, N, I] -> [E, N, O], a matrix each."""
+
+    def __init__(self, members, inputs, outputs):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(members, inputs, outputs) / inputs**0.5)
+
+    def forward(self, x):
+        return torch.bmm(x, self.weight)
+
+
+class Layer:
+    """A weight and its bias. ``lookup``: of an embedding that is no other layer's table as well."""
+
+    def __init__(self, module):
+        self.weight, self.bias, self.kind = module.weight, getattr(module, "bias", None), type(module)
+        self.lookup, self.uses = self.kind is nn.Embedding, {}
+
+    def matrix(self, tensor):
+        """A view ``[O, I]``, or ``[E, O, I]`` of experts, of what is stored like the weight."""
+        return tensor.mT if self.lookup or self.kind is Experts else tensor.flatten(1)
+
+    def stored(self, matrix):
+        return (matrix.mT if self.lookup or self.kind is Experts else matrix).reshape(self.weight.shape)
+
+    def rows(self, opposite=False):
+        """``(a_NI, g_NO)`` of all uses since ``clear``; ``opposite``: of a layer's table, whose one-hots lie along O."""
+        return tuple(torch.cat(rows, -2) for rows in zip(*self.uses[opposite], strict=True))
+
+    def clear(self):
+        self.uses = {}
+
+
+def layers(model):
+    """By names of the weights."""
+    found, names = {}, {p: name for name, p in model.named_parameters()}
+    for module in _modules(model):
+        found.setdefault(names[module.weight], Layer(module))
     return found
 
 
-def _record(module, x, y, rows):
+def watch(model):
+    """The ``layers``, with rows of each backward from now on."""
+    found = layers(model)
+    by_weight = {layer.weight: layer for layer in found.values()}
+    for module in _modules(model):
+        layer = by_weight[module.weight]
+        module.register_forward_hook(lambda module, x, y, layer=layer: _listen(layer, module, x[0].detach(), y))
+    return found
+
+
+def _modules(model):
+    """Layers, and behind them the embeddings whose table they may have."""
+    kinds = nn.Linear | nn.Conv2d | nn.Embedding | Experts
+    return sorted((m for m in model.modules() if isinstance(m, kinds)), key=lambda m: isinstance(m, nn.Embedding))
+
+
+def _listen(layer, module, x, y):
     def take(g):
-        if isinstance(module, nn.Embedding):
-            rows.append((None, g.flatten(0, -2)))
-        elif isinstance(module, nn.Conv2d):
-            a = nn.functional.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)
-            rows.append((a.mT.flatten(0, 1), g.movedim(1, -1).flatten(0, -2)))
-        else:
-            rows.append((x.flatten(0, -2), g.flatten(0, -2)))
+        opposite = isinstance(module, nn.Embedding) and not layer.lookup
+        layer.uses.setdefault(opposite, []).append(_rows(module, x, g))
 
     if y.requires_grad:
         y.register_hook(take)
 
 
-def matrix(module, tensor):
-    """A view ``[O, I]`` of what is stored like a layer's weight."""
-    return tensor.T if isinstance(module, nn.Embedding) else tensor.flatten(1)
-
-
-class Attention(nn.Module):
-    """A transformer of one layer: tokens ``[N, T]`` -> logits ``[N, T, 11]``."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed, self.norm = nn.Embedding(11, 8), nn.LayerNorm(8)
-        self.qkv, self.out = nn.Linear(8, 24, bias=False), nn.Linear(8, 8)
-        self.up, self.down, self.head = nn.Linear(8, 12), nn.Linear(12, 8), nn.Linear(8, 11, bias=False)
-
-    def forward(self, ids):
-        x = self.embed(ids)
-        q, k, v = self.qkv(self.norm(x)).chunk(3, -1)
-        x = x + self.out(torch.softmax(q @ k.mT / 8**0.5, -1) @ v)
-        return self.head(x + self.down(torch.tanh(self.up(x))))
-
-
-def model_and_batches(kind, steps):
-    """``(model, loss_fn, batches)`` in float64: "mlp", "cnn" or "transformer"."""
-    torch.manual_seed(0)
-    randn = lambda *shape: torch.randn(*shape, dtype=torch.float64)
-    if kind == "transformer":
-        ids = lambda: torch.randint(0, 11, (3, 5))
-        loss_fn = lambda out, target: nn.functional.cross_entropy(out.flatten(0, 1), target.flatten())
-        return Attention().double(), loss_fn, [(ids(), ids()) for _ in range(steps)]
-    if kind == "cnn":
-        model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(64, 5))
-        return model.double(), nn.functional.mse_loss, [(randn(6, 2, 4, 4), randn(6, 5)) for _ in range(steps)]
-    model = nn.Sequential(nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, 5))
-    return model.double(), nn.functional.mse_loss, [(randn(16, 7), randn(16, 5)) for _ in range(steps)]
+def _rows(module, x, g):
+    if isinstance(module, Experts):
+        return x, g
+    if isinstance(module, nn.Embedding):
+        x = nn.functional.one_hot(x, len(module.weight))
+    elif isinstance(module, nn.Conv2d):
+        x = nn.functional.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride).mT
+        g = g.flatten(2).mT
+    return x.flatten(0, -2).to(g.dtype), g.flatten(0, -2)  # a layer multiplies inputs in the dtype of its outputs

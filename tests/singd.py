@@ -1,7 +1,7 @@
 """Eager SINGD from its equations, every matrix written out. O out, I in, N rows."""
 
 import torch
-from rows import matrix, watch
+from rows import watch
 
 
 def weights_of(structure, n, block, corners):
@@ -29,10 +29,10 @@ def weights_of(structure, n, block, corners):
 
 
 class SingdReference:
-    """``step()`` behind a backward; plain SGD with momentum and weight decay behind its directions."""
+    """``step(state)`` behind a backward, in front of a base optimizer."""
 
-    def __init__(self, model, structure, form, refresh_every, block, corners, damping, beta1, alpha1, bound, lr, wd):
-        vars(self).update(locals(), count=0, layers=watch(model), K={}, m={}, u={})
+    def __init__(self, model, optimizer, structure, form, refresh_every, block, corners, damping, beta1, alpha1, bound):
+        vars(self).update(locals(), count=0, layers=watch(model), K={}, m={})
 
     def moved(self, key, other, H, t, T):
         n, m = len(H[key]), self.m.get(key, 0)
@@ -44,13 +44,11 @@ class SingdReference:
         return m, K - self.beta1 / max(1.0, float(size)) * K @ m
 
     @torch.no_grad()
-    def step(self):
-        for name, (module, rows) in self.layers.items():
-            G = matrix(module, module.weight.grad)
-            g = torch.cat([g for _, g in rows])
+    def step(self, state):
+        for name, layer in self.layers.items():
+            G, (a, g) = layer.matrix(layer.weight.grad), layer.rows()
             factors = {(name, "C"): len(g) * g.T @ g}
-            if rows[0][0] is not None:
-                a = torch.cat([a for a, _ in rows])
+            if not layer.lookup:
                 factors[name, "K"] = a.T @ a / len(a)
             for key, F in factors.items():
                 self.K.setdefault(key, torch.eye(len(F)).double())
@@ -69,11 +67,9 @@ class SingdReference:
                     self.m[key], self.K[key] = m, K
             inverse = {key[1]: self.K[key] @ self.K[key].T for key in factors}
             D = inverse["C"] @ G @ inverse.get("K", torch.eye(G.shape[1]).double())
-            parts = [(module.weight, D.T if rows[0][0] is None else D.reshape(module.weight.shape))]
-            if getattr(module, "bias", None) is not None:
-                parts.append((module.bias, inverse["C"] @ module.bias.grad))
-            for p, direction in parts:
-                self.u[p] = 0.9 * self.u.get(p, 0) + direction + self.wd * p
-                p -= self.lr * self.u[p]
-            rows.clear()
+            layer.weight.grad = layer.stored(D)
+            if layer.bias is not None:
+                layer.bias.grad = inverse["C"] @ layer.bias.grad
+            layer.clear()
+        self.optimizer.step()
         self.count += 1

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from eager_rows import lockstep
+from side_by_side import Directed, side_by_side, small
 from torch import nn
 from torch.nn.functional import mse_loss
 
@@ -32,24 +32,27 @@ class ByHand:
         return (D, None) if b is None else (D[:, :-1], D[:, -1])
 
 
+def beside(kind, door, rule, hand, **options):
+    """State and reference behind some steps. Factors are float32; embeddings are SGD's."""
+    reference = lambda model, optimizer: Directed(model, optimizer, hand)
+    return side_by_side(small(kind), rule, door, lambda params: torch.optim.SGD(params, lr=0.02), reference, 1e-5, **options)
+
+
 @pytest.mark.parametrize("door", ["compile_step", "compile"])
 @pytest.mark.parametrize("kind", ["mlp", *SELDOM])
 def test_equations(kind, door):
-    rule = AdaFisher(momentum=BETA, damping=DAMPING, decay=GAMMA)
     hand = ByHand(every=2)
-    mkor = lockstep(door, kind, rule, hand, lr=0.02, refresh_every=2)
-    for key, tensor in mkor.state_dict().items():
-        name, _, entry = key.rpartition(".")
-        kept = {"h": hand.h, "s": hand.s}.get(entry)
-        if kept is not None:
-            torch.testing.assert_close(tensor.double(), kept[name.removesuffix(".weight")], rtol=1e-4, atol=1e-6)
+    state, _ = beside(kind, door, AdaFisher(momentum=BETA, damping=DAMPING, decay=GAMMA), hand, refresh_every=2)
+    for entry, kept in (("h", hand.h), ("s", hand.s)):
+        for name, tensor in kept.items():
+            torch.testing.assert_close(state[f"{name}.{entry}"].double(), tensor, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("door", ["compile_step", "compile"])
 def test_without_momentum_the_base_optimizer_gets_the_direction(door):
     rule = AdaFisher(momentum=0.0, damping=DAMPING, decay=GAMMA)
     assert rule.applies == "gradient"
-    lockstep(door, "mlp", rule, ByHand(momentum=0.0), lr=0.02)
+    beside("mlp", door, rule, ByHand(momentum=0.0))
 
 
 def updated(rule, a, g, times=1, bias=False):

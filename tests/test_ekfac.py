@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from side_by_side import batched, matrices, side_by_side, wide
+from rows import watch
+from side_by_side import batched, side_by_side, wide
 from torch import nn
 from torch.nn import functional
 
@@ -105,38 +106,23 @@ class Reference:
     ``state`` are taken once they are seen to be eigenvectors."""
 
     def __init__(self, model, optimizer, scaling, every):
-        vars(self).update(optimizer=optimizer, scaling=scaling, every=every, t=0, rows={}, held={}, biases={})
-        self.sites, names = matrices(model), {p: name for name, p in model.named_parameters()}
-        for module in model.modules():
-            name = names.get(getattr(module, "weight", None))
-            if name in self.sites:
-                self.biases[name] = self.biases.get(name, getattr(module, "bias", None))
-                module.register_forward_hook(lambda m, x, y, name=name: self.watch(name, m, x[0].detach(), y))
-
-    def watch(self, name, module, x, y):
-        def record(g):
-            a, table = x, isinstance(module, nn.Embedding)
-            if isinstance(module, nn.Conv2d):
-                a = functional.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride).mT
-                g = g.flatten(2).mT
-            a = functional.one_hot(x, len(module.weight)).double() if table else a
-            a, g = a.flatten(0, -2), g.flatten(0, -2) * a[..., 0].numel()
-            head_too = table and not self.sites[name][2]
-            self.rows.setdefault(name, []).append((a, g) if head_too else (g, a))
-
-        y.requires_grad and y.register_hook(record)
+        vars(self).update(locals(), layers=watch(model), t=0, held={})
 
     @torch.no_grad()
     def step(self, state):
-        for name in self.sites:
-            self.site(name, state)
-        self.rows, self.t = {}, self.t + 1
+        for name, layer in self.layers.items():
+            self.site(name, layer, state)
+            layer.clear()
+        self.t += 1
         self.optimizer.step()
 
-    def site(self, name, state):
-        (weight, matrix, lookup), bias, uses = self.sites[name], self.biases[name], self.rows[name]
-        h, G, N = self.held.setdefault(name, {}), matrix(weight.grad), len(uses[0][0])
-        uses = [(o, torch.ones(len(o), 1).double() if lookup else i) for o, i in uses]
+    def site(self, name, layer, state):
+        weight, bias, lookup, uses = layer.weight, layer.bias, layer.lookup, []
+        for opposite in sorted(layer.uses):
+            a, g = layer.rows(opposite)
+            pair = len(g) * g, torch.ones(len(a), 1).double() if lookup else a
+            uses.append(pair[::-1] if opposite else pair)
+        h, G, N = self.held.setdefault(name, {}), layer.matrix(weight.grad), len(uses[0][0])
         for key, side in (("L", 0), ("R", 1)):
             new = sum(use[side].T @ use[side] / len(use[side]) for use in uses) / len(uses)
             h[key] = DECAY * h[key] + (1 - DECAY) * new if key in h else new
@@ -152,7 +138,7 @@ class Reference:
             h["s"] = SCALING_DECAY * h["s"] + (1 - SCALING_DECAY) * of_bias
             D = Q @ (turn(G) / (h["S"] + DAMPING))
             D = D if lookup else D @ P.T
-            weight.grad.copy_((D.T if lookup else D).reshape(weight.shape) * (G.norm() / D.norm()))
+            weight.grad.copy_(layer.stored(D) * (G.norm() / D.norm()))
             if b is not None:
                 D = Q @ ((Q.T @ b) / (h["s"] + DAMPING))
                 b.copy_(D * (b.norm() / D.norm()))

@@ -1,13 +1,11 @@
 """KLD-WRM against the minimisation that it stands for, and against its equations."""
 
-import copy
 from dataclasses import replace
 
 import pytest
 import torch
 from kldwrm import KldwrmReference
-from rows import model_and_batches
-from stepping import stepper
+from side_by_side import side_by_side, small
 
 from mkor_fx import KFAC, KLDWRM
 from mkor_fx.rules import Gradient, Shape, Use
@@ -119,30 +117,12 @@ def test_a_rate_of_nothing_makes_the_second_variant_the_first():
 
 
 def trajectories(door, kind, variant, refresh_every, every, rates):
-    model, loss_fn, batches = model_and_batches(kind, len(rates))
-    twin, start = copy.deepcopy(model), copy.deepcopy(model)
-    changes = len(set(rates)) > 1
-    rule = KLDWRM(variant=variant, decay=0.8, damping=0.1, derive_every=every, kl_clip=None,
-                  rate=(lambda step: rates[step]) if changes else rates[0])  # fmt: skip
-    reference = KldwrmReference(twin, variant, refresh_every, every, 0.8, 0.1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=rates[0])
-    held = {p for module, _ in reference.layers.values() for p in module.parameters()}
-    rest = [p for p in twin.parameters() if p not in held]
-    done, step = stepper(door, model, loss_fn, optimizer, rule, refresh_every=refresh_every)
-    for (x, y), rate in zip(batches, rates, strict=True):
-        optimizer.param_groups[0]["lr"] = rate
-        step(x, y)
-        twin.zero_grad()
-        loss_fn(twin(x), y).backward()
-        reference.step(rate)
-        with torch.no_grad():
-            for p in rest:
-                p -= rate * p.grad
-    for p, q, old in zip(model.parameters(), twin.parameters(), start.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)  # factors are float32
-        assert (p - old).abs().max() > 1e-3
-    state = done.mkor.state_dict()
-    for (name, part), left in reference.left.items():
+    rate = (lambda step: rates[step]) if len(set(rates)) > 1 else rates[0]
+    rule = KLDWRM(variant=variant, decay=0.8, damping=0.1, derive_every=every, kl_clip=None, rate=rate)
+    reference = lambda model, optimizer: KldwrmReference(model, optimizer, variant, refresh_every, every, 0.8, 0.1)
+    sgd, options = lambda params: torch.optim.SGD(params, lr=rates[0]), {"rates": rates, "refresh_every": refresh_every}
+    state, beside = side_by_side(small(kind, len(rates)), rule, door, sgd, reference, 3e-4, **options)  # float32 factors
+    for (name, part), left in beside.left.items():
         found = state[f"{name}.{'bias_' if part == 'bias' else ''}wake"].double().view_as(left)
         assert (found - left).norm() < 1e-4 * left.norm(), name
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import processes
 import pytest
 import torch
-from contract import Contract, Experts
+from contract import Contract
 from held_rules import HALF, MORE_RULES, REFUSED, RULES
+from rows import Experts
 from torch import nn
 from torch.nn import functional
 
@@ -162,16 +163,19 @@ class LateContract(Contract):
     late = 1
 
     def step(self):
-        self.rows, self.before = vars(self).get("before", {}), self.rows
+        now = {name: layer.uses for name, layer in self.layers.items()}
+        for name, layer in self.layers.items():
+            layer.uses = vars(self).get("before", {}).get(name, {})
+        self.before = now
         super().step()
 
-    def member(self, key, name, member, grad):
-        if not self.rows:
-            shape = self.shape(self.sites[name][0], self.sites[name][2], grad.bias is not None)
+    def member(self, key, layer, member, grad):
+        if not layer.uses:
+            shape = self.shape(layer, grad.bias is not None)
             state = self.rule.init(shape, torch.device("cpu"))
             made, self.state[key] = self.direction(self.rule.advance(state, grad, torch.tensor(self.count)), grad)
             return made
-        return super().member(key, name, member, grad)
+        return super().member(key, layer, member, grad)
 
 
 @EACH_RULE

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from side_by_side import batched, matrices, side_by_side, wide
+from rows import layers
+from side_by_side import batched, side_by_side, wide
 from torch import nn
 from torch.nn.functional import mse_loss
 
@@ -109,14 +110,14 @@ class Reference:
     """Eager Shampoo by eigenvectors, in front of a base optimizer. ``L = sum G G^T`` or its corrected average."""
 
     def __init__(self, model, optimizer, root, beta, damping, every, sized):
-        vars(self).update(locals(), t=0, sites=matrices(model), factors={}, roots={})
+        vars(self).update(locals(), t=0, layers=layers(model), factors={}, roots={})
 
     @torch.no_grad()
     def step(self, state):
         self.t += 1
-        for name, (weight, matrix, lookup) in self.sites.items():
-            G, power = matrix(weight.grad), -1 / 2 if lookup else -1 / 4
-            grams = [G @ G.T] if lookup else [G @ G.T, G.T @ G]
+        for name, layer in self.layers.items():
+            G, power = layer.matrix(layer.weight.grad), -1 / 2 if layer.lookup else -1 / 4
+            grams = [G @ G.T] if layer.lookup else [G @ G.T, G.T @ G]
             w = 1 if self.beta == 1 else 1 - self.beta
             old = self.factors.get(name, [0] * 2)
             self.factors[name] = [self.beta * F + w * gram for F, gram in zip(old, grams, strict=False)]
@@ -126,9 +127,9 @@ class Reference:
                 self.roots[name] = [self.power(F / fix, power) for F in self.factors[name]]
             roots = self.roots[name] if self.root == "newton" else before
             D = G if roots is None else roots[0] @ G
-            D = D if roots is None or lookup else D @ roots[1]
+            D = D if roots is None or layer.lookup else D @ roots[1]
             D = D * G.norm() / D.norm() if self.sized else D
-            weight.grad.copy_(matrix(D).reshape(weight.shape) if lookup else D.reshape(weight.shape))
+            layer.weight.grad.copy_(layer.stored(D))
         self.optimizer.step()
 
     def power(self, F, power):

@@ -1,13 +1,11 @@
 """SINGD, INGD and IKFAC against their equations, and every structure against matrices written out."""
 
-import copy
 import itertools
 
 import pytest
 import torch
-from rows import model_and_batches
+from side_by_side import side_by_side, small
 from singd import SingdReference, weights_of
-from stepping import stepper
 
 import mkor_fx
 from mkor_fx import SINGD
@@ -203,31 +201,15 @@ def test_a_side_without_a_factor_counts_as_the_identity():
 # ---- in both doors ----------------------------------------------------------------------------------------------------
 
 
-def trajectories(door, kind, rule, refresh_every, steps=6):
-    model, loss_fn, batches = model_and_batches(kind, steps)
-    twin = copy.deepcopy(model)
+def trajectories(door, kind, rule, refresh_every):
     structure = rule.structure if isinstance(rule.structure, tuple) else (rule.structure,) * 2
-    reference = SingdReference(twin, structure, rule.form, refresh_every, rule.block, rule.corners, rule.damping, 0.1,
-                               rule.alpha1, rule.bound, 0.05, 0.01)  # fmt: skip
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=0.01)
-    held = {p for module, _ in reference.layers.values() for p in module.parameters()}
-    rest = [p for p in twin.parameters() if p not in held]
-    others = torch.optim.SGD(rest, lr=0.05, momentum=0.9, weight_decay=0.01) if rest else None
-    done, step = stepper(door, model, loss_fn, optimizer, rule, refresh_every=refresh_every)
-    for x, y in batches:
-        step(x, y)
-        twin.zero_grad()
-        loss_fn(twin(x), y).backward()
-        reference.step()
-        if others is not None:
-            others.step()
-    start = model_and_batches(kind, 0)[0]
-    for p, q, old in zip(model.parameters(), twin.parameters(), start.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-10)
-        assert not torch.equal(p, old)
-    for (name, side), K in reference.K.items():
-        size, which = len(K), structure[side == "K"]
-        found = structure_of(which, size, rule.block, rule.corners).matrix(done.mkor.state_dict()[f"{name}.{side}"])
+    reference = lambda model, optimizer: SingdReference(
+        model, optimizer, structure, rule.form, refresh_every, rule.block, rule.corners, rule.damping, 0.1, rule.alpha1,
+        rule.bound)  # fmt: skip
+    sgd = lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9, weight_decay=0.01)
+    state, beside = side_by_side(small(kind), rule, door, sgd, reference, 1e-9, refresh_every=refresh_every)
+    for (name, side), K in beside.K.items():
+        found = structure_of(structure[side == "K"], len(K), rule.block, rule.corners).matrix(state[f"{name}.{side}"])
         torch.testing.assert_close(found, K, rtol=1e-9, atol=1e-10)
 
 
@@ -307,7 +289,7 @@ def test_a_square_weight_that_is_used_both_ways_keeps_its_sides_apart(door):
 def test_numbers_that_change_are_numbers():
     states = []
     for beta1, damping in ((0.1, 0.01), (lambda step: 0.1, torch.tensor(0.01, dtype=torch.float64))):
-        model, loss_fn, batches = model_and_batches("mlp", 3)
+        model, loss_fn, batches = small("mlp", 3)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
         step = mkor_fx.compile_step(model, loss_fn, optimizer, SINGD(beta1=beta1, damping=damping), backend="eager")
         for x, y in batches:
@@ -323,7 +305,7 @@ def test_numbers_that_change_are_numbers():
 ])  # fmt: skip
 def test_what_crosses_the_network_are_the_numbers_of_the_structures(name, sent):
     """Of a side of 7 and one of 6, and the number of rows."""
-    model, loss_fn, batches = model_and_batches("mlp", 1)
+    model, loss_fn, batches = small("mlp", 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     step = mkor_fx.compile_step(model, loss_fn, optimizer, SINGD(structure=name), backend="eager")
     step(*batches[0])
@@ -353,7 +335,7 @@ def test_bad_options_are_refused(options, said):
 
 
 def test_structures_that_need_rows_are_not_placed_on_owners():
-    model, loss_fn, _ = model_and_batches("mlp", 0)
+    model, loss_fn, _ = small("mlp", 0)
     optimizer, rule = torch.optim.SGD(model.parameters(), lr=0.1), SINGD(structure=("dense", "rank1"))
     with pytest.raises(ValueError, match=r"reads_state.*placement='replicated'"):
         mkor_fx.compile_step(model, loss_fn, optimizer, rule, placement="owner", backend="eager")

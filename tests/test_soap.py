@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from side_by_side import batched, matrices, side_by_side, wide
+from rows import layers
+from side_by_side import batched, side_by_side, wide
 from torch import nn
 from torch.nn.functional import mse_loss
 
@@ -104,20 +105,19 @@ class Reference:
     are equal, those of ``state`` are taken once they are seen to be eigenvectors in order."""
 
     def __init__(self, model, optimizer, every, beta1=0.95, beta2=0.95, decay=0.95):
-        vars(self).update(locals(), t=-1, sites=matrices(model), held={})
+        vars(self).update(locals(), t=-1, layers=layers(model), held={})
 
     @torch.no_grad()
     def step(self, state):
         self.t += 1
-        for name, (weight, matrix, lookup) in self.sites.items():
-            G = matrix(weight.grad)
+        for name, layer in self.layers.items():
+            G = layer.matrix(layer.weight.grad)
             if self.t == 0:
                 self.held[name] = {"factors": [0.0, 0.0], "m": torch.zeros_like(G), "v": torch.zeros_like(G)}
             else:
-                D = self.direction(self.held[name], G)
-                weight -= LR * (D.T if lookup else D).reshape(weight.shape)
+                layer.weight -= LR * layer.stored(self.direction(self.held[name], G))
             self.turn(self.held[name], G, [state.get(f"{name}.{side}_basis") for side in "LR"])
-            weight.grad = None
+            layer.weight.grad = None
         self.optimizer.step()
 
     def direction(self, held, G):
