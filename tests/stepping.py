@@ -3,16 +3,18 @@
 import mkor_fx
 
 
-def stepper(door, model, loss_fn, optimizer, rule=None, backend="eager", **options):
-    """``(done, step)``: what the door gives, "compile_step" or "compile" (else the plain model), and ``step(x, y)``."""
+def stepper(door, model, loss_fn, optimizer, rule=None, backend="eager", parts=1, **options):
+    """``(done, step)``: what the door gives, "compile_step" or "compile" (else the plain model), and ``step(x, y)``, of
+    ``parts`` micro-batches alike."""
     if door == "compile_step":
-        done = mkor_fx.compile_step(model, loss_fn, optimizer, rule, backend=backend, **options)
+        done = mkor_fx.compile_step(model, loss_fn, optimizer, rule, backend=backend, accumulate=parts, **options)
         return done, done
     done = mkor_fx.compile(model, rule, backend=backend, **options) if door == "compile" else model
 
     def step(x, y):
         optimizer.zero_grad()
-        loss_fn(done(x), y).backward()
+        for part in zip(x.chunk(parts), y.chunk(parts), strict=True):
+            (loss_fn(done(part[0]), part[1]) / parts).backward()
         optimizer.step()
 
     return done, step

@@ -8,6 +8,7 @@ from torch import Tensor
 from ...rules.hyper import bind
 from ...rules.results import WrongResult, check_state
 from ..match.layout import Layout
+from ..torch_api.backend import plain_tracing
 from .refresh import all_finite, select
 from .vectors import Numbers
 
@@ -23,7 +24,7 @@ def derive_one(
         check_state(rule, "derive", new, own)
         return new
 
-    with torch.no_grad():
+    with plain_tracing():
         new = layout.each(member)(dict(given))
         if any(t._version for t in given.values()):
             raise WrongResult(f"{type(rule).__name__}.derive changes its state in place: must return a new one")
