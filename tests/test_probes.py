@@ -41,6 +41,7 @@ def train_by_contract(model, batches, rule, kind=Contract, parts=1, around=conte
                 loss = loss_fn(model(part[0]), part[1]) / parts
             loss.backward()
         reference.step()
+    return reference
 
 
 def equal(one, other, but=()):
@@ -182,9 +183,11 @@ def test_a_gradient_that_is_not_finite_leaves_state_clean(name, door):
     for x, y in batches[:at]:
         step(x, y)
     kept, before = copy.deepcopy((model.state_dict(), optimizer.state_dict())), done.mkor.state_dict()
-    step(batches[at][0], torch.zeros_like(batches[at][1]))
+    x, y = batches[at]
+    step(x, torch.zeros_like(y))
+    step(x * float("nan"), y)
     after = done.mkor.state_dict()
-    assert equal(after, before, but="step") and after["step"] == at + 1
+    assert equal(after, before, but="step")
     twin, _ = build("bias")
     other = sgd(twin)
     if door == "compile_step":
