@@ -77,6 +77,9 @@ RULES = {
     "leading": Leading(),
 }
 
+#: one of each kind: of these, what is expensive or no matter of the rule's own is held in every run, of others nightly
+KINDS = ("mkor", "mkor, gradient", "eva", "kfac", "soap", "leading")
+
 #: of these a door's trajectory and one resume in every run, the rest nightly
 MORE_RULES: dict[str, Rule] = {
     "adafisher": AdaFisher(damping=0.1),

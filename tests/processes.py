@@ -1,7 +1,7 @@
 """Runs a function in several processes, each a rank of a gloo group. None outlives the call, whatever happens.
 
 `run(function, size, *args)` calls `function(rank, size, *args)` and returns the ranks' outcomes. Processes fork from a
-server that has imported torch already.
+server that has imported torch and compiled already.
 """
 
 import io
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["torch", "torch._dynamo", "torch._inductor.compile_fx", "torch.distributed", "mkor_fx"])
+context.set_forkserver_preload(["torch", "torch._inductor.compile_fx", "torch.distributed", "tests.warm"])
 
 
 @dataclass

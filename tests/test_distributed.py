@@ -52,7 +52,8 @@ def train(rank, size, name, rule, steps, bounds=None, backend="eager", **options
             for p in model.parameters():
                 p.add_(0.1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    step = mkor_fx.compile_step(model, loss_fn, optimizer, rule, refresh_every=2, backend=backend, **options)
+    options = {"refresh_every": 2, "backend": backend, **options}
+    step = mkor_fx.compile_step(model, loss_fn, optimizer, rule, **options)
     losses = [step(*share(batch, bounds or even(rows, size), rank)) for batch in batches]
     return everything(model, optimizer, step), torch.stack(losses)
 
@@ -121,9 +122,14 @@ def test_ranks_whose_batches_change_by_themselves():
     assert all(compilations > 1 for _, compilations in parts)
 
 
+def compiled(rank, size, backend):
+    rule = MKOR.published(max_factor=14, bias="off")
+    return train(rank, size, "mlp", rule, 3, None, backend, refresh_every=1)
+
+
 def test_compiled_ranks_are_one_process():
-    whole, _ = train(0, 1, "mlp", MKOR.published(max_factor=14, bias="off"), 3)
-    parts = processes.values(train, 2, "mlp", MKOR.published(max_factor=14, bias="off"), 3, None, "inductor")
+    whole, _ = compiled(0, 1, "eager")
+    parts = processes.values(compiled, 2, "inductor")
     assert_bitwise([state for state, _ in parts])
     assert_close(parts[0][0], whole, 1e-5)
 

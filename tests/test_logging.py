@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = """
@@ -117,9 +119,15 @@ def test_dump_writes_each_stage_and_pass(tmp_path):
     assert "mkor_fx.precondition" not in text["05_lower.2_expand.after.py"]
 
 
+def dump(rank, size, folder):
+    os.environ["MKOR_FX_DUMP"] = folder
+    torch.distributed.destroy_process_group()
+    exec(PROGRAM.format(step=False), {})
+
+
 def test_programs_are_numbered_across_processes(tmp_path):
     for _ in range(2):
-        assert run(step=False, MKOR_FX_DUMP=tmp_path)[0] == 0
+        processes.values(dump, 1, str(tmp_path))
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "000_Sequential_graph_0_forward_and_backward",
         "001_Sequential_update_of_2_weights",

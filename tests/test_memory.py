@@ -32,9 +32,11 @@ PUBLISHED = mkor_fx.MKOR.published()
 
 @pytest.fixture(autouse=True)
 def real_collector():
-    """Other tests collect seldom: here it has to happen when asked for."""
+    """Other tests collect seldom: here it has to happen when asked for, among what is new."""
     gc.collect()
+    gc.freeze()
     yield
+    gc.unfreeze()
 
 
 def network(width=16):

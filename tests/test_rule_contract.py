@@ -11,8 +11,9 @@ import processes
 import pytest
 import torch
 from contract import Contract
-from held_rules import HALF, MORE_RULES, REFUSED, RULES
+from held_rules import HALF, KINDS, MORE_RULES, REFUSED, RULES
 from rows import Experts
+from stepping import stepper
 from torch import nn
 from torch.nn import functional
 
@@ -100,12 +101,14 @@ def weights(model):
 ALL_RULES = {**RULES, **MORE_RULES}
 SELDOM = [pytest.param(name, marks=pytest.mark.nightly) for name in MORE_RULES]
 EACH_RULE = pytest.mark.parametrize("name", [*RULES, *SELDOM])
+EACH_KIND = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in KINDS else pytest.mark.nightly) for name in ALL_RULES])  # fmt: skip
 EACH_DOOR = pytest.mark.parametrize("door", ["compile_step", "compile"])
 
 
 @EACH_DOOR
 @pytest.mark.parametrize(("name", "kind"), [
-    pytest.param(name, kind, marks=[] if name in RULES or kind == "bias" else pytest.mark.nightly)
+    pytest.param(name, kind, marks=[] if kind == "bias" or name in KINDS else pytest.mark.nightly)
     for name in ALL_RULES for kind in ("plain", "bias", "batched", "tied", "convolution")
 ])  # fmt: skip
 def test_both_doors_do_what_the_contract_says(name, kind, door):
@@ -178,7 +181,7 @@ class LateContract(Contract):
         return super().member(key, layer, member, grad)
 
 
-@EACH_RULE
+@EACH_KIND
 def test_statistics_one_step_late(name):
     rule = ALL_RULES[name]
     model, batches = build("bias")
@@ -205,7 +208,7 @@ def on_a_rank(rank, size, name, placement="owner"):
     return weights(model), mkor.state_dict(full=True), mkor.owners
 
 
-@pytest.mark.parametrize("name", [*(name for name in RULES if name != "mkor, gradient"), *SELDOM])
+@EACH_KIND
 def test_owners_on_two_ranks(name):
     model, batches = build("bias")
     if ALL_RULES[name].reads_state:
@@ -226,45 +229,33 @@ def test_owners_on_two_ranks(name):
 
 
 @pytest.mark.parametrize(("name", "door"), [
-    pytest.param(name, door, marks=[] if name in RULES or door == "compile_step" else pytest.mark.nightly)
+    pytest.param(name, door, marks=[] if name in KINDS or door == "compile_step" else pytest.mark.nightly)
     for name in ALL_RULES for door in ("compile_step", "compile")
 ])  # fmt: skip
 def test_resume_is_exact(name, door):
     rule = ALL_RULES[name]
     model, batches = build("bias")
     optimizer = sgd(model)
-    mkor = train(door, model, batches[:3], rule, optimizer, refresh_every=2)
-    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), mkor.state_dict()))
-    for entry in saved[2].values():
-        assert type(entry) is torch.Tensor
-    twin = build("bias")[0]
+    whole, step = stepper(door, model, loss_fn, optimizer, rule, refresh_every=2)
+    for x, y in batches[:3]:
+        step(x, y)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), whole.mkor.state_dict()))
+    assert all(type(entry) is torch.Tensor for entry in saved[2].values())
+    twin, _ = build("bias")
     other = sgd(twin)
     twin.load_state_dict(saved[0])
     other.load_state_dict(saved[1])
-    results = []
-    for one, stepper, state in ((model, optimizer, saved[2]), (twin, other, saved[2])):
-        if door == "compile_step":
-            again = mkor_fx.compile_step(one, loss_fn, stepper, rule, backend="eager", refresh_every=2)
-        else:
-            again = mkor_fx.compile(one, rule, backend="eager", refresh_every=2)
-        again.mkor.load_state_dict(state)
-        for x, y in batches[3:]:
-            if door == "compile_step":
-                again(x, y)
-            else:
-                stepper.zero_grad()
-                loss_fn(again(x), y).backward()
-                stepper.step()
-        results.append((weights(one), again.mkor.state_dict()))
-    straight, batches = build("bias")
-    whole = train(door, straight, batches, rule, refresh_every=2).state_dict()
-    for found, state in results:
-        assert all(torch.equal(found[key], value) for key, value in weights(straight).items())
-        assert state.keys() == whole.keys() and all(torch.equal(state[key], whole[key]) for key in whole)
+    resumed, another = stepper(door, twin, loss_fn, other, rule, refresh_every=2)
+    resumed.mkor.load_state_dict(saved[2])
+    for x, y in batches[3:]:
+        step(x, y)
+        another(x, y)
+    for found, expected in ((weights(twin), weights(model)), (resumed.mkor.state_dict(), whole.mkor.state_dict())):
+        assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
 
 
-@pytest.mark.parametrize("fused", [False, True])
-@EACH_RULE
+@pytest.mark.parametrize("fused", [pytest.param(False, marks=pytest.mark.nightly), True])
+@EACH_KIND
 def test_a_loss_scaler_changes_nothing(name, fused):
     results = []
     for scaler in (None, torch.amp.GradScaler("cpu", init_scale=1024.0)):
@@ -279,7 +270,7 @@ def test_a_loss_scaler_changes_nothing(name, fused):
     close(results[1][1], results[0][1], 1e-3)
 
 
-@EACH_RULE
+@EACH_KIND
 def test_a_scaler_that_finds_an_inf_touches_nothing(name):
     model, batches = build("bias")
     model, rule = model.float(), ALL_RULES[name]
@@ -297,18 +288,6 @@ def test_a_scaler_that_finds_an_inf_touches_nothing(name):
         if number == 2:
             after = handle.mkor.state_dict()
             assert all(torch.equal(value, after[key]) for key, value in before[1].items() if key != "step")
-
-
-@EACH_DOOR
-@EACH_RULE
-def test_what_is_not_finite_enters_no_state(name, door):
-    model, batches = build("bias")
-    batches[2] = (batches[2][0] * float("nan"), batches[2][1])
-    options = {} if door == "compile" else {"skip_nonfinite": True}
-    mkor = train(door, model, batches, ALL_RULES[name], **options)
-    assert all(torch.isfinite(value).all() for value in mkor.state_dict().values())
-    if door == "compile_step":
-        assert all(torch.isfinite(value).all() for value in weights(model).values())
 
 
 @EACH_RULE
@@ -332,7 +311,7 @@ def test_metrics_say_of_a_tensor_what_its_rule_says(name):
     assert set(metrics) == expected
 
 
-@EACH_RULE
+@EACH_KIND
 def test_state_follows_its_weight_and_keeps_its_dtypes(name):
     model, batches = build("bias")
     step = mkor_fx.compile_step(model, loss_fn, sgd(model), ALL_RULES[name], backend="eager")

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from itertools import pairwise
 
 import processes
 import pytest
@@ -89,24 +90,26 @@ def test_a_run_goes_on_bit_for_bit(name, way, tmp_path):
     same(whole, resumed)
 
 
-def on_a_rank(rank, size, first, last, folder, placement):
+def on_a_rank(rank, size, folder, placement, first, *stops):
+    """From the checkpoint of step ``first`` to each of the ``stops``, with a checkpoint there; what there is at the last."""
     options = {"placement": placement, "communication": Communication(padding=9.0), "ema": 0.9, "clip_norm": 0.5}
     step = build(**options) if first == 0 else strangers(build(**options))
     if first:
         step.load_checkpoint(folder / str(first))
-    found = train(step, range(first, last), rank, size)
-    dcp.save(step.state_dict(), checkpoint_id=folder / str(last))
+    found = {}
+    for start, stop in pairwise((first, *stops)):
+        found = train(step, range(start, stop), rank, size)
+        dcp.save(step.state_dict(), checkpoint_id=folder / str(stop))
     return found
 
 
 @pytest.mark.parametrize("placement", ["owner", pytest.param("replicated", marks=pytest.mark.nightly)])
 def test_ranks_go_on_bit_for_bit(placement, tmp_path):
-    whole = processes.values(on_a_rank, 2, 0, 5, tmp_path / "whole", placement)
-    processes.values(on_a_rank, 2, 0, 3, tmp_path / "parts", placement)
-    resumed = processes.values(on_a_rank, 2, 3, 5, tmp_path / "parts", placement)
+    whole = processes.values(on_a_rank, 2, tmp_path, placement, 0, 3, 5)
+    resumed = processes.values(on_a_rank, 2, tmp_path, placement, 3, 5)
     for one, other in zip(whole, resumed, strict=True):
         same(one, other)
-    (alone,) = processes.values(on_a_rank, 1, 5, 6, tmp_path / "parts", placement)  # on another number of them
+    (alone,) = processes.values(on_a_rank, 1, tmp_path, placement, 5, 6)  # on another number of them
     assert alone.keys() == whole[0].keys()
 
 

@@ -74,7 +74,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """[B, T] -> [B, T, 23]; the head is the token embedding."""
 
-    def __init__(self, vocabulary=23, length=10, width=16, heads=2, blocks=2):
+    def __init__(self, vocabulary=23, length=10, width=16, heads=2, blocks=1):
         super().__init__()
         self.token, self.position = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
         self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(blocks)))
@@ -185,9 +185,9 @@ EXPECTED = {
     "mlp": _sites("tokens", "head") | _sites("hidden", bias=False),
     "cnn": _sites("conv1", "conv3", "head") | _sites("conv2", bias=False) | _norms("norm"),
     "gpt": {
-        **_sites("token", "blocks.0.attention.qkv", "blocks.1.attention.qkv", bias=False),
-        **_sites(*(f"blocks.{i}.{layer}" for i in (0, 1) for layer in ("attention.out", "up", "down"))),
-        **_norms("blocks.0.norm1", "blocks.0.norm2", "blocks.1.norm1", "blocks.1.norm2", "norm"),
+        **_sites("token", "blocks.0.attention.qkv", bias=False),
+        **_sites("blocks.0.attention.out", "blocks.0.up", "blocks.0.down"),
+        **_norms("blocks.0.norm1", "blocks.0.norm2", "norm"),
         "position.weight": "site",
     },
     "checkpointed": _sites("enter", "block.1", "block.4", "head") | _norms("block.0"),
