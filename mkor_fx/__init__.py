@@ -6,7 +6,7 @@ from .doors.explain import explain
 from .doors.simulate import simulate
 from .ops import op_rule
 from .options import Communication
-from .rules import CGFAC, KFAC, MKOR, AdaFisher, Eva, Hybrid, Rule, ThermodynamicKFAC
+from .rules import CGFAC, KFAC, MKOR, AdaFisher, Eva, Hybrid, HyLo, Rule, ThermodynamicKFAC
 from .show.progress import progress
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "AdaFisher",
     "Communication",
     "Eva",
+    "HyLo",
     "Hybrid",
     "Rule",
     "ThermodynamicKFAC",

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from soap import Soap
 
-from mkor_fx import CGFAC, KFAC, MKOR, AdaFisher, Eva, Rule, ThermodynamicKFAC
+from mkor_fx import CGFAC, KFAC, MKOR, AdaFisher, Eva, HyLo, Rule, ThermodynamicKFAC
 from mkor_fx.kinds import Kind
 from mkor_fx.rules import Gradient, Sides
 
@@ -71,6 +71,8 @@ MORE_RULES: dict[str, Rule] = {
     "cgfac": CGFAC(damping=1e-2, iterations=4),
     "cgfac, sketches": CGFAC(curvature="sketches", rank=5, damping=1e-2, iterations=4, warm_start=False),
     "thermodynamic": ThermodynamicKFAC(damping=0.1, derive_every=2, steps=20, burn_in=5, bits=12, rounding="stochastic"),
+    "hylo": HyLo(rows=4, ranks=2, damping=0.5, graft=None),
+    "hylo, interpolated": HyLo(method="kid", rows=4, ranks=2, damping=0.5, graft=None),
 }
 
 #: why the backward mode does not take one
@@ -87,6 +89,7 @@ HALF = {
     "adafisher": AdaFisher(damping=1e-2),
     "cgfac": CGFAC(),
     "thermodynamic": ThermodynamicKFAC(steps=20, burn_in=10),
+    "hylo": HyLo(rows=4),
     "kfac": KFAC(),
     "kfac, eigen": KFAC(inverse="eigen"),
     "kfac, newton": KFAC(inverse="newton"),

@@ -8,6 +8,7 @@ from .choice import RuleChoice, Rules, check_rule
 from .direction import Gradient, Normalized, Sides
 from .eva import Eva
 from .hybrid import Hybrid
+from .hylo import HyLo
 from .hyper import Hyper
 from .kfac import KFAC
 from .mkor import MKOR
@@ -20,6 +21,7 @@ __all__ = [
     "AdaFisher",
     "Eva",
     "Gradient",
+    "HyLo",
     "Hybrid",
     "Hyper",
     "Kind",
