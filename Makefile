@@ -14,7 +14,7 @@ SIDES := $(VENV)/ready-sides
 MINILM := $(VENV)/minilm/vaderSentiment-3.3.1.tar.gz
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-ddp test fuzz nightly check bench overlap convergence paper minilm clean
+.PHONY: help setup demo demo-ddp test fuzz nightly check bench bench-full overlap convergence paper minilm clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -46,7 +46,7 @@ $(MINILM): $(READY)
 
 # Without dependencies, likewise: optimizers to compare with.
 $(SIDES): $(READY)
-	$(RUN) -m pip install --no-deps pytorch-optimizer==4.1.0
+	$(RUN) -m pip install --no-deps pytorch-optimizer==4.1.0 torch-optimi==0.3.3
 	@touch $@
 
 demo: $(READY)  ## AdamW, Muon and mkor_fx on real data: table, demo-output/loss.png and graph.txt
@@ -68,8 +68,19 @@ check: $(READY_DEV)  ## lint and type-check
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy -p mkor_fx -p benchmarks
 
-bench: $(READY)  ## time a compiled step of a small GPT under AdamW, Muon and MKOR
-	$(RUN) -m benchmarks.step_time $(ARGS)
+bench: $(READY)  ## time compiled steps of a small GPT and an MLP under AdamW, SGD, Muon and MKOR
+	$(RUN) -m benchmarks.step_time --model gpt $(ARGS)
+	$(RUN) -m benchmarks.step_time --model mlp $(ARGS)
+
+bench-full: $(SIDES)  ## every side on four models, compile time, memory, scaling (hours)
+	$(RUN) -m benchmarks.step_time --model gpt --depth 4 --all
+	$(RUN) -m benchmarks.step_time --model gpt --depth 4 --width 512 --batch 32 --all
+	$(RUN) -m benchmarks.step_time --model mlp --all
+	$(RUN) -m benchmarks.step_time --model cnn --all
+	$(RUN) -m benchmarks.memory
+	$(RUN) -m benchmarks.scaling
+	$(RUN) -m benchmarks.refresh_cost
+	$(RUN) -m benchmarks.compile_time
 
 overlap: $(READY)  ## how much communication hides under compute, and weak scaling
 	$(RUN) -m benchmarks.overlap $(ARGS)

@@ -15,42 +15,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 
 import torch
 from tabulate import tabulate
 
 import mkor_fx
-from benchmarks.step_time import Case, gpt
+from benchmarks.cases import gpt
+from benchmarks.step_sides import Side, adamw, compiled, torch_compiled
 
 BASE = "torch.compile"
 WIDTH = 64
 
 
-def plain(case: Case) -> Callable[[], object]:
-    """A training step by torch.compile."""
-    model = case.model()
-    compiled, optimizer = torch.compile(model), torch.optim.AdamW(model.parameters())
-    update = torch.compile(optimizer.step)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        case.loss_fn(compiled(case.batch[0]), case.batch[1]).backward()
-        update()
-
-    return step
-
-
-def whole(case: Case, refresh_every: int) -> Callable[[], object]:
-    model = case.model()
-    step = mkor_fx.compile_step(model, case.loss_fn, torch.optim.AdamW(model.parameters()), refresh_every=refresh_every)
-    return lambda: step(*case.batch)
-
-
-SIDES: dict[str, Callable[[Case], Callable[[], object]]] = {
-    BASE: plain,
-    "one program": lambda case: whole(case, 1),
-    "both programs": lambda case: whole(case, 2),
+SIDES: dict[str, Side] = {
+    BASE: torch_compiled(adamw),
+    "one program": compiled(adamw, mkor_fx.MKOR()),
+    "both programs": compiled(adamw, mkor_fx.MKOR(), every=2),
 }
 
 
@@ -63,7 +43,7 @@ def cpu_seconds() -> float:
 def measured(side: str, depth: int) -> dict[str, float]:
     """CPU and wall seconds of the first two steps, less those of the two after them."""
     torch.manual_seed(0)
-    step, spent = SIDES[side](gpt(WIDTH, depth)), []
+    step, spent = SIDES[side](gpt(WIDTH, depth), "inductor"), []
     for _ in range(2):
         cpu, wall = cpu_seconds(), time.perf_counter()
         step(), step()

@@ -1,4 +1,4 @@
-"""The models of the benchmarks: a chain of linear layers, a small convolutional network and a small GPT.
+"""The models of the benchmarks: a chain of linear layers, two small convolutional networks and a small GPT.
 
 Shapes: B sequences or examples, T positions, D model width, V symbols.
 """
@@ -23,6 +23,30 @@ def cnn(*, channels: tuple[int, ...] = (16, 32, 64), classes: int = 10) -> nn.Se
     layers: list[nn.Module] = [nn.Unflatten(1, (1, 28, 28))]
     for fan_in, fan_out in pairwise((1, *channels)):
         layers += [nn.Conv2d(fan_in, fan_out, 3, stride=1 if fan_in == 1 else 2, padding=1), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels[-1], classes))
+
+
+class Residual(nn.Module):
+    """Two 3x3 convolutions with batch norms around a shortcut: `[B, C, H, W] -> [B, C', H / stride, W / stride]`."""
+
+    def __init__(self, fan_in: int, fan_out: int, stride: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(fan_in, fan_out, 3, stride, padding=1, bias=False)
+        self.second = nn.Conv2d(fan_out, fan_out, 3, padding=1, bias=False)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(fan_out) for _ in range(2))
+        alike = stride == 1 and fan_in == fan_out
+        self.shortcut = nn.Identity() if alike else nn.Conv2d(fan_in, fan_out, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = F.relu(self.norms[0](self.first(x)))
+        return F.relu(self.norms[1](self.second(inner)) + self.shortcut(x))
+
+
+def resnet(*, channels: tuple[int, ...] = (32, 64, 128), classes: int = 10) -> nn.Sequential:
+    """A residual network on images of 28 x 28, halved between stages: `[B, 784] -> [B, classes]`."""
+    layers: list[nn.Module] = [nn.Unflatten(1, (1, 28, 28))]
+    for fan_in, fan_out in pairwise((1, *channels)):
+        layers += [Residual(fan_in, fan_out, 1 if fan_in == 1 else 2), Residual(fan_out, fan_out, 1)]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels[-1], classes))
 
 

@@ -11,6 +11,10 @@ until then, in numbers. The paper's figures are its own, on 64 GPUs (Mozaffari e
 import argparse
 import copy
 import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,10 +68,32 @@ def sent(key: str, steps: int | None) -> str:
     return f"{sum(entry.sent for entry in coverage) * -(-steps // every):,}"
 
 
-def fine_tuned(search: Search, lr: float, seed: int) -> Tuned:
-    """The encoder, trained anew at a side's best rate, fine-tuned by the same side at a quarter of it."""
-    search.trainer.run(lr, seed, search.steps)
-    trained: Any = search.trainer.model
+class Pretraining(Search):
+    """Keeps what its runs have trained, by rate and seed."""
+
+    def __init__(self, *about: Any) -> None:
+        super().__init__(*about)
+        self.weights: dict[tuple[float, int], dict[str, torch.Tensor]] = {}
+
+    def run(self, lr: float, seed: int) -> Run:
+        finished = len(self.ledger.runs)
+        run = super().run(lr, seed)
+        if len(self.ledger.runs) > finished:
+            self.weights[lr, seed] = copy.deepcopy(self.trainer.model.state_dict())
+        return run
+
+    def trained(self, lr: float, seed: int) -> Any:
+        """The model behind a run; trained anew where that was another process's."""
+        if (lr, seed) in self.weights:
+            self.trainer.model.load_state_dict(self.weights[lr, seed])
+        else:
+            self.trainer.run(lr, seed, self.steps)
+        return self.trainer.model
+
+
+def fine_tuned(search: Pretraining, lr: float, seed: int) -> Tuned:
+    """The encoder behind a side's best rate, fine-tuned by the same side at a quarter of it."""
+    trained = search.trained(lr, seed)
     task = replace(FINE_TUNING, architecture=lambda: Rated(copy.deepcopy(trained.bert.bert)))
     tuner = build(task, search.side, search.backend)
     run = tuner.run(lr / 4, seed, min(search.steps, task.steps))
@@ -98,6 +124,36 @@ def row(name: str, side: Side, run: Run, base: Run, tuned: Tuned) -> list[str]:
     ]
 
 
+class Tunings:
+    """What fine-tuning has come to, by what was fine-tuned, in a JSONL file with a line each."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        lines = path.read_text().splitlines() if path.exists() else []
+        self.found = {entry["about"]: Tuned(*entry["tuned"]) for entry in map(json.loads, lines)}
+
+    def of(self, search: Pretraining, lr: float, seed: int) -> Tuned:
+        """Looked up, or done now."""
+        about = f"{identity(search.side)}, {search.steps} steps, rate {lr:g}, seed {seed}"
+        if about not in self.found:
+            self.found[about] = fine_tuned(search, lr, seed)
+            with self.path.open("a") as file:
+                file.write(json.dumps({"about": about, "tuned": self.found[about]}) + "\n")
+        return self.found[about]
+
+
+def side_by_side(names: Sequence[str], options: argparse.Namespace) -> None:
+    """Every side in a process of its own with one thread, `jobs` at a time: two processes share two cores better than two
+    threads do, since compiling and evaluating have little that divides."""
+    call = [sys.executable, "-m", "benchmarks.paper", "--jobs", "0", "--seed", str(options.seed)]
+    call += ["--backend", options.backend, "--out", str(options.out)]
+    call += ["--steps", str(options.steps)] if options.steps else []
+    call += ["--rates", *map(str, options.rates)] if options.rates else []
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for _ in pool.map(lambda name: subprocess.run([*call, "--side", name], check=True), names):
+            pass
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--side", nargs="+", choices=SIDES, default=list(SIDES))
@@ -105,24 +161,24 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="training steps (default: the task's)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--backend", default="inductor", choices=("inductor", "eager"))
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path("paper-output"), help="of runs.jsonl and table.md")
+    parser.add_argument("--jobs", type=int, default=2, help="sides at a time; 0: here, without the table")
+    parser.add_argument("--out", type=Path, default=Path("paper-output"), help="of runs.jsonl, fine-tuned.jsonl, table.md")
     options = parser.parse_args()
 
-    torch.set_num_threads(options.threads)
-    ledger, rows = Ledger(options.out / "runs.jsonl"), []
-    kept = options.out / "fine-tuned.json"
-    tuned = json.loads(kept.read_text()) if kept.exists() else {}
+    torch.set_num_threads(1)
+    names = options.side if options.jobs == 0 else list(dict.fromkeys(["LAMB", *options.side]))
+    if options.jobs:
+        side_by_side(names, options)
+    ledger, tunings, rows = Ledger(options.out / "runs.jsonl"), Tunings(options.out / "fine-tuned.jsonl"), []
     base: Run | None = None
-    for name in dict.fromkeys(["LAMB", *options.side]):
-        search = Search(ledger, PRETRAINING, SIDES[name].key, options.backend, options.steps)
+    for name in names:
+        search = Pretraining(ledger, PRETRAINING, SIDES[name].key, options.backend, options.steps)
         (run,) = best(search.all([options.seed], options.rates or PRETRAINING.grid))
-        base = base or run
-        about = f"{identity(search.side)}, {search.steps} steps, rate {run.lr:g}, seed {options.seed}"
-        if about not in tuned:
-            tuned[about] = fine_tuned(search, run.lr, options.seed)
-            kept.write_text(json.dumps(tuned))
-        rows.append(row(name, SIDES[name], run, base, Tuned(*tuned[about])))
+        base, tuned = base or run, tunings.of(search, run.lr, options.seed)
+        if options.jobs:
+            rows.append(row(name, SIDES[name], run, base, tuned))
+    if not options.jobs:
+        return
     headers = (
         *("side", "rate", "training / held out", "steps to LAMB's loss", "CPU time", "speed-up", "sent"),
         *("paper: steps", "paper: speed-up", "fine-tuned, held out: loss, right"),

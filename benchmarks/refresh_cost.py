@@ -7,16 +7,18 @@ KAISA 259.6, 33.7, 12.2. What compares is each row over its own f = 100. K-FAC t
 """
 
 import argparse
-import statistics
 from typing import Any
 
 import torch
 from tabulate import tabulate
+from torch import nn
 from torch.nn import functional
 
 import mkor_fx
 from benchmarks import models
-from benchmarks.step_time import Case, compile_seconds, measure
+from benchmarks.cases import Case
+from benchmarks.step_sides import compiled
+from benchmarks.step_time import compile_seconds, cpu_seconds, measure
 
 EVERY = (1, 10, 100)
 #: what refreshes, and the paper's milliseconds
@@ -32,16 +34,11 @@ def autoencoder(batch: int = 256) -> Case:
     sizes = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
     images = torch.rand(batch, 784, generator=torch.Generator().manual_seed(0))
     title = f"autoencoder {'-'.join(map(str, sizes))}, {batch} rows"
-    return Case(title, lambda: models.mlp(*sizes), functional.mse_loss, (images, images), batch)
+    return Case(title, lambda: models.mlp(*sizes), functional.mse_loss, (images, images))
 
 
-def build(case: Case, rule: Any, every: int, backend: str) -> Any:
-    torch.manual_seed(0)
-    model = case.model()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-    step = mkor_fx.compile_step(model, case.loss_fn, optimizer, rule=rule, refresh_every=every, backend=backend)
-    compile_seconds(step, case)
-    return step
+def momentum_sgd(model: nn.Module) -> list[torch.optim.Optimizer]:
+    return [torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)]
 
 
 def main() -> None:
@@ -52,11 +49,13 @@ def main() -> None:
     options = parser.parse_args()
 
     case = autoencoder()
-    steps = {"SGD": build(case, None, 1, options.backend)}
+    steps = {"SGD": compiled(momentum_sgd)(case, options.backend)}
     for name, (rule, _) in SIDES.items():
-        steps |= {f"{name} {every}": build(case, rule(every), every, options.backend) for every in EVERY}
-    records = measure(steps, case, options.rounds, options.length)
-    spent = {name: 1e3 * statistics.median(record[name][0] for record in records) for name in steps}
+        steps |= {f"{name} {f}": compiled(momentum_sgd, rule(f), f)(case, options.backend) for f in EVERY}
+    for step in steps.values():
+        compile_seconds(step)
+    records = measure(steps, options.rounds, options.length)
+    spent = {name: 1e3 * cpu_seconds(records, name) for name in steps}
     rows = [["SGD", f"{spent['SGD']:.1f}", *[""] * (2 * len(EVERY))]]
     for name, (_, paper) in SIDES.items():
         own = [spent[f"{name} {every}"] for every in EVERY]

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 import mkor_fx
-from benchmarks.hooked_kfac import HookedKFAC
+from benchmarks.hooked import HookedKFAC
 from benchmarks.tasks import Task
 from benchmarks.training import EagerTrainer, Trainer, adamw, muon, sgd
 from mkor_fx.optim import LAMB

@@ -29,6 +29,10 @@ FREQUENCY = reason(
     "scale_grad_by_freq makes the gradient differ from a product", "`nn.Embedding(scale_grad_by_freq=True)`"
 )
 MASKED = reason("a weight indexed by a mask", "`W[mask]`")
+KRONECKER = reason(
+    "a factor of a Kronecker product whose gradient is no product of rows: use mkor_fx.nn.Kronecker",
+    "`torch.kron(A, B) * mask`, a convolution's kernel",
+)
 DISAGREE = reason(
     "two graphs use it in ways that do not go together", "tied embedding and head on both sides of a graph break"
 )

@@ -105,7 +105,7 @@ class Contract:
         for opposite, groups in sorted(self.rows[name].items()):
             a, g = (torch.cat(part) for part in zip(*(pairs[member] for pairs in groups), strict=True))
             turned = opposite and kind is not nn.Embedding
-            seen = shape if not turned else Shape(shape.I, shape.O, False)
+            seen = shape if not turned else Shape(shape.I, shape.O, opposite=True)
             read = {"state": state} if self.rule.reads_state else {}
             read |= {"key": torch.tensor((self.count - self.late) << 32)} if self.rule.draws else {}
             summary = tuple(s.to(a.dtype) for s in self.rule.summarize(seen, a, g, **read))
@@ -131,5 +131,7 @@ class Contract:
         return Gradient(self.sized(made.weight, grad.weight), bias), state
 
     def sized(self, D, G):
-        size = {"gradient": G.norm(), "moment": G.norm(), "rms": 0.2 * D.numel() ** 0.5, None: D.norm()}[self.size]
+        if self.size is None:
+            return D
+        size = {"gradient": G.norm(), "moment": G.norm(), "rms": 0.2 * D.numel() ** 0.5}[self.size]
         return D * (size / D.norm())

@@ -5,10 +5,9 @@
 import copy
 
 import torch
+from stepping import stepper
 from torch import nn
 from torch.nn import functional
-
-import mkor_fx
 
 
 class Transformer(nn.Module):
@@ -87,16 +86,9 @@ def lockstep(door, kind, rule, direct, lr=0.1, behind=lambda t: None, tolerance=
     twin = copy.deepcopy(model)
     by_hand(twin, batches, loss_fn, direct, lr, behind)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
-    if door == "compile_step":
-        done = mkor_fx.compile_step(model, loss_fn, optimizer, rule, backend="eager", **options)
-        for x, y in batches:
-            done(x, y)
-    else:
-        done = mkor_fx.compile(model, rule, backend="eager", **options)
-        for x, y in batches:
-            optimizer.zero_grad()
-            loss_fn(done(x), y).backward()
-            optimizer.step()
+    done, step = stepper(door, model, loss_fn, optimizer, rule, **options)
+    for x, y in batches:
+        step(x, y)
     start = dict(build(kind)[0].named_parameters())
     for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
         moved, apart = (float(d.detach().norm()) for d in (q - start[name], p - q))

@@ -5,7 +5,21 @@ from dataclasses import dataclass
 import torch
 from soap import Soap
 
-from mkor_fx import CGFAC, KFAC, MKOR, AdaFisher, Eva, HyLo, Rule, ThermodynamicKFAC
+from mkor_fx import (
+    CGFAC,
+    EKFAC,
+    KFAC,
+    KLDWRM,
+    MKOR,
+    SINGD,
+    SOAP,
+    AdaFisher,
+    Eva,
+    HyLo,
+    Rule,
+    Shampoo,
+    ThermodynamicKFAC,
+)
 from mkor_fx.kinds import Kind
 from mkor_fx.rules import Gradient, Sides
 
@@ -71,14 +85,28 @@ MORE_RULES: dict[str, Rule] = {
     "cgfac": CGFAC(damping=1e-2, iterations=4),
     "cgfac, sketches": CGFAC(curvature="sketches", rank=5, damping=1e-2, iterations=4, warm_start=False),
     "thermodynamic": ThermodynamicKFAC(damping=0.1, derive_every=2, steps=20, burn_in=5, bits=12, rounding="stochastic"),
+    "singd": SINGD(beta1=0.1, damping=1e-2),
+    "singd, diagonal": SINGD(beta1=0.1, structure="diagonal", form="ikfac", alpha1=0, graft=None),
+    "singd, triangular": SINGD(beta1=0.1, structure=("triangular", "block"), block=3),
+    "singd, hierarchical": SINGD(beta1=0.1, structure=("rank1", "hierarchical"), corners=(2, 2)),
+    "kldwrm": KLDWRM(damping=0.1, derive_every=2, kl_clip=None),
+    "kldwrm, q": KLDWRM(variant="q", rate=0.05, damping=0.1, derive_every=2, kl_clip=None),
+    "kldwrm, cholesky": KLDWRM(variant="q", rate=0.05, damping=0.1, derive_every=2, inverse="cholesky", kl_clip=None),
+    "kldwrm, newton": KLDWRM(variant="q", rate=0.05, damping=0.1, inverse="newton", kl_clip=None),
+    "shampoo": Shampoo(derive_every=2, beta=0.9, damping=1e-3),
+    "shampoo, newton": Shampoo(root="newton", damping=1e-3, graft=None, magnitude="rmsprop", beta2=0.9),
+    "SOAP": SOAP(derive_every=2, max_factor=6),  # sides that a first gradient fills, or bases are a matter of rounding
+    "ekfac": EKFAC(derive_every=2, damping=1e-2, scaling_decay=0.8),
+    "ekfac, gradient": EKFAC(scaling="gradient", scaling_decay=0.75, derive_every=2, damping=1e-2),
     "hylo": HyLo(rows=4, ranks=2, damping=0.5, graft=None),
     "hylo, interpolated": HyLo(method="kid", rows=4, ranks=2, damping=0.5, graft=None),
 }
 
 #: why the backward mode does not take one
 REFUSED = {
-    **dict.fromkeys(("mkor", "soap", "leading", "adafisher", "cgfac", "cgfac, sketches"), "keeps moments"),
-    **dict.fromkeys(("mkor, sums", "mkor, gradient"), "reads the gradient"),
+    **dict.fromkeys(("mkor", "soap", "leading", "adafisher", "shampoo", "SOAP"), "keeps moments"),
+    **dict.fromkeys((name for name in MORE_RULES if name.startswith(("cgfac", "kldwrm"))), "keeps moments"),
+    **dict.fromkeys(("mkor, sums", "mkor, gradient", "shampoo, newton", "ekfac, gradient"), "reads the gradient"),
 }
 
 #: as they would be taken in half precision
@@ -93,4 +121,12 @@ HALF = {
     "kfac": KFAC(),
     "kfac, eigen": KFAC(inverse="eigen"),
     "kfac, newton": KFAC(inverse="newton"),
+    "singd": SINGD(factor_dtype=torch.bfloat16),
+    "singd, hierarchical": SINGD(factor_dtype=torch.bfloat16, structure="hierarchical", corners=(2, 2)),
+    "kldwrm": KLDWRM(decay=0.5, graft="gradient", kl_clip=None),
+    "shampoo": Shampoo(),
+    "shampoo, newton": Shampoo(root="newton"),
+    "SOAP": SOAP(),
+    "ekfac": EKFAC(),
+    "ekfac, gradient": EKFAC(scaling="gradient"),
 }

@@ -5,11 +5,11 @@ import copy
 import numpy as np
 import processes
 import pytest
+import stepping
 import torch
 from torch import nn
 from torch.nn import functional
 
-import mkor_fx
 from mkor_fx import MKOR
 from mkor_fx.optim import LAMB
 from mkor_fx.runtime.base_step import base_step_of
@@ -61,16 +61,7 @@ def groups(model):
 
 
 def stepper(door, model, optimizer, rule=None, backend="eager"):
-    if door == "compile_step":
-        return mkor_fx.compile_step(model, functional.cross_entropy, optimizer, rule, backend=backend)
-    run = mkor_fx.compile(model, rule, backend=backend) if door == "compile" else model
-
-    def step(x, y):
-        optimizer.zero_grad()
-        functional.cross_entropy(run(x), y).backward()
-        optimizer.step()
-
-    return step
+    return stepping.stepper(door, model, functional.cross_entropy, optimizer, rule, backend)[1]
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e6])

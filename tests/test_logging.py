@@ -108,13 +108,13 @@ def test_dump_writes_each_stage_and_pass(tmp_path):
     passes = [name for name in text if name.startswith("05_lower.") and name.count(".") == 3]
     assert sorted(passes) == [
         f"05_lower.{i}_{name}.{when}.py"
-        for i, name in enumerate(["shortcut_row_sums", "expand", "store_scalars"])
+        for i, name in enumerate(["order_products", "shortcut_row_sums", "expand", "store_scalars"])
         for when in ("after", "before")
     ]
     assert "mkor_fx.precondition" not in text["03_rewrite.before.py"]
     assert "mkor_fx.precondition" in text["03_rewrite.after.py"] == text["04_schedule.before.py"]
-    assert "mkor_fx.precondition" in text["05_lower.1_expand.before.py"]
-    assert "mkor_fx.precondition" not in text["05_lower.1_expand.after.py"]
+    assert "mkor_fx.precondition" in text["05_lower.2_expand.before.py"]
+    assert "mkor_fx.precondition" not in text["05_lower.2_expand.after.py"]
 
 
 def test_programs_are_numbered_across_processes(tmp_path):

@@ -200,30 +200,6 @@ def test_sizes_may_be_dynamic(make, dim, door):
     assert state.step == 3 and (step or handle).coverage["weight"].declined is None
 
 
-@pytest.mark.parametrize("stored", ["out-in", "in-out"])
-def test_a_kronecker_factor_sees_what_the_other_one_has_made_of_the_inputs(stored):
-    """(A x B) vec(X) = vec(A X B^T): the inputs of A are the rows of (X B^T)^T, those of B the rows of A X."""
-
-    class Adapter(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.A, self.B = nn.Parameter(torch.randn(2, 3)), nn.Parameter(torch.randn(4, 5))
-
-        def forward(self, x):
-            product = torch.kron(self.A, self.B)
-            return F.linear(x, product) if stored == "out-in" else x @ product.T
-
-    torch.manual_seed(0)
-    model, x = Adapter().double(), torch.randn(7, 15).double()
-    (joint,) = capture(model, x)
-    env, X = joint.run(), x.reshape(7, 3, 5)
-    expected = {"A": (X @ model.B.T).mT, "B": model.A @ X}
-    for name, a in expected.items():
-        (tap,) = joint.site(name).taps
-        assert tap.op == "kronecker"
-        torch.testing.assert_close(rows(env, tap.a), a.detach().flatten(0, 1), rtol=1e-12, atol=1e-12)
-
-
 def test_the_page_of_ops_is_the_table():
     assert (ROOT / "docs/ops.md").read_text() == document(), "write it again: python -m mkor_fx.ops.document > docs/ops.md"
 

@@ -25,6 +25,7 @@ OPTIMIZERS = {
     "Adagrad": (torch.optim.Adagrad, {"lr": 0.01, "lr_decay": 0.1}),
     "RMSprop": (torch.optim.RMSprop, {"lr": 0.01, "momentum": 0.5, "centered": True}),
     "Adamax": (torch.optim.Adamax, {"lr": 0.01}),
+    "Adafactor": (torch.optim.Adafactor, {"lr": 0.01, "weight_decay": 0.1}),
     "Adadelta": (torch.optim.Adadelta, {"lr": 0.5}),
     "ASGD": (torch.optim.ASGD, {"lr": 0.01}),
     "Rprop": (torch.optim.Rprop, {"lr": 0.01}),
@@ -82,16 +83,6 @@ def test_muon_over_its_matrices():
         torch.testing.assert_close(p, q, rtol=0, atol=2e-3)  # it multiplies in bfloat16
 
 
-def test_one_that_cannot_be_traced_says_so_and_changes_nothing():
-    model = network()
-    before = [p.detach().clone() for p in model.parameters()]
-    optimizer = torch.optim.Adafactor(model.parameters())
-    step = mkor_fx.compile_step(model, functional.cross_entropy, optimizer, None, backend="eager")
-    with pytest.raises(ValueError, match=r"Adafactor.step\(\) cannot be traced.*\n.*mkor_fx.compile"):
-        step(torch.randn(5, 6).double(), torch.randint(0, 4, (5,)))
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
-
-
 def test_loading_an_optimizer_state_acts_on_the_next_step():
     model = network()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
@@ -128,49 +119,21 @@ def test_step_counts_live_where_the_parameters_are():
 
 
 class OfOneself(torch.optim.Optimizer):
-    """Written by a user: a step of sign and size ``rate``; ``count`` says where it counts its steps."""
+    """Written by a user: a step of sign and size ``rate``; ``late``: it makes its momentum in its first step."""
 
-    def __init__(self, params, lr=0.1, count="nowhere"):
-        self.count, self.steps = count, 0
+    def __init__(self, params, lr=0.1, late=False):
+        self.late = late
         super().__init__(params, {"lr": lr, "calls": 0, "scale": torch.ones(1)})
 
     @torch.no_grad()
     def step(self, closure=None):
-        if self.count == "self":
-            self.steps += 1
         for group in self.param_groups:
-            if self.count == "group":
-                group["calls"] += 1
-            if self.count == "a tensor of the group":
-                group["scale"].mul_(0.5)
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                if self.count == "state":
-                    self.state[p]["calls"] = self.state[p].get("calls", 0) + 1
-                if self.count == "state made late":
+                if self.late:
                     self.state[p].setdefault("momentum", torch.zeros_like(p)).add_(p.grad)
                 p.add_(p.grad.sign(), alpha=-group["lr"])
-
-
-HIDDEN = {
-    "self": r"OfOneself\.step\(\) changes self\.steps, which a compiled step would never see change",
-    "group": r"changes param_groups\[0\]\['calls'\].*keep it as a tensor in optimizer\.state",
-    "a tensor of the group": r"changes param_groups\[0\]\['scale'\]",
-    "state": r"changes state 0\['calls'\]",
-}
-
-
-@pytest.mark.parametrize("count", HIDDEN)
-def test_a_counter_that_a_compiled_step_would_never_see_change_is_refused(count):
-    model = network()
-    optimizer = OfOneself(model.parameters(), count=count)
-    before = [p.detach().clone() for p in model.parameters()], copy.deepcopy(optimizer.state_dict())
-    step = mkor_fx.compile_step(model, functional.cross_entropy, optimizer, None, backend="eager")
-    with pytest.raises(ValueError, match=HIDDEN[count]):
-        step(torch.randn(5, 6).double(), torch.randint(0, 4, (5,)))
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before[0], strict=True))
-    assert str(optimizer.state_dict()) == str(before[1]) and optimizer.steps == 0
 
 
 def test_one_without_any_state_can_be_compiled():
@@ -191,7 +154,7 @@ def test_one_without_any_state_can_be_compiled():
 def test_one_that_makes_its_state_late_trains_once_it_has_stepped_as_it_is_told():
     model = network()
     twin = copy.deepcopy(model)
-    optimizer, other = (OfOneself(m.parameters(), count="state made late") for m in (model, twin))
+    optimizer, other = (OfOneself(m.parameters(), late=True) for m in (model, twin))
     step = mkor_fx.compile_step(model, functional.cross_entropy, optimizer, None, backend="eager")
     batches = [(torch.randn(5, 6).double(), torch.randint(0, 4, (5,))) for _ in range(3)]
     with pytest.raises(ValueError, match=r"creates its state \(momentum\) inside step\(\).*Call optimizer\.step\(\) once"):

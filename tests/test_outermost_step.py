@@ -8,9 +8,9 @@ import warnings
 import processes
 import pytest
 import torch
+from held_rules import Leading
 from test_hooks import RULE, batch, close, pair
 from test_lockstep import reference_for
-from test_rule_contract import Leading
 from torch import nn
 from torch.nn import functional
 

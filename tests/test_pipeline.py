@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_rule_contract import Leading
+from held_rules import Leading
 from torch import nn
 from torch.nn import functional
 
@@ -113,7 +113,7 @@ def test_without_reduce_one_process_computes_the_same():
 
 
 @pytest.mark.parametrize("name", ["recompute_checkpoints", "update_when_ready", "store_scalars", "shortcut_row_sums",
-                                  "bucket", "issue_alike", "schedule", "pin"])  # fmt: skip
+                                  "order_products", "bucket", "issue_alike", "schedule", "pin"])  # fmt: skip
 def test_order_and_shortcuts_change_no_value(name):
     _, expected = trained()
     _, found = trained(without=[name])

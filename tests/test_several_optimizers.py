@@ -119,19 +119,15 @@ def test_a_group_that_is_added_and_a_state_that_is_loaded_act_on_the_next_step()
 class Counting(torch.optim.SGD):
     @torch.no_grad()
     def step(self, closure=None):
-        self.param_groups[0]["calls"] = self.param_groups[0].get("calls", 0) + 1
+        self.calls = getattr(self, "calls", 0) + 1
         for p in self.param_groups[0]["params"]:
             p.sub_(p.grad)
 
 
 def test_the_one_that_cannot_be_compiled_is_named():
     model = network()
-    step = mkor_fx.compile_step(model, functional.cross_entropy, split(model, torch.optim.AdamW, Counting), None)
-    with pytest.raises(ValueError, match=r"Counting\.step\(\) changes param_groups\[0\]\['calls'\]"):
-        step(*BATCHES[0])
-    step = mkor_fx.compile_step(model, functional.cross_entropy, split(model, second=torch.optim.Adafactor), None)
-    with pytest.raises(ValueError, match=r"Adafactor\.step\(\) cannot be traced"):
-        step(*BATCHES[0])
+    with pytest.raises(ValueError, match=r"Counting\.step\(\) changes self\.calls"):
+        mkor_fx.compile_step(model, functional.cross_entropy, split(model, torch.optim.AdamW, Counting), None)
 
 
 WRONG = {

@@ -30,6 +30,12 @@ def check_optimizer(model: nn.Module, optimizer: object, *, changed: bool = Fals
             raise ValueError(
                 f"{type(member).__name__} cannot be compiled into a step; use mkor_fx.compile with your loop"
             )
+        inner = [key for key, value in vars(member).items() if isinstance(value, Optimizer)]
+        if inner:
+            raise ValueError(
+                f"{type(member).__name__} steps through another optimizer (self.{inner[0]}), which a compiled step cannot "
+                "follow: pass that one, or use mkor_fx.compile with your loop"
+            )
     optimizers = Optimizers.of(members)
     check_step_hooks(optimizers)
     own = {id(p) for p in model.parameters() if p.requires_grad} if changed else {id(p) for p in model.parameters()}

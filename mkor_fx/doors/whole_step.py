@@ -23,9 +23,11 @@ from ..passes.torch_api.capture import WholeStep, capture_whole_step, trace_arti
 from ..passes.torch_api.dynamo import dynamo_compile, dynamo_parameters, held_weakly, recurrence
 from ..passes.write.late_statistics import buffers_of, nothing, refresh_now
 from ..passes.write.step_draft import Plan, StepDraft
+from ..passes.write.try_optimizers import try_optimizers
 from ..runtime.compiled_step import CompiledStep
 from ..runtime.factors import FactorState
 from ..runtime.inputs import Call
+from ..runtime.optimizers import Optimizers
 from ..runtime.ranks import Ranks
 from ..runtime.silence import warn_of_fresh_factors
 from ..runtime.step_maker import StepMaker
@@ -71,8 +73,10 @@ def new_step(
         check_call(model, loss_fn is not None, args, kwargs)
 
     def build(step: CompiledStep, variant: Variant) -> Callable[..., Any]:
+        try_optimizers(step.optimizers)
         return StepProgram(step, variant, options, clock, loss_of)
 
+    try_optimizers(Optimizers.of(optimizer))
     mkor = FactorState(model, every, expect=possible_states(options.rules))
     if options.hybrid is not None:
         mkor.switch = Switch(options.hybrid)

@@ -52,8 +52,12 @@ token has used. A table that a product shares (a tied head) has both, up to the 
 
 **Functions of a weight.** Where a weight acts through a function of weights and buffers alone (`weight_norm`, a mask,
 a scale, `tanh(W)`), the product makes the gradient of the function's value and the weight's own follows from it
-element by element. The statistics are the product's, shown as `linear of f(W)`. In `W + B @ A` and `A x B`
-(`torch.kron`) each factor is a weight of its own whose inputs are what the other has made of the layer's.
+element by element. The statistics are the product's, shown as `linear of f(W)`. In `W + B @ A` each factor is a
+weight of its own whose inputs are what the other has made of the layer's.
+
+**Kronecker products.** So are the factors of `W = s torch.kron(A, B)`, alone or added to another weight, whatever uses
+`W` has as a matrix: each row of `W` is as many rows of `A` as `B` has outputs, and as many of `B` as `A` has inputs. `W`
+is formed all the same; `mkor_fx.nn.Kronecker` does without ([kronecker.md](kronecker.md)).
 
 **Biases.** A parameter whose gradient is the row sum of a site's `g` is that site's bias.
 

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import groupby
 
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
 
 from ..ir import INPUTS_LAST, Decline, Operand, Tap, fake_value, product
 from ..reasons import NO_ROW
-from .rows import as_columns, as_rows, broadcast_rows, kronecker_rows, only_member, outer_rows
+from .rows import as_columns, as_rows, broadcast_rows, only_member, outer_rows
 from .table import CASTS, VIEWS, Weight, behind, op_rule
 
 aten = torch.ops.aten
-#: what stands between an operand and what it was made of
-TRANSPOSES = CASTS | VIEWS | {aten.permute.default}
 
 
 @op_rule(
@@ -56,24 +52,14 @@ def batched_linear(node: fx.Node) -> Tap | Decline:
 
 @op_rule(
     aten.sum.dim_IntList,
-    covers="a weight that is expanded over a batch and multiplied by `bmm`; the factors of `torch.kron(A, B)`",
-    examples=(
-        lambda: (Weight((2, 6, 5), torch.matmul), (torch.randn(3, 2, 7, 6),)),
-        lambda: (Weight((2, 3), lambda x, a: F.linear(x, torch.kron(a, _other(x, 4, 5)))), (torch.randn(7, 15),)),
-        lambda: (Weight((4, 5), lambda x, b: x @ torch.kron(_other(x, 2, 3), b)), (torch.randn(7, 8),)),
-    ),
+    covers="a weight that is expanded over a batch and multiplied by `bmm`",
+    examples=(lambda: (Weight((2, 6, 5), torch.matmul), (torch.randn(3, 2, 7, 6),)),),
 )
-def summed_product(node: fx.Node) -> Tap | Decline:
-    """``grad = sum_B x_BPN @ y_BNQ``, or the gradient of a Kronecker factor."""
-    inner = behind(node.args[0], CASTS)
-    rank = fake_value(inner).dim()
-    dims = tuple(sorted(d % rank for d in node.args[1]))
-    return _kronecker(node, inner, dims) if inner.target is aten.mul.Tensor else _broadcast(node, inner, dims)
-
-
-def _broadcast(node: fx.Node, view: fx.Node, dims: tuple[int, ...]) -> Tap | Decline:
-    """The batch dimensions that are summed are rows."""
-    bmm, lead = behind(view, CASTS | VIEWS), tuple(fake_value(view).shape[:-2])
+def broadcast_linear(node: fx.Node) -> Tap | Decline:
+    """``grad = sum_B x_BPN @ y_BNQ``: the batch dimensions that are summed are rows."""
+    view = behind(node.args[0], CASTS)
+    bmm, shape = behind(view, CASTS | VIEWS), fake_value(view).shape
+    lead, dims = tuple(shape[:-2]), tuple(sorted(d % len(shape) for d in node.args[1]))
     in_batch = all(d < len(lead) for d in dims)
     if bmm.target is not aten.bmm.default or product(lead) != fake_value(bmm).shape[0] or not in_batch:
         return Decline(NO_ROW)
@@ -97,36 +83,6 @@ def _runs(lead: tuple[int, ...], dims: tuple[int, ...]) -> tuple[tuple[int, ...]
     runs = [(own, [n for _, n in run]) for own, run in groupby(enumerate(lead), lambda item: item[0] in dims)]
     sizes = [(own, n) for own, run in runs for n in ([product(run)] if own else run)]
     return tuple(n if isinstance(n, int) else -1 for _, n in sizes), tuple(i for i, (own, _) in enumerate(sizes) if own)
-
-
-def _kronecker(node: fx.Node, mul: fx.Node, dims: tuple[int, ...]) -> Tap | Decline:
-    """``grad_A[i, j] = sum_kl G[i k, j l] B[k, l]`` with ``G = x_PN @ y_NQ``, and likewise of ``B``.
-
-    ``(A x B) vec(X) = vec(A X B^T)``: the inputs of ``A`` are ``X B^T``, and every row of ``G`` is as many rows as the other
-    factor leaves.
-    """
-    for seen, other in (mul.args, mul.args[::-1]):
-        mm = behind(seen, CASTS | VIEWS) if isinstance(seen, fx.Node) and isinstance(other, fx.Node) else node
-        if mm.target is aten.mm.default and dims in ((1, 3), (0, 2)):
-            i, k, j, l = fake_value(seen).shape  # noqa: E741
-            kept = 0 if dims == (1, 3) else 1
-            broadcast = (1, k, 1, l) if kept == 0 else (i, 1, j, 1)
-            if fake_value(mm).shape == (i * k, j * l) and fake_value(other).shape == broadcast:
-                break
-    else:
-        return Decline(NO_ROW)
-    x_PN, y_NQ = mm.args
-    first = Operand(x_PN, kronecker_rows, (as_columns, (i, k), kept))
-    last = Operand(y_NQ, kronecker_rows, (as_rows, (j, l), kept))
-    if behind(x_PN, TRANSPOSES) < behind(y_NQ, TRANSPOSES):  # the inputs, since they come earlier
-        first = replace(first, arguments=(*first.arguments, other, True))
-    else:
-        last = replace(last, arguments=(*last.arguments, other))
-    return Tap(node, "kronecker", (i, j) if kept == 0 else (k, l), first, last)
-
-
-def _other(x: torch.Tensor, *shape: int) -> torch.Tensor:
-    return torch.arange(product(shape)).reshape(shape).to(x).sin()
 
 
 @op_rule(

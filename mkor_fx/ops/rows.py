@@ -58,17 +58,6 @@ def outer_rows(x_NI: Tensor, y_NJ: Tensor) -> Tensor:
     return (x_NI.unsqueeze(-1) * y_NJ.unsqueeze(-2)).flatten(-2)
 
 
-def kronecker_rows(
-    x: Tensor, view: Callable, sizes: tuple[int, int], kept: int, other: Tensor | None = None, transposed: bool = False
-) -> Tensor:
-    """Rows ``[N, sizes[0] * sizes[1]]`` as rows of one of the two sizes, multiplied with the ``other`` Kronecker factor."""
-    rows_NSK = view(x).unflatten(-1, sizes).movedim(1 + kept, -1)
-    if other is not None:
-        factor = other.squeeze((0, 2) if kept == 0 else (1, 3))
-        rows_NSK = (factor.t() if transposed else factor) @ rows_NSK
-    return rows_NSK.flatten(0, 1)
-
-
 def _split_columns(rows_NM: Tensor, groups: int) -> Tensor:
     """``[N, groups * M] -> [groups, N, M]``"""
     if groups == 1:

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from ..prims import accumulation_dtype
+from .wide_state import WideState
 
 
-class LAMB(Optimizer):
+class LAMB(WideState):
     """Layer-wise adaptive moments, in the convention of NVIDIA's apex (``FusedLAMB``); :meth:`deepspeed` has DeepSpeed's.
 
     With ``t`` the count of steps from 1 and ``|.|`` the Euclidean norm of one tensor:
@@ -90,15 +90,6 @@ class LAMB(Optimizer):
             averages.append(state["exp_avg"])
             squares.append(state["exp_avg_sq"])
             steps.append(state["step"])
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As every optimizer's; moments keep their own dtype, which is not that of half-precision parameters."""
-        super().load_state_dict(state_dict)
-        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        for index, p in zip(indices, params, strict=True):
-            for key, saved in state_dict["state"].get(index, {}).items():
-                self.state[p][key] = saved.to(p.device, accumulation_dtype(p.dtype), copy=True)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]

@@ -13,6 +13,7 @@ from ..rules import Rules
 from ..show.recorder import Recording
 from .core import GraphPass, run_passes
 from .lower.expand import expand
+from .lower.order_products import order_products
 from .lower.shortcut_row_sums import shortcut_row_sums
 from .lower.store_scalars import store_scalars
 from .match.assign_rules import assign_rules
@@ -66,7 +67,7 @@ APPLY = [take_directions, optimize, write_back]
 REFRESH = [receive, refresh, resize, return_state]
 COLLECTIVES = [bucket, issue_alike]
 SCHEDULE = [recompute_checkpoints, update_when_ready]
-LOWER = [shortcut_row_sums, expand, store_scalars]
+LOWER = [order_products, shortcut_row_sums, expand, store_scalars]
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def check_left_out(names: Collection[str]) -> None:
     """Raises ValueError for the name of no pass that can be left out. What gives a program its results cannot."""
     known = [p.name for stage in (REWRITE, CARRY_DIRECTIONS, UPDATE, APPLY, REFRESH, COLLECTIVES, SCHEDULE) for p in stage]
     known.remove(return_state.name)
-    known += [schedule.name, "pin", shortcut_row_sums.name, store_scalars.name]
+    known += [schedule.name, "pin", order_products.name, shortcut_row_sums.name, store_scalars.name]
     for name in names:
         if name not in known:
             raise ValueError(f"without={name!r}: no such pass; there are {', '.join(dict.fromkeys(known))}")
@@ -175,5 +176,5 @@ def synthesise(
     if group is not None:
         ordering = [*kept([bucket], group=group), *kept([issue_alike]), *ordering, *kept([schedule])]
     run_passes(draft.step, ordering, "schedule", graphs)
-    lowering = [*kept([shortcut_row_sums]), partial(expand, inductor=inductor)]
+    lowering = [*kept([order_products, shortcut_row_sums]), partial(expand, inductor=inductor)]
     run_passes(draft.step, lowering if partitioned else [*lowering, *kept([store_scalars])], "lower", graphs)

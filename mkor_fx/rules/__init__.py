@@ -6,18 +6,27 @@ from .base import Rule, Shape, State, Use
 from .cgfac import CGFAC
 from .choice import RuleChoice, Rules, check_rule
 from .direction import Gradient, Normalized, Sides
+from .ekfac import EKFAC
 from .eva import Eva
 from .hybrid import Hybrid
 from .hylo import HyLo
 from .hyper import Hyper
 from .kfac import KFAC
+from .kldwrm import KLDWRM
 from .mkor import MKOR
+from .shampoo import Shampoo
+from .singd import SINGD
+from .soap import SOAP
 from .thermodynamic import ThermodynamicKFAC
 
 __all__ = [
     "CGFAC",
+    "EKFAC",
     "KFAC",
+    "KLDWRM",
     "MKOR",
+    "SINGD",
+    "SOAP",
     "AdaFisher",
     "Eva",
     "Gradient",
@@ -29,6 +38,7 @@ __all__ = [
     "Rule",
     "RuleChoice",
     "Rules",
+    "Shampoo",
     "Shape",
     "Sides",
     "State",

@@ -22,13 +22,15 @@ from .hyper import Hyper, bind, changing, number
 class Shape:
     """One matrix of a preconditioned weight as a rule sees it: ``O`` outputs, ``I`` inputs, maybe with a bias of ``O``.
 
-    ``lookup``: the inputs are one-hots (an embedding of a vocabulary of ``I``).
+    ``lookup``: the inputs are one-hots (an embedding of a vocabulary of ``I``). ``opposite``: as a use sees it that has the
+    weight the other way round, see :class:`Use`.
     """
 
     O: int  # noqa: E741
     I: int  # noqa: E741
     bias: bool = False
     lookup: bool = False
+    opposite: bool = False
 
 
 class Use(NamedTuple):

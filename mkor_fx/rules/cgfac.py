@@ -11,14 +11,14 @@ from torch import Tensor
 
 from ..kinds import Kind
 from ..prims import accumulation_dtype, sketch
-from .base import Rule, Shape, State, Use
+from .base import Shape, State, Use
 from .direction import Gradient, Graft
 from .hyper import Hyper, check_count, check_decay, check_positive, number
-from .kronecker import averaged, check_max_factor, moments_of_rows, sides_with_factor
+from .kronecker_factors import FactoredRule, averaged, check_max_factor, sides_with_factor
 
 
 @dataclass(frozen=True, kw_only=True)
-class CGFAC(Rule):
+class CGFAC(FactoredRule):
     """K-FAC without an inverse: every step solves for its direction by a few conjugate-gradient iterations.
 
     With K-FAC's averages ``L = N g^T g`` and ``R = a^T a / N`` of rows ``a`` of inputs and ``g`` of output gradients, ``D``
@@ -92,9 +92,6 @@ class CGFAC(Rule):
     def draws(self) -> bool:  # type: ignore[override]
         return self.curvature == "sketches"
 
-    def without_state(self, shape: Shape) -> str:
-        return f"both sides exceed max_factor={self.max_factor}"
-
     def init(self, shape: Shape, device: torch.device) -> State:
         """``L`` and ``R`` (or ``L_rows`` ``[rank, O]`` and ``R_rows`` ``[rank, I]``) and the last ``solution``, zero,
         float32; ``seen`` counts refreshes."""
@@ -112,20 +109,20 @@ class CGFAC(Rule):
         return {**state, "seen": torch.zeros((), device=device)}
 
     def preconditions_bias(self, shape: Shape) -> bool:
-        return self.draws or shape.O <= self.max_factor
+        return self.draws or super().preconditions_bias(shape)
 
     def summarize(  # type: ignore[override]
         self, shape: Shape, a_NI: Tensor, g_NO: Tensor, key: Tensor | None = None
     ) -> tuple[Tensor, ...]:
         """``a^T a`` and ``g^T g``, or sketches of ``a`` and ``g``; nothing of a side without a factor."""
         if key is None:
-            return moments_of_rows(shape, a_NI, g_NO, self.max_factor)
+            return super().summarize(shape, a_NI, g_NO)
         inputs = g_NO.new_zeros(0, dtype=torch.float32) if shape.lookup else sketch(a_NI, key, 0, self.rank)
         return inputs, sketch(g_NO, key, 1, self.rank)
 
     def unscale(self, summary: tuple[Tensor, ...], scale: Tensor) -> tuple[Tensor, ...]:
         inputs, outputs = summary
-        return inputs, outputs / (scale if self.draws else scale * scale)
+        return (inputs, outputs / scale) if self.draws else super().unscale(summary, scale)
 
     def update(self, state: State, uses: list[Use], grad: Gradient, step: Tensor) -> State:
         if not self.draws:

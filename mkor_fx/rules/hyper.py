@@ -56,11 +56,11 @@ def check_positive(rule: Any, name: str, example: str) -> None:
         raise ValueError(f"{where}{value!r}): must be positive, e.g. {example}")
 
 
-def check_decay(rule: Any, example: str) -> None:
-    """Raises ValueError for a ``decay`` that is no weight of an old average."""
-    where = f"{type(rule).__name__}(decay="
-    if not 0 <= number(rule.decay, where) < 1:
-        raise ValueError(f"{where}{rule.decay!r}): the weight of the old average must lie in [0, 1), e.g. {example}")
+def check_decay(rule: Any, example: str, name: str = "decay") -> None:
+    """Raises ValueError for a field that is no weight of an old average."""
+    value, where = getattr(rule, name), f"{type(rule).__name__}({name}="
+    if not 0 <= number(value, where) < 1:
+        raise ValueError(f"{where}{value!r}): the weight of the old average must lie in [0, 1), e.g. {example}")
 
 
 def check_count(rule: Any, name: str, least: int = 1) -> None:

@@ -10,14 +10,15 @@ from torch import Tensor
 
 from ..kinds import Kind
 from ..prims import accumulation_dtype
-from .base import Rule, Shape, State, Use
+from .base import Shape, State, Use
+from .bases import into_bases, out_of_bases
 from .direction import Gradient, Graft, Sides
 from .hyper import Hyper, check_count, check_decay, check_positive
-from .kronecker import averaged, check_max_factor, damped, moments_of_rows, sides_with_factor
+from .kronecker_factors import FactoredRule, averaged, check_max_factor, damped, sides_with_factor
 
 
 @dataclass(frozen=True, kw_only=True)
-class KFAC(Rule):
+class KFAC(FactoredRule):
     """Kronecker-factored curvature with damped inverses.
 
     With rows ``a`` of inputs and ``g`` of output gradients, ``N`` of them, the factors are averages of
@@ -76,11 +77,12 @@ class KFAC(Rule):
     }
 
     def __post_init__(self) -> None:
+        name = type(self).__name__
         check_positive(self, "damping", "1e-3")
         check_decay(self, "0.95")
         check_max_factor(self)
         if self.inverse not in ("cholesky", "eigen", "newton"):
-            raise ValueError(f"KFAC(inverse={self.inverse!r}): must be 'cholesky', 'eigen' or 'newton'")
+            raise ValueError(f"{name}(inverse={self.inverse!r}): must be 'cholesky', 'eigen' or 'newton'")
         check_count(self, "newton_steps")
         if self.kl_clip is not None:
             check_positive(self, "kl_clip", "1e-3, or None")
@@ -88,9 +90,6 @@ class KFAC(Rule):
     def overrides(self, function: str) -> bool:
         own = {"derive": self.inverse != "newton", "precondition": self.inverse == "eigen", "sides": self.inverse != "eigen"}
         return super().overrides(function) and own.get(function, True)
-
-    def without_state(self, shape: Shape) -> str:
-        return f"both sides exceed max_factor={self.max_factor}"
 
     def init(self, shape: Shape, device: torch.device) -> State:
         """``L`` and ``R`` zero, their inverses (``eigen``: bases) the identity, float32; ``seen`` counts refreshes."""
@@ -103,40 +102,32 @@ class KFAC(Rule):
             state["derived"] = torch.zeros((), device=device)
         return {**state, "seen": torch.zeros((), device=device)} if state else {}
 
-    def preconditions_bias(self, shape: Shape) -> bool:
-        return shape.O <= self.max_factor
-
-    def summarize(self, shape: Shape, a_NI: Tensor, g_NO: Tensor) -> tuple[Tensor, ...]:
-        return moments_of_rows(shape, a_NI, g_NO, self.max_factor)
-
-    def unscale(self, summary: tuple[Tensor, ...], scale: Tensor) -> tuple[Tensor, ...]:
-        inputs, outputs = summary
-        return inputs, outputs / (scale * scale)
-
     def update(self, state: State, uses: list[Use], grad: Gradient, step: Tensor) -> State:
         new = averaged(state, uses, self.decay)
         if self.inverse == "newton":
-            for name, factor in self._damped(new).items():
+            for name, factor in self._damped(self._curvature(new)).items():
                 new[f"{name}_inverse"] = newton_inverse(factor, state[f"{name}_inverse"], self.newton_steps)
         return new
+
+    def _curvature(self, state: State) -> State:
+        """``L`` and ``R`` that a direction inverts, those that there are."""
+        return {name: state[name] for name in ("L", "R") if name in state}
 
     def derive(self, state: State) -> State:
         """The damped inverses by Cholesky, or bases and eigenvalues, of factors that have seen a refresh."""
         seen, made = state["seen"] > 0, {}
         if self.inverse == "eigen":
-            for name in ("L", "R"):
-                if name in state:
-                    values, made[f"{name}_basis"] = torch.linalg.eigh((state[name] + state[name].mT) / 2)
-                    made[f"{name}_values"] = values.clamp_min(0)
+            for name, factor in self._curvature(state).items():
+                values, made[f"{name}_basis"] = torch.linalg.eigh((factor + factor.mT) / 2)
+                made[f"{name}_values"] = values.clamp_min(0)
             made["derived"] = state["seen"]
         else:
-            for name, factor in self._damped(state).items():
+            for name, factor in self._damped(self._curvature(state)).items():
                 made[f"{name}_inverse"] = torch.cholesky_inverse(torch.linalg.cholesky(factor))
         return {**state, **{key: torch.where(seen, new, state[key]) for key, new in made.items()}}
 
-    def _damped(self, state: State) -> dict[str, Tensor]:
-        """The factors with their damping."""
-        return damped(state, self.damping, self.pi)
+    def _damped(self, factors: State) -> dict[str, Tensor]:
+        return damped(factors, self.damping, self.pi)
 
     def sides(self, state: State) -> Sides:
         return Sides(state.get("L_inverse"), state.get("R_inverse"))
@@ -145,20 +136,20 @@ class KFAC(Rule):
         """In the bases of both factors; a bias is a weight of one input that is always 1."""
         if self.inverse != "eigen":
             return super().precondition(state, grad)
-        dtype = accumulation_dtype(grad.weight.dtype)  # in float16 products of eigenvalues overflow
-        given, grad = grad.weight.dtype, grad.to(dtype)
-        Q_L, Q_R = (None if f"{name}_basis" not in state else state[f"{name}_basis"].to(dtype) for name in ("L", "R"))
-        q_L, q_R = (grad.weight.new_ones(()) if (q := state.get(f"{n}_values")) is None else q.to(dtype) for n in ("L", "R"))
-        into = grad.weight if Q_L is None else Q_L.mT @ grad.weight
-        into = into if Q_R is None else into @ Q_R
-        into = into / (q_L.unsqueeze(-1) * q_R.unsqueeze(-2 if q_R.dim() else -1) + self.damping)
-        made = into if Q_L is None else Q_L @ into
-        made = made if Q_R is None else made @ Q_R.mT
-        bias, ready = grad.bias, state["derived"] > 0
-        if bias is not None and Q_L is not None:
-            turned = Q_L @ ((Q_L.mT @ bias[..., None]) / (q_L[..., None] + self.damping))
-            bias = torch.where(ready, turned[..., 0], bias)
-        return Gradient(torch.where(ready, made, grad.weight), bias).to(given)
+        given, ready = grad.weight.dtype, state["derived"] > 0
+        dtype = accumulation_dtype(given)  # in float16 products of eigenvalues overflow
+        (weight, bias), (of_weight, of_bias) = grad.to(dtype), (q.to(dtype) + self.damping for q in self.curvature(state))
+        made = out_of_bases(state, into_bases(state, weight) / of_weight)
+        if bias is not None and "L_basis" in state:
+            Q_L = state["L_basis"].to(dtype)
+            bias = torch.where(ready, Q_L @ ((Q_L.mT @ bias) / of_bias), bias)
+        return Gradient(torch.where(ready, made, weight), bias).to(given)
+
+    def curvature(self, state: State) -> tuple[Tensor, Tensor]:
+        """In the bases: of a weight ``q_L q_R^T``, ``[O, I]``, of a bias ``q_L``, ``[O]``; 1 of a side without a factor."""
+        one = torch.ones_like(state["derived"]).unsqueeze(0)
+        q_L, q_R = (state.get(f"{name}_values", one) for name in ("L", "R"))
+        return q_L.unsqueeze(-1) * q_R, q_L
 
 
 def newton_inverse(matrix_DD: Tensor, guess_DD: Tensor, steps: int) -> Tensor:

@@ -263,14 +263,16 @@ class MKOR(Moments):
         return inverse_update(factor, vectors, scale, shift, weight).to(factor_DD.dtype)
 
     def _damped(self, factor_DD: Tensor, blocks: list[Tensor], visits: Tensor) -> Tensor:
-        numbers = self.gamma, self.kappa
-        size, changes = factor_DD.shape[-1], any(isinstance(x, Tensor) for x in numbers)
-        # a coordinate decays by about 1/e between two visits; of a gamma that changes as if it were 0.95
-        probes = min(size, max(8, math.ceil((0.05 if isinstance(self.gamma, Tensor) else 1 - self.gamma) * size)))
-        if changes:
+        numbers, probes = (self.gamma, self.kappa), self.probes(factor_DD.shape[-1])
+        if any(isinstance(x, Tensor) for x in numbers):
             tensors = [x if isinstance(x, Tensor) else blocks[0].new_full((), x) for x in numbers]
             return damped_update_by(factor_DD, blocks, visits, *tensors, probes)
         return damped_update(factor_DD, blocks, visits, *numbers, probes)
+
+    def probes(self, size: int) -> int:
+        """Unit vectors a step in the place of the identity, of a side so wide: a coordinate decays by about 1/e between two
+        visits; of a gamma that changes as if it were 0.95."""
+        return min(size, max(8, math.ceil((0.05 if isinstance(self.gamma, Tensor) else 1 - self.gamma) * size)))
 
     # ---- directions ---------------------------------------------------------------------------------------------------
 

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from ..kinds import Kind
 from ..prims import normals, uniforms
-from .base import Rule, Shape, State, Use
+from .base import Shape, State, Use
 from .direction import Gradient, Graft, Sides
 from .hyper import Hyper, check_count, check_decay, check_positive
-from .kronecker import averaged, check_max_factor, damped, moments_of_rows, sides_with_factor
+from .kronecker_factors import FactoredRule, averaged, check_max_factor, damped, sides_with_factor
 
 
 @dataclass(frozen=True, kw_only=True)
-class ThermodynamicKFAC(Rule):
+class ThermodynamicKFAC(FactoredRule):
     """K-FAC whose inverses are what an analogue device would measure: a simulator, to see what noise and few bits cost.
 
     Factors and their damping are those of :class:`KFAC`. Every ``derive_every`` steps, outside of the step's program, each
@@ -96,9 +96,6 @@ class ThermodynamicKFAC(Rule):
         if self.kl_clip is not None:
             check_positive(self, "kl_clip", "1e-3, or None")
 
-    def without_state(self, shape: Shape) -> str:
-        return f"both sides exceed max_factor={self.max_factor}"
-
     def init(self, shape: Shape, device: torch.device) -> State:
         """``L`` and ``R`` zero, their inverses the identity, float32; ``seen`` counts refreshes, ``runs`` of the process."""
         sides = sides_with_factor(shape, self.max_factor)
@@ -108,16 +105,6 @@ class ThermodynamicKFAC(Rule):
         state |= {f"{name}_inverse": torch.eye(size, device=device) for name, size in sides.items()}
         counts = {"seen": torch.float32, "runs": torch.int64}
         return {**state, **{name: torch.zeros((), dtype=dtype, device=device) for name, dtype in counts.items()}}
-
-    def preconditions_bias(self, shape: Shape) -> bool:
-        return shape.O <= self.max_factor
-
-    def summarize(self, shape: Shape, a_NI: Tensor, g_NO: Tensor) -> tuple[Tensor, ...]:
-        return moments_of_rows(shape, a_NI, g_NO, self.max_factor)
-
-    def unscale(self, summary: tuple[Tensor, ...], scale: Tensor) -> tuple[Tensor, ...]:
-        inputs, outputs = summary
-        return inputs, outputs / (scale * scale)
 
     def update(self, state: State, uses: list[Use], grad: Gradient, step: Tensor) -> State:
         return averaged(state, uses, self.decay)

@@ -17,7 +17,7 @@ from .derivations import Derivations
 from .factors import FactorState, state_of
 from .gauges import Gauges
 from .in_flight import Late
-from .optimizer_state import OptimizerNumbers, initialise_state, structure_of, tensor_state
+from .optimizer_state import OptimizerNumbers, counted, initialise_state, structure_of, tensor_state
 from .optimizers import Optimizers
 from .parts import BatchPart, Sums, cut
 from .ranks import Ranks, Replicas
@@ -240,7 +240,7 @@ class CompiledStep(WholeState):
         for name, param in self.model.named_parameters():
             state = tensor_state(self.optimizers, param)
             tensors |= {f"optimizer state {key} of {name}": tensor for key, tensor in state.items()}
-        return tensors
+        return tensors | counted(self.optimizers)
 
     # ---- what programs ask for while they are built and run -----------------------------------------------------------
 
@@ -267,6 +267,7 @@ class CompiledStep(WholeState):
             if any(id(p) in missing for p in group["params"]):
                 self._fresh_groups.add(index)
         initialise_state(self.optimizers, list(params))
+        self._structure = structure_of(self.optimizers)  # some keep notes in their groups that they have done so
 
     def follow_branches(self, branches: tuple) -> None:
         self._branches = (*self._branches, *branches)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from .counters import settle_group
 from .draws import draw_of
 
 
@@ -66,9 +67,27 @@ class Optimizer(Input):
     def fetch(self, call: Call) -> Tensor:
         param, optimizers = call.args[self.index], call.step.optimizers
         held = optimizers.state_of(param).get(self.key)
-        if held is None or held.device != param.device:  # emptied or put on the host by load_state_dict, say
+        if not isinstance(held, Tensor) or held.device != param.device:  # emptied or put on the host by load_state_dict, say
             call.step.prepare_optimizer([param])
         return optimizers.state_of(param)[self.key]
+
+
+@dataclass(frozen=True)
+class Counter(Input):
+    """What the optimizer's group ``group`` counts under ``key``."""
+
+    group: int
+    key: str
+
+    @property
+    def name(self) -> str:
+        return f"mkor_counter_{self.group}_{self.key}"
+
+    def fetch(self, call: Call) -> Tensor:
+        group = call.step.optimizers.param_groups[self.group]
+        if self.key not in group:
+            call.step.prepare_optimizer(group["params"])
+        return settle_group(group, self.key, call.device)
 
 
 @dataclass(frozen=True)

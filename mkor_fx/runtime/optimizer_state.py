@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .counters import counters_of, places, settle_state
 from .optimizers import Groups, Optimizers, owner_of
 from .packed_numbers import PackedNumbers
 
@@ -30,8 +31,9 @@ def numbers_of(optimizer: Groups) -> list[Number]:
     """Every number of the optimizer that may change between steps: floats, tensors and the learning rate."""
     found = []
     for i, group in enumerate(optimizer.param_groups):
+        counted = counters_of(owner_of(optimizer, i)).groups
         for key, value in group.items():
-            if key in ("params", *CONSTANTS) or _scheduled(key):
+            if key in ("params", *CONSTANTS) or _scheduled(key) or key in counted:
                 continue
             if _is_number(value) or (key in ("lr", "weight_decay") and isinstance(value, int)):
                 found.append(Number(i, key))
@@ -62,12 +64,14 @@ def structure_of(optimizer: Optimizers) -> tuple:
             tuple(id(p) for p in group["params"]),
             type(owner_of(optimizer, i)) is torch.optim.SGD and group["momentum"] != 0,
             group.get("trust"),  # bounds that a rule in front of LAMB keeps as well
-            tuple(
-                (k, str(v)) for k, v in group.items() if k != "params" and (i, k) not in numbers and not _scheduled(k)
-            ),
+            tuple((k, str(v)) for k, v in group.items() if (i, k) not in numbers and _matters(optimizer, i, k)),
         )
         for i, group in enumerate(optimizer.param_groups)
     )
+
+
+def _matters(optimizer: Optimizers, at: int, key: str) -> bool:
+    return key != "params" and not _scheduled(key) and key not in counters_of(owner_of(optimizer, at)).groups
 
 
 def _scheduled(key: str) -> bool:
@@ -81,16 +85,20 @@ def tensor_state(optimizer: Optimizers, param: nn.Parameter) -> dict[str, Tensor
     return {key: state[key] for key in sorted(state) if isinstance(state[key], Tensor)}
 
 
+def counted(optimizers: Optimizers) -> dict[str, Tensor]:
+    """The tensors of groups that the optimizers' own steps change, by name."""
+    groups = enumerate(optimizers.param_groups)
+    held = {f"optimizer {k} of group {i}": g[k] for i, g in groups for k in places(counters_of(owner_of(optimizers, i)), g)}
+    return {name: value for name, value in held.items() if isinstance(value, Tensor)}
+
+
 def initialise_state(optimizers: Optimizers, params: list[nn.Parameter]) -> None:
     """Create the state of ``params`` as the first step of the optimizer that holds each would, without stepping.
 
-    Every torch.optim optimizer does so in ``_init_group`` for parameters that have a gradient. SGD makes its momentum
-    buffer in the first update; a zero buffer is that update's starting point (see ``OptimizerNumbers.update``). Step counts,
-    which optimizers keep on the host, go to their parameter's device: writing them from there would wait for it. An
-    optimizer without ``_init_group`` keeps what it has.
-
-    Raises:
-        ValueError: the state holds Python numbers.
+    Every torch.optim optimizer does so in ``_init_group`` for parameters that have a gradient, pytorch_optimizer's in
+    ``init_group``. SGD makes its momentum buffer in the first update; a zero buffer is that update's starting point (see
+    ``OptimizerNumbers.update``). Python numbers become tensors; all state goes to its parameter's device: writing step counts,
+    which optimizers keep on the host, from there would wait for it. An optimizer without either keeps what it has.
     """
     for optimizer in optimizers.members:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -98,37 +106,42 @@ def initialise_state(optimizers: Optimizers, params: list[nn.Parameter]) -> None
 
 
 def _initialise(optimizer: Optimizer, params: list[nn.Parameter]) -> None:
-    missing = [p for p in params if not optimizer.state.get(p)] if hasattr(optimizer, "_init_group") else []
+    missing = [p for p in params if not optimizer.state.get(p)] if makes_state(optimizer) else []
     chosen = {id(p) for p in missing}
     for group in optimizer.param_groups:
         members = [p for p in group["params"] if id(p) in chosen]
         if not members:
             continue
-        _init_group(optimizer, {**group, "params": members})
+        init_group(optimizer, group, members, [torch.zeros_like(p) for p in members])
         if group.get("momentum") and type(optimizer) is torch.optim.SGD:
             for p in members:
                 optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     for p in params:
-        for key, value in optimizer.state.get(p, {}).items():
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                raise ValueError(
-                    f"{type(optimizer).__name__} keeps {key!r} as a Python number: the compiled step would "
-                    "never see it change. Use mkor_fx.compile(model) with your own loop."
-                )
-            if isinstance(value, Tensor) and value.device != p.device:
-                optimizer.state[p][key] = value.to(p.device)
+        if optimizer.state.get(p):
+            settle_state(optimizer, optimizer.state[p], p.device)
 
 
-def _init_group(optimizer: Optimizer, group: dict) -> None:
-    collectors = list(inspect.signature(optimizer._init_group).parameters)[1:]  # type: ignore[attr-defined]
-    raw = [p.grad for p in group["params"]]
+def makes_state(optimizer: Optimizer) -> bool:
+    """Whether an optimizer can make its state without stepping."""
+    return (hasattr(optimizer, "_init_group") or hasattr(optimizer, "init_group")) and not counters_of(optimizer).of_gradient
+
+
+def init_group(optimizer: Optimizer, group: dict, params: list[nn.Parameter], grads: list[Tensor]) -> None:
+    """Let an optimizer make what it keeps for some parameters of a group, and in the group, at these gradients."""
+    part = {**group, "params": params}
+    raw = [p.grad for p in params]
     try:
-        for p in group["params"]:
-            p.grad = torch.zeros_like(p)
-        optimizer._init_group(group, *[[] for _ in collectors])  # type: ignore[attr-defined]
-    finally:
-        for p, grad in zip(group["params"], raw):
+        for p, grad in zip(params, grads):
             p.grad = grad
+        if hasattr(optimizer, "_init_group"):
+            collectors = list(inspect.signature(optimizer._init_group).parameters)[1:]
+            optimizer._init_group(part, *[[] for _ in collectors])
+        else:
+            optimizer.init_group(part)  # type: ignore[attr-defined]
+    finally:
+        for p, grad in zip(params, raw):  # type: ignore[assignment]
+            p.grad = grad
+    group.update({key: value for key, value in part.items() if key != "params"})
 
 
 class OptimizerNumbers:
@@ -151,9 +164,9 @@ class OptimizerNumbers:
         optimizer = self._optimizer()
         assert optimizer is not None
         groups = optimizer.param_groups
+        fresh = {at for at in fresh_groups if type(owner_of(optimizer, at)) is torch.optim.SGD}
         return self._packed.write(
-            0.0 if n.key == "dampening" and n.group in fresh_groups else _read(groups, n)
-            for n in self._numbers
+            0.0 if n.key == "dampening" and n.group in fresh else _read(groups, n) for n in self._numbers
         )
 
 

@@ -21,7 +21,7 @@ from ..passes.torch_api.tracing import trace
 from ..rules import Gradient, Rule, Shape, Use
 from ..rules.direction import direction_of
 
-#: the order in which every rule of the library multiplies today: the gradient is formed, then ``L @ G @ R``
+#: the gradient is formed, then ``L @ G @ R``; `order_products` takes another where that is cheaper and may be
 PRODUCT_FIRST = "product first"
 
 
@@ -52,9 +52,9 @@ class Costs:
     """Counts of one weight and its bias, all members of a batched one. A multiply-add is two flops.
 
     Bytes are what has to be read and written, once. ``layer_flops``: forward and backward of the weight itself, ``6 N O I``
-    (0 for a lookup), to compare with. ``refresh``: the factors' update, with the operands that its statistics read.
-    ``cheapest``: the order of the products with the fewest multiply-adds, see :func:`orders`. None or '' where it depends
-    on the data.
+    (0 for a lookup), to compare with. ``refresh``: statistics, whose rows are taken for plain ones, and the factors' update.
+    ``cheapest``: the order of the products with the fewest multiply-adds, see :func:`orders`; a compiled step takes it where
+    the gradient is one product that is neither reduced nor clipped nor accumulated. None or '' where it depends on the data.
     """
 
     rows: int | None
@@ -63,7 +63,6 @@ class Costs:
     refresh_bytes: int
     precondition_flops: int
     precondition_bytes: int
-    order: str
     cheapest: str
 
 
@@ -80,8 +79,10 @@ def count_costs(work: Work) -> Costs:
         uses = [layout.shape_of_use(kind) for kind in layout.kinds]
         read: dict[str, Any] = {"state": state} if rule.reads_state else {}
         read |= {"key": torch.empty((), dtype=torch.int64)} if rule.draws else {}
-        summaries = [rule.summarize(use, torch.empty(1, use.I), torch.empty(1, use.O), **read) for use in uses]
+        summaries = _summarize(rule, uses, 1, read)
         counts, step = [torch.empty(()) for _ in uses], torch.empty((), dtype=torch.int64)
+    each = 0 if rows is None else rows // len(uses)
+    statistics = _count(_summarize, rule, uses, each, read)[0] if each and not shape.lookup else 0
     refresh = _count(_refresh, rule, state, summaries, counts, gradient, bias, step)
     precondition = _count(_precondition, rule, state, gradient, bias, step)
     left, right = (side is not None for side in layout.sides)
@@ -90,11 +91,10 @@ def count_costs(work: Work) -> Costs:
     return Costs(
         rows,
         0 if shape.lookup else None if rows is None else 6 * members * rows * shape.O * shape.I,
-        members * refresh[0],
+        members * (refresh[0] + statistics),
         members * refresh[1] + (work.operand_bytes or 0) * any(map(len, summaries)),
         members * precondition[0],
         members * precondition[1],
-        PRODUCT_FIRST if (left or right) and not rule.overrides("precondition") else "",
         min(macs, key=macs.__getitem__) if macs else "",
     )
 
@@ -124,12 +124,11 @@ def cost_table(known: dict[str, Costs]) -> str:
             name,
             c.rows if c.rows is not None else "dynamic",
             *(short(n) for n in (c.refresh_flops, c.refresh_bytes, c.precondition_flops, c.precondition_bytes)),
-            c.order,
             c.cheapest,
         ]
         for name, c in known.items()
     ]
-    headers = ["weight", "rows", "refresh flops", "bytes", "precond. flops", "bytes", "order", "fewest flops"]
+    headers = ["weight", "rows", "refresh flops", "bytes", "precond. flops", "bytes", "fewest flops"]
     layers = [c.layer_flops for c in known.values()]
     own = "not known before the batch is" if None in layers else short(sum(n for n in layers if n is not None))
     return (
@@ -158,6 +157,10 @@ def short(number: float | None, unit: str = "") -> str:
         f"{number:.0f}" if not prefix or number >= 99.95 else f"{number:.2f}" if number < 9.995 else f"{number:.1f}"
     )
     return f"{digits} {prefix}{unit}".rstrip()
+
+
+def _summarize(rule: Rule, uses: list[Shape], rows: int, read: dict[str, Any]) -> list[tuple[Tensor, ...]]:
+    return [rule.summarize(use, torch.empty(rows, use.I), torch.empty(rows, use.O), **read) for use in uses]
 
 
 def _refresh(rule: Rule, state: dict, summaries: list, rows: list, grad: Tensor, bias: Any, step: Tensor) -> Any:
@@ -198,7 +201,7 @@ def _numel(node: fx.Node) -> int:
 
 def _row_count(operand: Operand) -> Any:
     """``N`` of an operand's rows, of each member; symbolic where its sizes are, None where the data deal rows to members."""
-    arguments = [fake_value(a) if isinstance(a, fx.Node) else a for a in operand.arguments]
+    arguments = pytree.tree_map_only(fx.Node, fake_value, operand.arguments)
     value = fake_value(operand.node)
     with torch.no_grad(), value.fake_mode:  # a view may make tensors of its own
         rows = operand.view(value, *arguments)

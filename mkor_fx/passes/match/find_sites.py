@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import fx
 
@@ -10,7 +12,8 @@ from ...ir import Decline, Parameter, Site, StepGraph, Tap, fake_value, product,
 from ...ops import CASTS, VIEWS
 from .boxes import Box, merge, view_of
 from ..core import graph_pass
-from .pieces import Piece, PlacedTap, on_whole, pieces, read_piece, where
+from .pieces import Piece, PlacedTap, on_whole, pieces, where
+from .uses import read_uses
 
 aten = torch.ops.aten
 
@@ -29,10 +32,11 @@ LINEAR_IN_GRADIENT = {
 @graph_pass(stage="match", exact=True)
 def find_sites(step: StepGraph) -> None:
     """Divide ``step.parameters`` into sites (with their biases) and declines. Reads the graph, changes nothing."""
-    backward, functions = downstream(step.seeds), WeightFunctions(step)
+    backward, of_data = downstream(step.seeds), downstream(step.data)
+    functions = WeightFunctions(of_data)
     uses: dict[int, list[PlacedTap]] = {}
     for index, parameter in step.parameters.items():
-        found = read_weight(parameter, backward)
+        found = read_weight(parameter, backward, of_data)
         behind = functions.read(parameter, backward) if isinstance(found, Decline) else None
         if behind is None and isinstance(found, Decline):
             step.declines[index] = found
@@ -64,7 +68,9 @@ def downstream(seeds: list[fx.Node] | set[fx.Node]) -> set[fx.Node]:
     return reached
 
 
-def read_weight(parameter: Parameter, backward: set[fx.Node]) -> list[PlacedTap] | Decline:
+def read_weight(
+    parameter: Parameter, backward: set[fx.Node], of_data: Collection[fx.Node] = ()
+) -> list[PlacedTap] | Decline:
     """All uses of a weight, or the reason why it has none. One term that does not match declines the weight."""
     if parameter.excluded is not None:
         return Decline(parameter.excluded)
@@ -76,26 +82,7 @@ def read_weight(parameter: Parameter, backward: set[fx.Node]) -> list[PlacedTap]
         return Decline(reasons.DTYPE.format(dtype=fake_value(parameter.node).dtype), *where(parameter.grad))
     if not product(parameter.shape):
         return Decline(reasons.EMPTY)
-    return read_uses(parameter.grad, parameter.shape, backward)
-
-
-def read_uses(grad: fx.Node, shape: tuple[int, ...], backward: set[fx.Node]) -> list[PlacedTap] | Decline:
-    """The products that make up a gradient, all turned to see the weight as the same matrices."""
-    uses: list[PlacedTap] = []
-    for piece in pieces(grad, Box.whole(shape)):
-        use = read_piece(piece, shape, backward)
-        if isinstance(use, Decline):
-            return use
-        uses.append(use)
-    if not uses:
-        return Decline(reasons.ZERO, *where(grad))
-    ways = [{use.whole: use for use in reversed(read.readings())} for read in uses]
-    shared = [whole for whole in (use.whole for use in uses[0].readings()) if all(whole in way for way in ways)]
-    if not shared:
-        return Decline(reasons.DIFFERENT, *where(uses[-1].tap.node))
-    if view_of(*shared[0]) is None:
-        return Decline(reasons.INCOMPLETE, *where(uses[-1].tap.node))
-    return [way[shared[0]] for way in ways]
+    return read_uses(parameter.grad, parameter.shape, backward, of_data)
 
 
 class WeightFunctions:
@@ -105,8 +92,8 @@ class WeightFunctions:
     the statistics are those of the products, and what they precondition is the weight's own gradient.
     """
 
-    def __init__(self, step: StepGraph) -> None:
-        self._of_data = downstream(step.data)
+    def __init__(self, of_data: set[fx.Node]) -> None:
+        self._of_data = of_data
 
     def read(self, parameter: Parameter, backward: set[fx.Node]) -> list[PlacedTap] | None:
         if parameter.excluded is not None or parameter.grad is None or len(parameter.shape) < 2:
@@ -133,7 +120,7 @@ class WeightFunctions:
         value = node.meta.get("val")
         if not isinstance(value, torch.Tensor) or not same_sizes(value.shape, shape) or not value.is_floating_point():
             return None
-        found = read_uses(node, shape, backward)
+        found = read_uses(node, shape, backward, self._of_data)
         return None if isinstance(found, Decline) else found
 
     def _followed(self, node: fx.Node) -> bool:

@@ -53,7 +53,8 @@ class Layout:
     def shape_of_use(self, kind: int) -> Shape:
         """The matrix as a use in this orientation sees it."""
         outputs, inputs = self.view.matrix[-2:] if kind == INPUTS_LAST else self.view.matrix[:-3:-1]
-        return Shape(outputs, inputs, self.bias and kind == self.kinds[0], self.lookup)
+        opposite = kind != self.kinds[0]
+        return Shape(outputs, inputs, self.bias and not opposite, self.lookup, opposite)
 
     def orient(self, grad: Tensor, bias: Tensor | None) -> Gradient:
         """A gradient as stored -> ``[O, I]`` as rules see it, ``[E, O, I]`` for a batched weight."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,7 +22,7 @@ from ...ops.rows import (
     placed_rows,
     where_live,
 )
-from .boxes import Box, Side, at_dimensions, merge, wholes
+from .boxes import Box, Side, merge, wholes
 from .spell_transposes import swaps_last_two
 
 aten = torch.ops.aten
@@ -140,9 +141,9 @@ def _is_zero(node: fx.Node) -> bool:
     return node.target is aten.full.default and node.args[1] == 0
 
 
-def read_piece(piece: Piece, shape: tuple[int, ...], backward: set[fx.Node]) -> PlacedTap | Decline:
-    """Read the product that makes a piece of a parameter of ``shape`` off its op table row, and which operand is which."""
-    node, output = piece.node, None
+def read_product(node: fx.Node, backward: Collection[fx.Node]) -> Tap | Decline:
+    """Read the product that makes a piece of a parameter off its op table row, and which operand is which."""
+    output = None
     if node.op == "call_function" and getattr(node.target, "__name__", "") == "getitem":
         node, output = node.args
     row = TABLE.get(str(node.target))
@@ -152,17 +153,10 @@ def read_piece(piece: Piece, shape: tuple[int, ...], backward: set[fx.Node]) -> 
     if isinstance(tap, Decline):
         return replace(tap, op=where(node)[0], source=where(node)[1])
     tap = assign_roles(tap, backward)
-    if isinstance(tap, Decline):
-        return tap
-    seen = piece.box.reshape(tap.matrix)
-    if seen is None:
-        return Decline(reasons.NO_MATRIX.format(made=tap.matrix), *where(node))
-    (outer, first), (inner, last) = (at_dimensions(side, shape) for side in seen.dims[-2:])
-    members = merge((*seen.pinned, *outer, *inner, *(seen.dims[0] if tap.batched else ())))
-    return PlacedTap(replace(tap, bias_grads=tap.bias_grads | row_sums(tap)), members, first, last)
+    return tap if isinstance(tap, Decline) else replace(tap, bias_grads=tap.bias_grads | row_sums(tap))
 
 
-def assign_roles(tap: Tap, backward: set[fx.Node]) -> Tap | Decline:
+def assign_roles(tap: Tap, backward: Collection[fx.Node]) -> Tap | Decline:
     """``g`` depends on the loss gradient, ``a`` does not: says which is which, and checks what a row has said."""
     depends = (tap.rows_first.node in backward, tap.rows_last.node in backward)
     inputs = {(True, False): INPUTS_LAST, (False, True): INPUTS_FIRST}.get(depends)
@@ -178,26 +172,26 @@ def on_whole(use: PlacedTap) -> Tap:
     if tap.routed:
         g = tap.g
         first, last = (
-            o if o is g else Operand(o.node, where_live, (_viewed(o), g.node, _viewed(g)))
+            o if o is g else Operand(o.node, where_live, (viewed(o), g.node, viewed(g)))
             for o in (tap.rows_first, tap.rows_last)
         )
-        tap = replace(tap, rows_first=first, rows_last=last, count=Operand(g.node, count_live, (_viewed(g),)))
+        tap = replace(tap, rows_first=first, rows_last=last, count=Operand(g.node, count_live, (viewed(g),)))
     if not use.partial:
         return tap
     members, *sides = ([n for axis in side for n in (axis.size, axis.start, axis.full)] for side in use.sides)
     count = tap.count
     if members:
-        count = count or Operand(tap.g.node, count_all, (_viewed(tap.g),))
-        count = Operand(count.node, placed_count, (_viewed(count), members))
+        count = count or Operand(tap.g.node, count_all, (viewed(tap.g),))
+        count = Operand(count.node, placed_count, (viewed(count), members))
     first, last = (
-        Operand(o.node, placed_rows, (_viewed(o), members, side))
+        Operand(o.node, placed_rows, (viewed(o), members, side))
         for o, side in zip((tap.rows_first, tap.rows_last), sides)
     )
     matrix = tuple(product(axis.full for axis in side) for side in (use.sides if members else use.sides[1:]))
     return replace(tap, matrix=matrix, rows_first=first, rows_last=last, count=count)
 
 
-def _viewed(operand: Operand) -> tuple:
+def viewed(operand: Operand) -> tuple:
     return operand.view, *operand.arguments
 
 

@@ -53,7 +53,7 @@ def _key(leaves: list[Any]) -> tuple | None:
             if not all(isinstance(size, int) for size in (*leaf.shape, *leaf.stride())):
                 return None
             key.append((tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.device))
-        elif isinstance(leaf, torch.SymInt):
+        elif isinstance(leaf, torch.SymInt | torch.SymFloat):
             return None
         else:
             key.append((type(leaf), getattr(leaf, "trace_key", leaf)))
@@ -61,9 +61,10 @@ def _key(leaves: list[Any]) -> tuple | None:
 
 
 def trace(function: Callable, args: tuple, decompositions: Decompositions | None = None) -> Traced:
-    """Graph of ``function(*args)`` over the tensor leaves of ``args``, which are fake; outputs as one flat list."""
+    """Graph of ``function(*args)`` over the leaves of ``args`` that are fake tensors or symbolic floats; outputs as one flat
+    list."""
     leaves, spec = pytree.tree_flatten(args)
-    positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+    positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor | torch.SymFloat)]
     structure: list[pytree.TreeSpec] = []
 
     def flat(*tensors: torch.Tensor) -> list[Any]:

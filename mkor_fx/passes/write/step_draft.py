@@ -232,6 +232,7 @@ class StepDraft(Draft):
         self.update = update = trace_update(self.plan.optimizer, [self.plan.params[i] for i in order])
         states = [(i, key, example) for i, state in zip(order, update.states) for key, example in state.items()]
         state = [self.input(inputs.Optimizer(i, key), example) for i, key, example in states]
+        state += [self.input(inputs.Counter(*place), example) for place, example in update.counters.items()]
         params = [self.weight(i) for i in order]
         directions = [self.directions[i] if i in self.directions else self.gradients[i] for i in order]
         packed = self.optimizer_numbers()
