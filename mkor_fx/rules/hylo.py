@@ -12,7 +12,7 @@ from ..kinds import Kind
 from ..prims import accumulation_dtype, uniforms
 from .base import Rule, Shape, State, Use
 from .direction import Gradient, Graft
-from .hyper import Hyper, check_count, check_positive
+from .hyper import Hyper, check_count, check_kl_clip, check_positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +73,7 @@ class HyLo(Rule):
             check_count(self, name)
         if self.method not in ("kis", "kid"):
             raise ValueError(f"HyLo(method={self.method!r}): must be 'kis' or 'kid'")
-        if self.kl_clip is not None:
-            check_positive(self, "kl_clip", "1e-3, or None")
+        check_kl_clip(self)
 
     @property
     def gathers(self) -> tuple[int, int]:  # type: ignore[override]
