@@ -109,12 +109,12 @@ def test_ranks_and_micro_batches_are_gathered(method):
 
 
 @BOTH
-def test_what_has_no_slot_and_what_shares_one_is_left_out(method):
+def test_calls_take_slots_in_turn_and_what_shares_one_or_has_none_is_left_out(method):
     a, g = rows()
+    rule = HyLo(method=method, rows=6, micro_batches=2, damping=DAMPING)
+    made, G, _ = direction(rule, [(key(use, 0), a[i : i + 6], g[i : i + 6]) for use, i in ((3, 0), (4, 6))])
+    torch.testing.assert_close(made.weight, natural(a, g, G.weight), rtol=1e-9, atol=1e-11)
     rule = HyLo(method=method, rows=4, ranks=2, damping=DAMPING)
-    parts = [(key(use, 0), a[i : i + 4], g[i : i + 4]) for use, i in ((0, 0), (1, 4), (2, 8))]
-    made, G, _ = direction(rule, parts)  # micro-batches behind the first
-    torch.testing.assert_close(made.weight, natural(a[:4], g[:4], G.weight, 12), rtol=1e-9, atol=1e-11)
     parts = [(key(0, rank), a[i : i + 4], g[i : i + 4]) for rank, i in ((0, 0), (1, 4), (1, 8))]
     made, G, state = direction(rule, parts)
     torch.testing.assert_close(made.weight, natural(a[:4], g[:4], G.weight, 12), rtol=1e-9, atol=1e-11)
@@ -243,6 +243,123 @@ def test_more_ranks_or_parts_than_slots_are_refused():
     model = nn.Linear(4, 3)
     with pytest.raises(ValueError, match=r"gathers the summaries of 2 micro-batches, and there are 3"):
         mkor_fx.compile_step(model, mse_loss, sgd(model), HyLo(micro_batches=2), accumulate=3)
+
+
+class Training:
+    """A loop behind ``compile``, with room for every row of a batch of 8."""
+
+    def __init__(self, micro_batches=1, precondition="step", refresh_every=1):
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+        rule = HyLo(rows=8, micro_batches=micro_batches, damping=DAMPING)
+        self.handle = mkor_fx.compile(
+            self.model, rule, precondition=precondition, refresh_every=refresh_every, backend="eager"
+        )
+        self.optimizer = sgd(self.model)
+        self.batches = [(torch.randn(8, 4), torch.randn(8, 2)) for _ in range(8)]
+
+    def loss(self, number):
+        x, y = self.batches[number]
+        return mse_loss(self.handle(x), y)
+
+    def step(self, *numbers):
+        self.optimizer.zero_grad()
+        for number in numbers:
+            self.loss(number).backward()
+        self.optimizer.step()
+
+    def check_like(self, other):
+        for p, q in zip(self.model.parameters(), other.model.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+MORE = r"weight: HyLo\(.*micro_batches=2.*gathers the summaries of 2 micro-batches of a step, and there are 3: tell it how"
+
+
+def test_more_micro_batches_than_slots_are_refused_before_anything_is_lost():
+    own, other = Training(2), Training(2)
+    before = [p.detach().clone() for p in own.model.parameters()]
+    with pytest.raises(ValueError, match=MORE):
+        own.step(0, 1, 2)
+    raw = torch.autograd.grad(sum(mse_loss(other.model(x), y) for x, y in own.batches[:3]), [*other.model.parameters()])
+    for p, start, grad in zip(own.model.parameters(), before, raw, strict=True):
+        assert torch.equal(p, start)
+        torch.testing.assert_close(p.grad, grad)
+    assert own.handle.mkor.step == 0 and not own.handle.mkor.tensors()
+    for training in (own, other):
+        training.step(3, 4)
+        training.step(5)
+    own.check_like(other)
+    assert own.handle.mkor.state_dict()["0.weight.core"].any()
+
+
+def refused_late(rank, size):
+    model = nn.Linear(4, 3)
+    handle, optimizer = mkor_fx.compile(model, HyLo(ranks=size), backend="eager"), sgd(model)
+    for _ in range(2):
+        handle(torch.randn(5, 4)).square().sum().backward()
+    with pytest.raises(ValueError, match=r"1 micro-batches of a step, and there are 2"):
+        optimizer.step()
+
+
+@pytest.mark.nightly
+def test_so_they_are_on_every_rank():
+    processes.values(refused_late, 2)
+
+
+def test_so_they_are_in_the_backward_when_the_next_step_begins():
+    training = Training(2, "backward")
+    training.step(0, 1)
+    training.step(2, 3, 4)
+    training.optimizer.zero_grad()
+    with pytest.raises(ValueError, match=MORE):
+        training.loss(5)
+
+
+def test_a_step_that_does_not_refresh_takes_any_number():
+    training = Training(2, refresh_every=2)
+    training.step(0)
+    training.step(1, 2, 3, 4)
+    with pytest.raises(ValueError, match=MORE):
+        training.step(5, 6, 7)
+
+
+def skipped(training, clear):
+    """A step that a gradient scaler has skipped."""
+    training.loss(0).backward()
+    training.loss(1).backward()
+    clear(training)
+
+
+BETWEEN = {
+    "a skipped step": lambda t: skipped(t, lambda t: t.optimizer.zero_grad()),
+    "gradients set to zero": lambda t: skipped(t, lambda t: t.optimizer.zero_grad(set_to_none=False)),
+    "gradients cleared behind the forward": lambda t: skipped(t, lambda t: None),
+    "calls without a backward": lambda t: [t.loss(0) for _ in range(3)],
+}
+
+
+@pytest.mark.parametrize("what", BETWEEN)
+def test_slots_are_free_again_where_statistics_are_gone(what):
+    own, other = Training(2), Training(2)
+    BETWEEN[what](own)
+    for training in (own, other):
+        loss = training.loss(2)
+        training.optimizer.zero_grad()
+        loss.backward()
+        training.loss(3).backward()
+        training.optimizer.step()
+        training.step(4, 5)
+    own.check_like(other)
+
+
+def test_two_calls_that_come_to_one_slot_are_refused():
+    training = Training(2)
+    training.loss(0).backward()
+    training.loss(1)
+    training.loss(2).backward()
+    with pytest.raises(ValueError, match=r"weight: 2 micro-batches, and two in one of the 2 slots of HyLo.*without a backw"):
+        training.optimizer.step()
 
 
 @pytest.mark.parametrize(

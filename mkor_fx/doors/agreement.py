@@ -17,7 +17,7 @@ from ..passes.order.collectives import Group, describe
 from ..passes.torch_api.dynamo import dynamo_tensors
 from ..passes.write.placement import Load, assign
 from ..passes.write.update_draft import Job
-from ..rules.hyper import describe_rule
+from ..rules.results import too_few_slots
 from ..runtime.optimizer_state import numbers_of, read_number, tensor_state
 from ..runtime.optimizers import Optimizers
 from ..runtime.ranks import Ranks
@@ -50,9 +50,7 @@ def check_gathering(options: Options, ranks: Ranks | None) -> Ranks | None:
     for rule in options.rules:
         for (what, count), slots in zip(there.items(), rule.gathers or (count for count in there.values())):
             if count > slots:
-                raise ValueError(
-                    f"{describe_rule(rule)} gathers the summaries of {slots} {what}, and there are {count}: tell it how many"
-                )
+                raise ValueError(too_few_slots(rule, what, slots, count))
     return ranks
 
 

@@ -34,9 +34,9 @@ class HyLo(Rule):
 
     Either is exact where ``S`` is all rows, and otherwise ``<D, G> > 0``. Positions of a sequence or an image are rows.
     What is gathered is laid out so that sums do it: a rank and micro-batch writes its rows into a slot of its own and zeros
-    elsewhere. More ranks than ``ranks`` are refused; micro-batches behind ``micro_batches`` are left out, as are the
-    rows of a weight that one program reads in two ways (a convolution that is applied twice). A table that is also an output
-    layer takes its rows from the latter. An embedding is left to the base optimizer.
+    elsewhere. More ranks than ``ranks``, and more micro-batches of a step than ``micro_batches``, are refused. Left out are
+    the rows of a weight that one program reads in two ways (a convolution that is applied twice). A table that is also an
+    output layer takes its rows from the latter. An embedding is left to the base optimizer.
 
     With ``K = ranks micro_batches rows``, state are ``K (O + I) + K^2`` numbers a layer, ``K (O + I)`` (``kid``: and
     ``K rows``) cross the network, a refresh costs ``2 K^2 (O + I) + 2 K^3`` flops and ``kid`` ``2 rows N (O + I + rows)`` a
@@ -117,7 +117,7 @@ class HyLo(Rule):
             T = torch.linalg.solve_triangular(root.mT, Q_SN, upper=True)
             B = torch.linalg.solve_triangular(root.mT, _root(Q_SN @ Q_SN.mT)[0], upper=True)
             distance = (squares_N.sum() - Q_SN.square().sum() - noise * T.square().sum()).clamp_min(0)
-        slot = ((key >> 16) & 0xFFFF) * self.ranks + (key & 0xFFFF)
+        slot = ((key >> 16) & 0xFFFF) % self.micro_batches * self.ranks + (key & 0xFFFF)
         inside = (key & 0xFFFF) < self.ranks
         own = ((torch.arange(self.ranks * self.micro_batches, device=g_NO.device) == slot) & inside).to(wide)
         return tuple(own.view(-1, *[1] * t.dim()) * t for t in (a_S, g_S, B, distance, count, torch.ones_like(count)))
