@@ -5,6 +5,7 @@ import processes
 import pytest
 import torch
 from eager_rows import build, lockstep, watch
+from stepping import stepper
 from torch import nn
 from torch.nn.functional import mse_loss
 
@@ -243,6 +244,26 @@ def test_more_ranks_or_parts_than_slots_are_refused():
     model = nn.Linear(4, 3)
     with pytest.raises(ValueError, match=r"gathers the summaries of 2 micro-batches, and there are 3"):
         mkor_fx.compile_step(model, mse_loss, sgd(model), HyLo(micro_batches=2), accumulate=3)
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.square, self.head = nn.Conv2d(2, 2, 3, padding=1), nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        x = torch.tanh(self.conv(torch.tanh(self.conv(x)))).flatten(1)
+        return self.head(torch.tanh(self.square(torch.tanh(self.square(x)))))
+
+
+@pytest.mark.parametrize("door", ["compile_step", "compile"])
+def test_what_one_program_reads_in_two_ways_is_declined(door):
+    """A convolution's patches are summed use by use; of a linear layer that is applied twice they are gathered as one."""
+    model = Twice()
+    done, step = stepper(door, model, mse_loss, sgd(model), HyLo(rows=8))
+    step(torch.randn(4, 2, 2, 2), torch.randn(4, 2))
+    assert "its uses are read in several ways, and HyLo gathers" in str(done.coverage["conv.weight"].declined)
+    assert done.coverage["square.weight"].declined is None and done.mkor.state_dict()["square.weight.core"].any()
 
 
 class Training:

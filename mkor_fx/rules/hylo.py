@@ -34,9 +34,9 @@ class HyLo(Rule):
 
     Either is exact where ``S`` is all rows, and otherwise ``<D, G> > 0``. Positions of a sequence or an image are rows.
     What is gathered is laid out so that sums do it: a rank and micro-batch writes its rows into a slot of its own and zeros
-    elsewhere. More ranks than ``ranks``, and more micro-batches of a step than ``micro_batches``, are refused. Left out are
-    the rows of a weight that one program reads in two ways (a convolution that is applied twice). A table that is also an
-    output layer takes its rows from the latter. An embedding is left to the base optimizer.
+    elsewhere. More ranks than ``ranks``, and more micro-batches of a step than ``micro_batches``, are refused. A weight
+    that one program reads in two ways (a convolution that is applied twice) and an embedding are left to the base optimizer.
+    A table that is also an output layer takes its rows from the latter.
 
     With ``K = ranks micro_batches rows``, state are ``K (O + I) + K^2`` numbers a layer, ``K (O + I)`` (``kid``: and
     ``K rows``) cross the network, a refresh costs ``2 K^2 (O + I) + 2 K^3`` flops and ``kid`` ``2 rows N (O + I + rows)`` a
