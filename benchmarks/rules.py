@@ -37,6 +37,7 @@ SIDES = {
     "KLDWRM(graft='gradient', kl_clip=None)": "to study regularisation by earlier networks; small rates",
     "CGFAC()": "K-FAC without inversions, factors that change fast",
     "CGFAC(curvature='sketches')": "wide layers: no factor is made",
+    "HyLo()": "the exact curvature of a few rows, at once: small batches, no averages",
     "AdaFisher()": "a first-order method's state and cost",
     "ThermodynamicKFAC()": "to study analogue inversion",
     "Shampoo()": "statistics of the gradient alone: nothing but gradients crosses the network",

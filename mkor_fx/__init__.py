@@ -1,5 +1,7 @@
 """Second-order optimizers as a compiler pass: MKOR inside torch.compile's own graphs."""
 
+from typing import TYPE_CHECKING, NoReturn
+
 from . import nn, optim
 from .api import compile, compile_step
 from .doors.explain import explain
@@ -17,10 +19,12 @@ from .rules import (
     AdaFisher,
     Eva,
     Hybrid,
+    HyLo,
     Rule,
     Shampoo,
     ThermodynamicKFAC,
 )
+from .rules.choice import NO_RULES
 from .show.progress import progress
 
 __all__ = [
@@ -34,6 +38,7 @@ __all__ = [
     "AdaFisher",
     "Communication",
     "Eva",
+    "HyLo",
     "Hybrid",
     "Rule",
     "Shampoo",
@@ -47,3 +52,10 @@ __all__ = [
     "progress",
     "simulate",
 ]
+
+if not TYPE_CHECKING:  # to a type checker every name would be there
+
+    def __getattr__(name: str) -> NoReturn:
+        """Of what is not there, maybe why."""
+        why = f": {NO_RULES[name]}" if name in NO_RULES else ""
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{why}")

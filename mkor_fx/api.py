@@ -10,7 +10,7 @@ from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from .doors.agreement import find_ranks
+from .doors.agreement import check_gathering, find_ranks
 from .doors.checks import (
     check_cuda_graphs,
     check_drop_in,
@@ -112,7 +112,7 @@ def compiled_model(model: nn.Module, options: Options) -> nn.Module:
     if isinstance(model, DistributedDataParallel):
         inner, group = model.module, group or model.process_group
     check_sharding(inner, options.precondition)
-    handle = DropIn(inner, options, find_ranks(group)).handle
+    handle = DropIn(inner, options, check_gathering(options, find_ranks(group))).handle
     return inside_ddp(model, handle) if isinstance(model, DistributedDataParallel) else handle
 
 
@@ -226,4 +226,4 @@ def compiled_step(
     check_optimizer(model, optimizer)
     check_gradient_hooks(model.named_parameters())
     Naming.of(model, options.skip, options.rules)
-    return new_step(model, loss_fn, optimizer, options, find_ranks(process_group))
+    return new_step(model, loss_fn, optimizer, options, check_gathering(options, find_ranks(process_group)))

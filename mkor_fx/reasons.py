@@ -43,6 +43,9 @@ ZERO = reason("its gradient is zero", "")
 UNUSED = reason("no gradient reaches it in this graph", "an unused layer")
 UNSEEN = reason("not seen in a graph with gradients", "a layer that no step has used yet")
 NO_STATE = reason("{rule} keeps no state for {O} x {I}{why}", "`MKOR`, where both sides exceed its largest factor")
+GATHERED_TWICE = reason(
+    "its uses are read in several ways, and {rule} gathers the rows of one", "`HyLo`, a convolution that is applied twice"
+)
 NO_PATTERN = reason("no pattern of rule= names it", '`rule={"blocks.*": MKOR()}`')
 WEIGHT_DECLINED = reason("its weight {weight} is declined", "")
 BIAS_ALONE = reason(

@@ -15,6 +15,7 @@ from mkor_fx import (
     SOAP,
     AdaFisher,
     Eva,
+    HyLo,
     Rule,
     Shampoo,
     ThermodynamicKFAC,
@@ -100,6 +101,8 @@ MORE_RULES: dict[str, Rule] = {
     "SOAP": SOAP(derive_every=2, max_factor=6),  # sides that a first gradient fills, or bases are a matter of rounding
     "ekfac": EKFAC(derive_every=2, damping=1e-2, scaling_decay=0.8),
     "ekfac, gradient": EKFAC(scaling="gradient", scaling_decay=0.75, derive_every=2, damping=1e-2),
+    "hylo": HyLo(rows=4, ranks=2, damping=0.5, graft=None),
+    "hylo, interpolated": HyLo(method="kid", rows=4, ranks=2, damping=0.5, graft=None),
 }
 
 #: why the backward mode does not take one
@@ -117,6 +120,7 @@ HALF = {
     "adafisher": AdaFisher(damping=1e-2),
     "cgfac": CGFAC(),
     "thermodynamic": ThermodynamicKFAC(steps=20, burn_in=10),
+    "hylo": HyLo(rows=4),
     "kfac": KFAC(),
     "kfac, eigen": KFAC(inverse="eigen"),
     "kfac, newton": KFAC(inverse="newton"),

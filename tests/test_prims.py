@@ -1,5 +1,6 @@
 """Semantic operators: each body against a naive formula, and against itself as a lowered graph."""
 
+import hashed
 import pytest
 import reference
 import torch
@@ -234,3 +235,18 @@ def test_unless_noise_compares_squared_lengths():
     vector = torch.tensor([3.0, 4.0])
     assert torch.equal(inverse_updates.unless_noise(vector, torch.tensor(24.9)), vector)
     assert torch.equal(inverse_updates.unless_noise(vector, torch.tensor(25.0)), torch.zeros(2))
+
+
+def test_uniform_and_normal_numbers_are_a_hash_of_key_side_and_index():
+    key, count = torch.tensor((5 << 32) + 2), 100_000
+    uniform, normal = (draw(key, 3, count, torch.float64) for draw in (prims.uniforms, prims.normals))
+    torch.testing.assert_close(uniform, hashed.uniforms(int(key), 3, count), rtol=0, atol=0)
+    torch.testing.assert_close(normal, hashed.normals(int(key), 3, count), rtol=1e-12, atol=1e-14)
+    single = prims.uniforms(key, 3, count, torch.float32)
+    assert torch.equal(single.double(), uniform) and 0 < single.min() < single.max() < 1
+    others = [prims.normals(key + 1, 3, count, torch.float64), prims.normals(key, 4, count, torch.float64), normal.roll(1)]
+    assert max(abs((normal * other).mean()) for other in others) < 0.015
+    moments = [(normal**power).mean() for power in (1, 2, 3, 4)]
+    assert moments == pytest.approx([0, 1, 0, 3], abs=0.06)
+    batch = torch.vmap(lambda key: prims.normals(key, 3, 50, torch.float64))(torch.stack([key, key + 1]))
+    torch.testing.assert_close(batch, torch.stack([normal[:50], others[0][:50]]), rtol=0, atol=0)

@@ -128,6 +128,23 @@ def test_a_bias_alone_can_be_left_out(door):
     assert done.coverage["mlp.weight"].declined is None
 
 
+def test_a_method_that_is_no_rule_says_why():
+    """FOSI takes products with the Hessian. That torch cannot is held here as well: when it can, there is more to do."""
+    for name, said in (("FOSI", r"has no attribute 'FOSI': FOSI \(arXiv"), ("SOPA", r"has no attribute 'SOPA'$")):
+        assert not hasattr(mkor_fx, name)
+        with pytest.raises(AttributeError, match=said):
+            getattr(mkor_fx, name)
+    FOSI = type("FOSI", (), {})
+    for given in (FOSI, FOSI(), {"head.*": FOSI()}):
+        with pytest.raises(ValueError, match=r"rule=.*: FOSI \(arXiv 2302\.08484\) finds eigenvectors"):
+            mkor_fx.compile(block(), given, backend="eager")
+    model, ((x, y),) = block(), batches(1)
+    loss = functional.mse_loss(mkor_fx.compile(model, Eva(), backend="eager")(x), y)
+    (slope,) = torch.autograd.grad(loss, [model.head.weight], create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward"):
+        torch.autograd.grad(slope.square().sum(), [model.head.weight])
+
+
 PATTERNS = {
     "no match": ({"attn.*": MKOR.published(), "encoder.*": Eva(), "*": MKOR.published()},
                  r"rule pattern 'encoder\.\*' matches no parameter\. Parameters: attn\.query\.weight, "),

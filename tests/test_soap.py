@@ -4,6 +4,7 @@ import pytest
 import torch
 from rows import layers
 from side_by_side import batched, side_by_side, wide
+from stepping import stepper
 from torch import nn
 from torch.nn.functional import mse_loss
 
@@ -52,7 +53,7 @@ def test_without_bases_it_is_adam():
     rule, gradients = wide(SOAP)(max_factor=0, beta1=0.9, beta2=0.99, eps=1e-30), torch.randn(8, 4, 6).double()
     weight = nn.Parameter(torch.zeros(4, 6).double())
     adam, state = torch.optim.Adam([weight], lr=1.0, betas=(0.9, 0.99), eps=1e-30), fresh(rule, (4, 6))
-    assert set(state) == {"m", "v", "count"}
+    assert set(state) == {"m", "v", "count", "derived"}
     for t in range(1, 8):
         before, weight.grad = weight.detach().clone(), gradients[t]
         adam.step()
@@ -82,12 +83,69 @@ def test_new_bases_are_sorted_and_moments_follow():
 
 def test_a_batch_of_bases_is_each_of_its_bases():
     rule = wide(SOAP)()
-    for steps in (1, 4):
-        states = [behind(rule, fresh(rule, (4, 6)), torch.randn(steps, 4, 6).double())[0] for _ in range(3)]
+    for steps in (1, 4, None):
+        counts = [steps] * 3 if steps else [0, 1, 12]  # a member that has seen no row is as it was
+        states = [behind(rule, fresh(rule, (4, 6)), torch.randn(n, 4, 6).double())[0] for n in counts]
         together = torch.vmap(rule.derive)({key: torch.stack([s[key] for s in states]) for key in states[0]})
         for i, state in enumerate(states):
             for key, tensor in rule.derive(state).items():
                 torch.testing.assert_close(together[key][i], tensor, rtol=0, atol=1e-12, msg=key)
+
+
+def check_eigenvectors(state):
+    for side in "LR":
+        Q = state[f"{side}_basis"].double()
+        inside, size = Q.T @ state[side].double() @ Q, state[side].norm()
+        assert (inside - inside.diagonal().diag()).norm() < 1e-5 * size and (inside.diagonal().diff() < 1e-5 * size).all()
+    return state
+
+
+@pytest.mark.parametrize("first", ["none", "zero"])
+def test_bases_that_no_gradient_could_make_are_made_later_and_moments_go_along(first):
+    """Until then Adam; a second moment of independent entries is what it would have been in the new bases."""
+    rule = wide(SOAP)(derive_every=5, eps=1e-30)
+    adam, gradients = wide(SOAP)(max_factor=0, eps=1e-30), torch.randn(6, 4, 6).double()
+    state = rule.derive(fresh(rule, (4, 6)))  # behind a step that was not taken
+    if first == "zero":
+        state, made = behind(rule, fresh(rule, (4, 6)), torch.zeros(1, 4, 6).double())
+        assert not made.any()
+    assert state["derived"] == 0 and not state["L"].any() and not state["m"].any()
+    plain = fresh(adam, (4, 6)) | {"count": state["count"]}
+    for t, G in enumerate(gradients[:5], 1):
+        grads, clock = Gradient(G), torch.tensor(t)
+        state, plain = rule.advance(state, grads, clock), adam.advance(plain, grads, clock)
+        made, expected = rule.precondition(state, grads).weight, adam.precondition(plain, grads).weight
+        torch.testing.assert_close(made, expected, rtol=1e-10, atol=1e-12)
+    new = check_eigenvectors(rule.derive(state))
+    assert new["derived"] == 1
+    torch.testing.assert_close(out_of_bases(new, new["m"]), plain["m"], rtol=1e-10, atol=1e-12)
+    Q, P = new["L_basis"], new["R_basis"]
+    expected = torch.einsum("oa,ib,oi->ab", Q**2, P**2, plain["v"])
+    torch.testing.assert_close(new["v"], expected, rtol=1e-10, atol=1e-12)
+    again = rule.derive(rule.advance(new, Gradient(gradients[5]), torch.tensor(6)))
+    order = torch.argsort((Q.T @ again["L"] @ Q).diagonal(), descending=True)
+    assert torch.equal(again["L_basis"], torch.linalg.qr(again["L"] @ Q[:, order])[0])
+
+
+@pytest.mark.parametrize("door", ["compile_step", "compile"])
+@pytest.mark.parametrize("first", ["zero", "not finite"])
+def test_so_it_is_behind_both_doors(door, first):
+    torch.manual_seed(0)
+    model, base = nn.Linear(6, 4, bias=False), lambda params: torch.optim.SGD(params, lr=LR)
+    done, step = stepper(door, model, mse_loss, base(model.parameters()), SOAP(derive_every=3))
+    before = model.weight.detach().clone()
+    step(torch.full((16, 6), 0.0 if first == "zero" else torch.nan), torch.randn(16, 4))
+    state = lambda: {key.removeprefix("weight."): t.clone() for key, t in done.mkor.state_dict().items()}
+    assert int(state()["derived"]) == 0 and not state()["L"].any()
+    if door == "compile" and first == "not finite":  # there the step is the user's to skip
+        model.weight.data.copy_(before)
+    torch.testing.assert_close(model.weight.detach(), before)
+    for _ in range(2):
+        step(torch.randn(16, 6), torch.randn(16, 4))
+    assert int(state()["derived"]) == 0 and state()["v"].any()
+    step(torch.randn(16, 6), torch.randn(16, 4))
+    assert int(check_eigenvectors(state())["derived"]) == 1 and torch.isfinite(model.weight).all()
+    assert not torch.equal(model.weight, before)
 
 
 def test_eigenvectors_are_computed_once(monkeypatch):
@@ -184,8 +242,8 @@ def test_it_is_the_soap_of_pytorch_optimizer():
 
 
 def test_a_vocabulary_and_a_large_side_stay_as_they_are():
-    assert set(SOAP().init(Shape(4, 50, lookup=True), torch.device("cpu"))) == {"L", "L_basis", "m", "v", "count"}
-    assert set(fresh(SOAP(max_factor=8), (9, 8))) == {"R", "R_basis", "m", "v", "count"}
+    assert set(SOAP().init(Shape(4, 50, lookup=True), torch.device("cpu"))) == {"L", "L_basis", "m", "v", "count", "derived"}
+    assert set(fresh(SOAP(max_factor=8), (9, 8))) == {"R", "R_basis", "m", "v", "count", "derived"}
     assert not SOAP().preconditions_bias(Shape(4, 6, bias=True))
 
 

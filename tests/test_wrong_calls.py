@@ -132,6 +132,7 @@ WRONG = {
         lambda: make(rule="mkor"),
         r"rule='mkor': must be an update rule such as mkor_fx\.MKOR\(\), or None",
     ),
+    "name of what is no rule": (lambda: make(rule="fosi"), r"rule='fosi': FOSI \(arXiv 2302.*differentiated again.*CGFAC"),
     "in a dict": (lambda: make(rule={"*": "mkor"}), r"rule='mkor' for '\*': must be an update rule"),
     "pattern": (
         lambda: make(rule={"heads.*": MKOR()}),

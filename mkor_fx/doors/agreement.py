@@ -17,6 +17,7 @@ from ..passes.order.collectives import Group, describe
 from ..passes.torch_api.dynamo import dynamo_tensors
 from ..passes.write.placement import Load, assign
 from ..passes.write.update_draft import Job
+from ..rules.results import too_few_slots
 from ..runtime.optimizer_state import numbers_of, read_number, tensor_state
 from ..runtime.optimizers import Optimizers
 from ..runtime.ranks import Ranks
@@ -37,6 +38,20 @@ def find_ranks(process_group: dist.ProcessGroup | None) -> Ranks | None:
     if dist.get_rank(process_group) < 0:
         raise ValueError("process_group: this process is not a member of it")
     return Ranks(process_group)
+
+
+def check_gathering(options: Options, ranks: Ranks | None) -> Ranks | None:
+    """The ranks, all of whose summaries find a slot.
+
+    Raises:
+        ValueError: a rule has fewer slots than there are ranks or parts of a batch.
+    """
+    there = {"ranks": 1 if ranks is None or ranks.alone else ranks.size, "micro-batches": options.accumulate}
+    for rule in options.rules:
+        for (what, count), slots in zip(there.items(), rule.gathers or (count for count in there.values())):
+            if count > slots:
+                raise ValueError(too_few_slots(rule, what, slots, count))
+    return ranks
 
 
 def group_of(ranks: Ranks | None, options: Options) -> Group | None:

@@ -92,7 +92,8 @@ class CompiledGraph(Graph):
         outputs = self._compiled(*args, *self._further_inputs(door, own, use))
         if torch.is_grad_enabled():
             door.runtime.seen.ran = True
-            door.runtime.watch(outputs, params)
+            slots = {index: layout.slots for index, layout in self._layouts.items()}
+            door.runtime.watch(outputs, params, [(own[index], use % n) for index, n in slots.items() if n is not None])
         return outputs
 
 

@@ -9,6 +9,7 @@ from .direction import Gradient, Normalized, Sides
 from .ekfac import EKFAC
 from .eva import Eva
 from .hybrid import Hybrid
+from .hylo import HyLo
 from .hyper import Hyper
 from .kfac import KFAC
 from .kldwrm import KLDWRM
@@ -29,6 +30,7 @@ __all__ = [
     "AdaFisher",
     "Eva",
     "Gradient",
+    "HyLo",
     "Hybrid",
     "Hyper",
     "Kind",

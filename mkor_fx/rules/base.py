@@ -69,6 +69,10 @@ class Rule(ABC):
     #: whether ``summarize`` draws random signs: it is called with ``key=`` as well, 0-dim int64, another one in each step,
     #: micro-batch and rank, for ``mkor_fx.prims.sketch(rows, key, ...)``
     draws: bool = False
+    #: for how many ranks, and micro-batches of a step, a summary has slots, so that the sum over all gathers what each wrote
+    #: into its own; with ``draws``, whose key says which: ``key & 0xFFFF`` is the rank, ``(key >> 16) & 0xFFFF`` the call of
+    #: the step, modulo the micro-batches. Two in one slot are refused. None: it has none, and is a sum over any number
+    gathers: tuple[int, int] | None = None
     #: what sizes a direction D: "gradient": the norm of the raw gradient; "rms": a root mean square of 0.2, so
     #: ``0.2 sqrt(O I) / |D| * D``, the size of Adam's updates; None: nothing. A bias alike, by its own norm.
     graft: Literal["gradient", "rms"] | None = None

@@ -13,7 +13,7 @@ from ..kinds import Kind
 from ..prims import accumulation_dtype, sketch
 from .base import Shape, State, Use
 from .direction import Gradient, Graft
-from .hyper import Hyper, check_count, check_decay, check_positive, number
+from .hyper import Hyper, check_count, check_decay, check_kl_clip, check_positive, number
 from .kronecker_factors import FactoredRule, averaged, check_max_factor, sides_with_factor
 
 
@@ -85,8 +85,7 @@ class CGFAC(FactoredRule):
             raise ValueError(f"CGFAC(tolerance={self.tolerance!r}): must be 0 (never) or more, e.g. 1e-2")
         if self.curvature not in ("factors", "sketches"):
             raise ValueError(f"CGFAC(curvature={self.curvature!r}): must be 'factors' or 'sketches'")
-        if self.kl_clip is not None:
-            check_positive(self, "kl_clip", "1e-3, or None")
+        check_kl_clip(self)
 
     @property
     def draws(self) -> bool:  # type: ignore[override]

@@ -17,6 +17,15 @@ from .hyper import describe_rule
 #: what the doors take as ``rule``
 RuleChoice = Rule | Mapping[str, Rule | None] | Hybrid | None
 
+#: methods that cannot be rules, by their name, and why
+NO_RULES = {
+    "FOSI": (
+        "FOSI (arXiv 2302.08484) finds eigenvectors of the whole loss's Hessian by products with it, but a rule sees rows "
+        "and gradients of one weight, and a compiled backward cannot be differentiated again. For curvature inverted by "
+        "products use mkor_fx.CGFAC(), for steps in eigenbases mkor_fx.EKFAC() or mkor_fx.SOAP()"
+    )
+}
+
 
 @dataclass(frozen=True)
 class Rules:
@@ -87,7 +96,9 @@ def check_rule(rule: object, where: str = "") -> None:
         raise ValueError(f"rule{where} is a Hybrid, which decides for a whole model: put it around, as Hybrid({{...}})")
     if not isinstance(rule, Rule):
         given = f"the class {rule.__name__}, which needs its brackets" if isinstance(rule, type) else repr(rule)
-        raise ValueError(f"rule={given}{where}: must be an update rule such as mkor_fx.MKOR(), or None")
+        called = rule if isinstance(rule, str) else getattr(rule, "__name__", type(rule).__name__)
+        why = NO_RULES.get(called.upper(), "must be an update rule such as mkor_fx.MKOR(), or None")
+        raise ValueError(f"rule={given}{where}: {why}")
     name = type(rule).__name__
     if not dataclasses.is_dataclass(rule) or not rule.__dataclass_params__.frozen:  # type: ignore[attr-defined]
         raise ValueError(

@@ -12,7 +12,7 @@ from ..kinds import Kind
 from ..prims import accumulation_dtype, column_sum
 from .base import Rule, Shape, State, Use
 from .direction import Gradient, Graft
-from .hyper import Hyper, check_decay, check_positive, weight_of_old
+from .hyper import Hyper, check_decay, check_kl_clip, check_positive, weight_of_old
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +53,7 @@ class Eva(Rule):
         check_decay(self, "0.05")
         if self.outputs not in ("mean", "sum"):
             raise ValueError(f"Eva(outputs={self.outputs!r}): must be 'mean' or 'sum'")
-        if self.kl_clip is not None:
-            check_positive(self, "kl_clip", "1e-3, or None")
+        check_kl_clip(self)
 
     def init(self, shape: Shape, device: torch.device) -> State:
         """``a`` ``[I]`` and ``g`` ``[O]``, zero, float32; ``seen`` counts refreshes."""

@@ -63,6 +63,12 @@ def check_decay(rule: Any, example: str, name: str = "decay") -> None:
         raise ValueError(f"{where}{value!r}): the weight of the old average must lie in [0, 1), e.g. {example}")
 
 
+def check_kl_clip(rule: Any) -> None:
+    """Raises ValueError for a bound on all steps together that is neither None nor above zero."""
+    if rule.kl_clip is not None:
+        check_positive(rule, "kl_clip", "1e-3, or None")
+
+
 def check_count(rule: Any, name: str, least: int = 1) -> None:
     """Raises ValueError for a field that is no integer of at least ``least``."""
     value = getattr(rule, name)

@@ -13,7 +13,7 @@ from ..prims import accumulation_dtype
 from .base import Shape, State, Use
 from .bases import into_bases, out_of_bases
 from .direction import Gradient, Graft, Sides
-from .hyper import Hyper, check_count, check_decay, check_positive
+from .hyper import Hyper, check_count, check_decay, check_kl_clip, check_positive
 from .kronecker_factors import FactoredRule, averaged, check_max_factor, damped, sides_with_factor
 
 
@@ -84,8 +84,7 @@ class KFAC(FactoredRule):
         if self.inverse not in ("cholesky", "eigen", "newton"):
             raise ValueError(f"{name}(inverse={self.inverse!r}): must be 'cholesky', 'eigen' or 'newton'")
         check_count(self, "newton_steps")
-        if self.kl_clip is not None:
-            check_positive(self, "kl_clip", "1e-3, or None")
+        check_kl_clip(self)
 
     def overrides(self, function: str) -> bool:
         own = {"derive": self.inverse != "newton", "precondition": self.inverse == "eigen", "sides": self.inverse != "eigen"}

@@ -8,6 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .hyper import describe_rule
+
+
+def too_few_slots(rule: Any, what: str, slots: int, there: int) -> str:
+    """What is to be said of a rule that gathers what it has no room for."""
+    return f"{describe_rule(rule)} gathers the summaries of {slots} {what}, and there are {there}: tell it how many"
+
 
 class WrongResult(ValueError):
     """A function of a rule has returned what the contract does not allow."""

@@ -12,7 +12,7 @@ from ..kinds import Kind
 from ..prims import accumulation_dtype
 from .base import Rule, Shape, State, Use
 from .direction import Gradient, Graft
-from .hyper import Hyper, check_positive
+from .hyper import Hyper, check_kl_clip, check_positive
 from .structure import Structure
 from .structures import NAMES, Named, structure_of
 
@@ -93,8 +93,7 @@ class SINGD(Rule):
     def __post_init__(self) -> None:
         check_positive(self, "damping", "1e-3")
         check_positive(self, "beta1", "1e-2")
-        if self.kl_clip is not None:
-            check_positive(self, "kl_clip", "1e-3, or None")
+        check_kl_clip(self)
         pair = isinstance(self.structure, tuple) and len(self.structure) == 2
         if not all(name in NAMES for name in (self.structure if pair else (self.structure,))):
             raise ValueError(

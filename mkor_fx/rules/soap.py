@@ -30,6 +30,10 @@ class SOAP(Rule):
     the QR decomposition of ``L Q``; ``v`` is sorted alike, ``m`` is turned from the old bases to the new ones. So no
     gradient shapes the bases of its own step.
 
+    Where there is none when bases are first due (it was zero or not finite, an expert has seen no row), the identity stands
+    in for them, which is Adam, until they are due again; then they are made as above, and ``v`` goes along by the squares of
+    their entries.
+
     State is ``2 (O^2 + I^2 + O I)`` numbers, a step costs ``6 O I (O + I)`` flops. A bias is left to the base optimizer, as
     which AdamW fits. An embedding's vocabulary, and a side above ``max_factor``, stays the identity; where both do, this is
     Adam. Convolutions are matrices of ``C kh kw`` inputs.
@@ -72,12 +76,14 @@ class SOAP(Rule):
         check_max_factor(self)
 
     def init(self, shape: Shape, device: torch.device) -> State:
-        """``L``, ``R``, and ``m``, ``v`` ``[O, I]`` zero, bases the identity, float32; ``count`` of gradients."""
+        """``L``, ``R``, and ``m``, ``v`` ``[O, I]`` zero, bases the identity, float32; ``count`` of gradients,
+        and whether bases were ``derived``."""
         sides = sides_with_factor(shape, self.max_factor)
         state = {name: torch.zeros(size, size, device=device) for name, size in sides.items()}
         state |= {f"{name}_basis": torch.eye(size, device=device) for name, size in sides.items()}
         state |= {name: torch.zeros(shape.O, shape.I, device=device) for name in ("m", "v")}
-        return {**state, "count": torch.zeros((), dtype=torch.int64, device=device)}
+        flags = {"count": torch.int64, "derived": torch.float32}
+        return state | {name: torch.zeros((), dtype=dtype, device=device) for name, dtype in flags.items()}
 
     def preconditions_bias(self, shape: Shape) -> bool:
         return False
@@ -98,8 +104,8 @@ class SOAP(Rule):
         return {**state, **new, "count": state["count"] + 1}
 
     def derive(self, state: State) -> State:
-        """Bases by one orthogonal iteration from those before; the first by eigendecomposition."""
-        new, first = dict(state), state["count"] == 1
+        """Bases by one orthogonal iteration from those before; the first by eigendecomposition, of factors above zero."""
+        new, first = dict(state), state["derived"] == 0
         decomposes = _may_hold(first)
         for name, axis in (("L", 0), ("R", 1)):
             if name not in state:
@@ -107,13 +113,12 @@ class SOAP(Rule):
             factor, old = state[name], state[f"{name}_basis"]
             product = factor @ old
             order = torch.argsort((old * product).sum(0), descending=True)
-            basis = torch.linalg.qr(product.index_select(1, order))[0]
+            basis, v = torch.linalg.qr(product.index_select(1, order))[0], new["v"].index_select(axis, order)
             if decomposes:
                 basis = torch.where(first, torch.linalg.eigh(factor)[1].flip(-1), basis)
-            turn = basis.mT @ old
-            new[f"{name}_basis"] = basis
-            new["m"] = turn @ new["m"] if axis == 0 else new["m"] @ turn.mT
-            new["v"] = new["v"].index_select(axis, order)
+                v = torch.where(first, _along(axis, (basis.mT @ old).square(), new["v"]), v)
+            new[f"{name}_basis"], new["m"], new["v"] = basis, _along(axis, basis.mT @ old, new["m"]), v
+            new["derived"] = (factor.diagonal().sum() > 0).to(state["derived"].dtype)
         return new
 
     def precondition(self, state: State, grad: Gradient) -> Gradient:
@@ -122,6 +127,10 @@ class SOAP(Rule):
         size = (1 - self.beta2**taken).sqrt() / (1 - self.beta1**taken)
         made = out_of_bases(state, size.to(m.dtype) * m / (v.sqrt() + self.eps))
         return Gradient(made.to(grad.weight.dtype), grad.bias)
+
+
+def _along(axis: int, matrix: Tensor, of_OI: Tensor) -> Tensor:
+    return matrix @ of_OI if axis == 0 else of_OI @ matrix.mT
 
 
 def _may_hold(flag: Tensor) -> bool:

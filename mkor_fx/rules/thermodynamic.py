@@ -12,7 +12,7 @@ from ..kinds import Kind
 from ..prims import normals, uniforms
 from .base import Shape, State, Use
 from .direction import Gradient, Graft, Sides
-from .hyper import Hyper, check_count, check_decay, check_positive
+from .hyper import Hyper, check_count, check_decay, check_kl_clip, check_positive
 from .kronecker_factors import FactoredRule, averaged, check_max_factor, damped, sides_with_factor
 
 
@@ -93,8 +93,7 @@ class ThermodynamicKFAC(FactoredRule):
             check_count(self, "bits", 2)
         if self.rounding not in ("nearest", "stochastic"):
             raise ValueError(f"{where}rounding={self.rounding!r}): must be 'nearest' or 'stochastic'")
-        if self.kl_clip is not None:
-            check_positive(self, "kl_clip", "1e-3, or None")
+        check_kl_clip(self)
 
     def init(self, shape: Shape, device: torch.device) -> State:
         """``L`` and ``R`` zero, their inverses the identity, float32; ``seen`` counts refreshes, ``runs`` of the process."""

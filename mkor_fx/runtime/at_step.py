@@ -147,7 +147,9 @@ class AtStep(Followed):
             self._replicas.check()
         iteration = self.mkor.step if begins else self._iteration
         refreshed = self._refreshes.due(sites, iteration, self.refresh_every)
-        taken = self._run(step, iteration, sites, refreshed, [other for other in others if other is not self])
+        others = [other for other in others if other is not self]
+        self.check_slots(((sites[name].param, sites[name].layout) for name in refreshed), others)
+        taken = self._run(step, iteration, sites, refreshed, others)
         self._take_note(sites, begins)
         self._refreshes.done(refreshed, iteration, self.refresh_every)
         derived = self.derived(sites, iteration, {name: self.mkor.state(name) for name in sites}, taken)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -24,6 +25,8 @@ class Leaves:
         self.param = weakref.ref(param)
         self.by_shape: dict[tuple[int, ...], Tensor] = {}
         self.mark: Mark | None = None
+        #: of a rule that gathers: how often each of its slots has been written
+        self.slots: Counter[int] = Counter()
 
 
 class Carriers:
@@ -62,6 +65,19 @@ class Carriers:
         leaves = self._of(param)
         for leaf in () if leaves is None else leaves.by_shape.values():
             leaf.grad = None
+        if leaves is not None:
+            leaves.slots.clear()
+
+    def write(self, param: nn.Parameter, slot: int) -> None:
+        """A backward that has begun writes into this slot."""
+        leaves = self._of(param)
+        assert leaves is not None
+        leaves.slots[slot] += 1
+
+    def written(self, param: nn.Parameter) -> Counter[int]:
+        """How often each slot was written since ``clear``."""
+        leaves = self._of(param)
+        return Counter() if leaves is None else leaves.slots
 
     def _of(self, param: nn.Parameter) -> Leaves | None:
         leaves = self._leaves.get(id(param))
@@ -87,7 +103,8 @@ class Carriers:
     def restart(self, param: nn.Parameter) -> None:
         """Drop statistics whose gradient is gone: it is None, or was set to zero in place.
 
-        The latter is decided on the device, and looked at only where the gradient has changed since the last backward.
+        The latter is decided on the device, and looked at only where the gradient has changed since the last backward. With
+        slots, which are free again then, the host waits for that.
         """
         if self.gradient(param) is None or not self.begins(param):
             return
@@ -98,6 +115,8 @@ class Carriers:
             leaves = self._of(param)
             assert leaves is not None
             accumulated = (grad != 0).any()
+            if leaves.slots and not accumulated:
+                return self.clear(param)
             for leaf in leaves.by_shape.values():
                 if leaf.grad is not None:
                     leaf.grad = torch.where(accumulated, leaf.grad, torch.zeros_like(leaf.grad))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -83,12 +84,17 @@ class Followed:
         """A backward over ``params`` begins."""
         raise NotImplementedError
 
-    def watch(self, outputs: Any, params: Sequence[nn.Parameter]) -> None:
-        """Follow the backward of the compiled function that has made ``outputs`` from ``params``."""
+    def watch(
+        self, outputs: Any, params: Sequence[nn.Parameter], writes: Sequence[tuple[nn.Parameter, int]] = ()
+    ) -> None:
+        """Follow the backward of the compiled function that has made ``outputs`` from ``params``. It ``writes`` into those
+        slots of theirs."""
 
         def begin() -> None:
             self.seen.backward = self.seen.inside = True
             self.begin(params)
+            for param, slot in writes:
+                self.carriers.write(param, slot)
 
         def end() -> None:
             self.seen.inside = False
@@ -142,6 +148,21 @@ class Followed:
                 continue
             if self.has_statistics(name, param) is False:
                 yield name, param, self.has_shown(param)
+
+    def check_slots(self, sites: Iterable[tuple[nn.Parameter, Any]], others: Sequence[Followed] = ()) -> None:
+        """Before statistics of these parameters, by their layouts, are used: what was gathered is in slots of its own.
+
+        Raises:
+            ValueError: two micro-batches were written into one.
+        """
+        for param, layout in sites:
+            added = (self, *(other for other in others if other.layout_of(param) == layout))
+            written = sum((one.carriers.written(param) for one in added), Counter[int]())
+            if max(written.values(), default=0) > 1:
+                error = layout.shared_slot(self.mkor.name(param), written.total())
+                if self.ranks is not None:
+                    self.ranks.failed(error)
+                raise error
 
     def derived(self, names: Iterable[str], step: int, states: Mapping[str, Any], taken: Tensor | None = None) -> dict:
         """What the rules derive behind a step from the ``states`` of those weights for which that is due, by name."""

@@ -63,6 +63,8 @@ class InBackward(Followed):
         pending = self._pending()
         if not pending:
             return
+        due = self._refreshes.due((self.mkor.name(param) for param, _ in pending), self.mkor.clock, self.refresh_every)
+        self.check_slots((param, recipe.layout) for param, recipe in pending if self.mkor.name(param) in due)
         self._replicas.check()
         step, refreshed, states, derived = self._refreshed(pending)
         for name, state in {**states, **derived}.items():

@@ -11,12 +11,14 @@ from ...ir import Decline, Site, StepGraph, source_line
 from ...rules import Rule, Rules, Shape
 from ..core import graph_pass
 from .layout import Layout
+from .uses import together
 
 
 @graph_pass(stage="match", exact=True)
 def assign_rules(step: StepGraph, *, rules: Rules) -> None:
-    """Give every site its rule. A weight that no pattern names, or for which its rule keeps no state, is declined with its
-    bias; so is a bias that the rule leaves alone. A bias goes with its weight."""
+    """Give every site its rule. A weight that no pattern names, for which its rule keeps no state, or whose rows a rule that
+    gathers would find in several sums, is declined with its bias; so is a bias that the rule leaves alone. A bias goes with
+    its weight."""
     for index, site in list(step.sites.items()):
         entry = rules.match(site.parameter.name)
         rule = None if entry is None else entry[1]
@@ -34,6 +36,8 @@ def _check_state(step: StepGraph, index: int, site: Site, rule: Rule, shape: Sha
         why = rule.without_state(shape)
         reason = reasons.NO_STATE.format(rule=name, O=shape.O, I=shape.I, why=f": {why}" if why else "")
         _decline(step, index, Decline(reason, str(site.taps[0].node.target)))
+    elif rule.gathers is not None and len(together(site.taps)) > len(site.kinds):
+        _decline(step, index, Decline(reasons.GATHERED_TWICE.format(rule=name), str(site.taps[0].node.target)))
     elif bias is not None and not (rule.preconditions_bias(shape) and _has_a_direction(site, rule)):
         site.bias = None
         step.declines[bias.index] = Decline(reasons.BIAS_ALONE.format(rule=name, weight=weight), source=_line(site))

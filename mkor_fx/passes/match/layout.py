@@ -14,8 +14,8 @@ from torch import Tensor
 from ...ir import INPUTS_FIRST, INPUTS_LAST, Site, View
 from ...kinds import Kind
 from ...rules import Gradient, Rule, Shape
-from ...rules.hyper import timeless
-from ...rules.results import check_sides
+from ...rules.hyper import describe_rule, timeless
+from ...rules.results import check_sides, too_few_slots
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,22 @@ class Layout:
     def reads_state(self) -> bool:
         """Whether statistics depend on the state."""
         return self.rule.reads_state
+
+    @property
+    def slots(self) -> int | None:
+        """For how many micro-batches of a step a summary has slots; None: it has none, and needs none."""
+        return None if self.rule.gathers is None else self.rule.gathers[1]
+
+    def shared_slot(self, name: str, written: int) -> ValueError:
+        """What is to be raised where of the micro-batches that were ``written`` two have come to one slot."""
+        assert self.slots is not None
+        if written > self.slots:
+            return ValueError(f"{name}: {too_few_slots(self.rule, 'micro-batches of a step', self.slots, written)}")
+        return ValueError(
+            f"{name}: {written} micro-batches, and two in one of the {self.slots} slots of {describe_rule(self.rule)}: between "
+            "them lay a call without a backward (make it under torch.no_grad()), a step that left the weight out, or a call of "
+            "another handle"
+        )
 
     @property
     def layout(self) -> Layout:

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from ... import reasons
 from ...ir import INPUTS_LAST, Decline, Operand, Tap, fake_value, same_sizes
 from ...ops import CASTS, VIEWS
-from ...ops.rows import seen
+from ...ops.rows import as_columns, as_rows, seen
 from ...ops.table import behind
 from .boxes import Box, at_dimensions, merge, view_of
 from .pieces import PlacedTap, on_whole, pieces, read_product, viewed, where
@@ -160,3 +160,12 @@ def kronecker_rows(
         factor = other.squeeze((0, 2) if kept == 0 else (1, 3))
         rows_NSK = (factor.t() if transposed else factor) @ rows_NSK
     return rows_NSK.flatten(0, 1)
+
+
+def together(taps: list[Tap]) -> list[list[Tap]]:
+    """Uses to be summed in one go: an unrolled recurrence has one each time step, and a few kernels each would be many."""
+    groups: dict[object, list[Tap]] = {}
+    for i, tap in enumerate(taps):
+        plain = tap.count is None and {tap.a.view, tap.g.view} <= {as_rows, as_columns}
+        groups.setdefault((tap.inputs, fake_value(tap.g.node).dtype) if plain else i, []).append(tap)
+    return list(groups.values())

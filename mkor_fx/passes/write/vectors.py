@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from ...ir import Operand, Site, Tap, fake_value
-from ...ops.rows import as_columns, as_rows
+from ...ir import Operand, Site
 from ...rules import Use
 from ...rules.hyper import bind
 from ...rules.results import check_summary
 from ..torch_api.tracing import insert
 from ..match.layout import Layout
+from ..match.uses import together
 
 #: how an operand is read in traced code: a view, the operand's value and further arguments
 Reading = tuple[Any, ...]
@@ -43,7 +43,7 @@ def write_vectors(
     layout, label = Layout.of(site), f"{site.parameter.name}: statistics"
     also: dict[str, Any] = {"state": dict(state)} if layout.rule.reads_state else {}
     also |= {"key": key} if layout.rule.draws else {}
-    for taps in _together(site.taps):
+    for taps in together(site.taps):
         a, g = ([_reading(operand) for operand in operands] for operands in zip(*((tap.a, tap.g) for tap in taps)))
         count = None if taps[0].count is None else _reading(taps[0].count)
         kind = taps[0].inputs
@@ -53,15 +53,6 @@ def write_vectors(
         known = vectors.get(kind)
         vectors[kind] = vector if known is None else insert(graph, torch.add, known, vector, label=label)
     return vectors
-
-
-def _together(taps: list[Tap]) -> list[list[Tap]]:
-    """Uses to be summed in one go: an unrolled recurrence has one each time step, and a few kernels each would be many."""
-    groups: dict[Any, list[Tap]] = {}
-    for i, tap in enumerate(taps):
-        plain = tap.count is None and {tap.a.view, tap.g.view} <= {as_rows, as_columns}
-        groups.setdefault((tap.inputs, fake_value(tap.g.node).dtype) if plain else i, []).append(tap)
-    return list(groups.values())
 
 
 def _reading(operand: Operand) -> Reading:
