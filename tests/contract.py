@@ -88,10 +88,16 @@ class Contract:
             param.mul_(1 - group["lr"] * group.get("weight_decay", 0)).sub_(D, alpha=group["lr"])
         for param, grad in raw:
             param.grad = grad
-        if self.rule.overrides("derive") and self.count % self.rule.derive_every == 0:
-            self.state = {key: self.rule.derive(state) for key, state in self.state.items()}
+        if self.rule.overrides("derive"):
+            for key in self.state:
+                if self.due(key.rpartition(":")[0], self.rule.derive_every):
+                    self.state[key] = self.rule.derive(self.state[key])
         self.rows, self.count = {}, self.count + 1
         self.optimizer.zero_grad()
+
+    def due(self, name, every):
+        """Whether something that is done every so many steps is done to a weight now."""
+        return self.count % every == 0
 
     def shape(self, weight, kind, bias):
         outputs, inputs = self.matrices(weight, kind)[0].shape
@@ -111,7 +117,7 @@ class Contract:
             summary = tuple(s.to(a.dtype) for s in self.rule.summarize(seen, a, g, **read))
             uses.append(Use(summary, torch.tensor(float(len(a))), turned))
         clock = torch.tensor(self.count)
-        if self.count % self.refresh_every == 0:
+        if self.due(name, self.refresh_every):
             state = self.rule.update(state, uses, grad, clock)
         made, self.state[key] = self.direction(self.rule.advance(state, grad, clock), grad)
         return made
