@@ -67,8 +67,8 @@ def main() -> None:
             spent[side].append(window(step, options.every))
     rows = []
     for (name, phases), windows in spent.items():
-        clocks = (statistics.fmean, max, min)
-        shown = [f"{statistics.median(map(clock, windows)):.1f}" for clock in clocks]
+        clocks: tuple[Callable[[list[float]], float], ...] = (statistics.fmean, max, min)
+        shown = [f"{statistics.median([clock(steps) for steps in windows]):.1f}" for clock in clocks]
         rows.append((name, phases, *shown))
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options.backend}; {autoencoder().title}; "
           f"a refresh every {options.every} steps, {options.windows} windows\n")  # fmt: skip
