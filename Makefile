@@ -80,6 +80,7 @@ bench-full: $(SIDES)  ## every side on four models, compile time, memory, scalin
 	$(RUN) -m benchmarks.memory
 	$(RUN) -m benchmarks.scaling
 	$(RUN) -m benchmarks.refresh_cost
+	$(RUN) -m benchmarks.worst_step
 	$(RUN) -m benchmarks.compile_time
 
 overlap: $(READY)  ## how much communication hides under compute, and weak scaling

@@ -39,6 +39,7 @@ def compile(
     rule: RuleChoice = MKOR(),  # noqa: B008  (frozen)
     *,
     refresh_every: int = 1,
+    refresh_phases: int = 1,
     skip: Sequence[str] = (),
     precondition: Literal["step", "backward"] = "step",
     process_group: ProcessGroup | None = None,
@@ -68,6 +69,11 @@ def compile(
             decides, None leaves a weight alone, and one that no pattern names is left alone as well. A bias goes with its
             weight.
         refresh_every: steps per factor refresh; the first step refreshes.
+        refresh_phases: 1: all weights refresh at the same step. ``p > 1``: in turns, at ``p`` evenly spaced ones of
+            ``refresh_every``, so that no step is much longer than another: those of phase ``k`` where
+            ``step + k * refresh_every // p`` is a multiple of ``refresh_every``, and all at the first step; what is derived
+            likewise. Phases cost about the same, counted from the shapes of their weights. Each has an update program of
+            its own, compiled at its first turn.
         skip: glob patterns of parameter names that keep their raw gradient.
         precondition: ``"step"``: at the optimizer's step, on gradients that are accumulated, averaged and clipped.
             ``"backward"``: inside the backward, so that ``.grad`` arrives preconditioned; for loops without a torch
@@ -87,6 +93,7 @@ def compile(
     chosen = Options(
         rule=rule,
         refresh_every=refresh_every,
+        refresh_phases=refresh_phases,
         skip=skip,
         precondition=precondition,
         process_group=process_group,
@@ -123,6 +130,7 @@ def compile_step(
     rule: RuleChoice = MKOR(),  # noqa: B008  (frozen)
     *,
     refresh_every: int = 1,
+    refresh_phases: int = 1,
     skip: Sequence[str] = (),
     accumulate: int = 1,
     clip_norm: float | None = None,
@@ -142,7 +150,7 @@ def compile_step(
     """One training step as one compiled program: ``step(*args, **kwargs) -> loss``.
 
     Forward, backward, statistics, factor refresh, preconditioning, rescale and the optimizer's own update are one graph,
-    in two variants (with and without a refresh), with no host synchronisation inside. The optimizer stays live: its
+    in variants with and without a refresh, with no host synchronisation inside. The optimizer stays live: its
     ``state_dict``, its ``param_groups`` and learning-rate schedulers act on the compiled step, and a changing number
     compiles nothing again. Parameters' ``.grad`` is neither read nor written.
 
@@ -156,6 +164,9 @@ def compile_step(
         rule: as in :func:`compile`; ``None`` is the plain compiled step; a ``Hybrid`` leaves its rule where the loss says
             so, for which the host waits once a window (``step.mkor.switch`` tells).
         refresh_every: steps per factor refresh; the first step refreshes.
+        refresh_phases: as in :func:`compile`. Each phase is a program of the whole step, compiled at its first turn: with
+            ``p`` of them ``p + 1`` in place of two (``p + 2`` where ``p < refresh_every``), which compile as much longer.
+            With ``placement="owner"`` phases are even over all weights, not over each owner's.
         skip: glob patterns of parameter names that keep their raw gradient.
         accumulate: parts in which each batch is run, for its memory: all arguments with as many rows as the target are cut
             along their first dimension, the last part may be smaller, and the step is that of the whole batch with the mean
@@ -188,6 +199,7 @@ def compile_step(
     chosen = Options(
         rule=rule,
         refresh_every=refresh_every,
+        refresh_phases=refresh_phases,
         skip=skip,
         accumulate=accumulate,
         clip_norm=clip_norm,

@@ -73,6 +73,7 @@ class Options:
 
     rule: RuleChoice = MKOR()  # noqa: RUF009  (frozen)
     refresh_every: int = 1
+    refresh_phases: int = 1
     skip: Sequence[str] = ()
     precondition: str = "step"
     accumulate: int = 1
@@ -98,6 +99,17 @@ class Options:
         if not isinstance(self.refresh_every, int) or isinstance(self.refresh_every, bool) or self.refresh_every < 1:
             raise ValueError(
                 f"refresh_every={self.refresh_every!r}: must be an integer of at least 1, steps per refresh"
+            )
+        phases = self.refresh_phases
+        if not isinstance(phases, int) or isinstance(phases, bool) or not 1 <= phases <= self.refresh_every:
+            raise ValueError(
+                f"refresh_phases={phases!r}: must be an integer from 1 (all weights refresh at once) to refresh_every="
+                f"{self.refresh_every} (a part of them at each step)"
+            )
+        if phases > 1 and self.stale:
+            raise ValueError(
+                f"refresh_phases={phases} with stale=1: statistics of all weights travel together to the next step. Leave "
+                "one of the two out"
             )
         if self.precondition not in ("step", "backward"):
             raise ValueError(f"precondition={self.precondition!r}: must be 'step' or 'backward'")
@@ -147,7 +159,7 @@ class Options:
     @property
     def about(self) -> str:
         """What all ranks must have alike, and what programs depend on."""
-        names = ("refresh_every", "skip", "backend", "without", "accumulate", "clip_norm", "ema", "skip_nonfinite", "stale",
-                 "communication")  # fmt: skip
+        names = ("refresh_every", "refresh_phases", "skip", "backend", "without", "accumulate", "clip_norm", "ema",
+                 "skip_nonfinite", "stale", "communication")  # fmt: skip
         hybrid = "" if self.hybrid is None else f", hybrid {self.hybrid.about}"
         return ", ".join(f"{name} {getattr(self, name)}" for name in names) + hybrid

@@ -55,12 +55,18 @@ class Contract:
             param.mul_(1 - group["lr"] * group.get("weight_decay", 0)).sub_(D, alpha=group["lr"])
         for param, grad in raw:
             param.grad = grad
-        if self.rule.overrides("derive") and self.count % self.rule.derive_every == 0:
-            self.state = {key: self.rule.derive(state) for key, state in self.state.items()}
+        if self.rule.overrides("derive"):
+            for key in self.state:
+                if self.due(key.rpartition(":")[0], self.rule.derive_every):
+                    self.state[key] = self.rule.derive(self.state[key])
         for layer in self.layers.values():
             layer.clear()
         self.count += 1
         self.optimizer.zero_grad()
+
+    def due(self, name, every):
+        """Whether something that is done every so many steps is done to a weight now."""
+        return self.count % every == 0
 
     def shape(self, layer, bias):
         outputs, inputs = self.members(layer, layer.weight)[0].shape
@@ -78,7 +84,7 @@ class Contract:
             summary = tuple(s.to(layer.weight.dtype) for s in self.summarize(seen, rows, read))
             uses.append(Use(summary, torch.tensor(float(sum(len(a) for a, _ in rows))), opposite))
         clock = torch.tensor(self.count)
-        if self.count % self.refresh_every == 0:
+        if self.due(key.rpartition(":")[0], self.refresh_every):
             state = self.rule.update(state, uses, grad, clock)
         made, self.state[key] = self.direction(self.rule.advance(state, grad, clock), grad)
         return made

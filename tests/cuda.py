@@ -114,7 +114,8 @@ def on_cuda(module, on_host=()):
 
 
 def generate(module, keep_order=None, on_host=()):
-    """The program that Inductor writes for a lowered graph on a GPU; ``keep_order`` as in ``compile_graph``."""
+    """The program that Inductor writes for a lowered graph on a GPU, and the bytes that its kernels read and write;
+    ``keep_order`` as in ``compile_graph``."""
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx_inner
 
@@ -125,7 +126,8 @@ def generate(module, keep_order=None, on_host=()):
 
     def write_only(self):
         program, _ = self.codegen()
-        programs.append(program.value)
+        moved = sum(node.get_read_write_buffers_sizes() for node in self.scheduler.nodes)
+        programs.append((program.value, moved))
         raise Written
 
     options = {"fx_graph_cache": False, "compile_threads": 1, "post_grad_custom_post_pass": keep_order}

@@ -1,12 +1,16 @@
 """The benchmark of convergence: rates searched, runs kept, tables and plots."""
 
+import copy
 import dataclasses
 import math
 
 import pytest
 import torch
+from torch.nn import functional
 
+import mkor_fx
 from benchmarks import convergence, sides, tasks, training
+from benchmarks.hooked import HookedMKOR
 from benchmarks.report import reaching, report, spread
 from benchmarks.tasks import TASKS
 from benchmarks.training import Run
@@ -118,6 +122,30 @@ def test_kfac_by_hooks_is_the_rule():
     assert hooked.training == pytest.approx(rule.training, rel=1e-4)
     adamw = sides.build(task, "AdamW", "eager").run(1e-2, 0)
     assert adamw.training != pytest.approx(rule.training, rel=1e-2)
+
+
+def test_mkor_by_hooks_is_the_rule():
+    """With convolutions and biases, in float64: one trajectory, which is not that of plain SGD."""
+    torch.manual_seed(0)
+    model = small_network().double()
+    twins = [copy.deepcopy(model) for _ in range(2)]
+    batches = [(torch.randn(16, 64).double(), torch.randn(16, 64).double()) for _ in range(8)]
+    rule = mkor_fx.MKOR.published(factor_dtype=torch.float64, product_dtype=torch.float64)
+    compiled = [
+        mkor_fx.compile_step(net, functional.mse_loss, torch.optim.SGD(net.parameters(), lr=1.0), taken, backend="eager")
+        for net, taken in ((model, rule), (twins[0], None))
+    ]
+    hooked, sgd = HookedMKOR(twins[1]), torch.optim.SGD(twins[1].parameters(), lr=1.0)
+    for x, y in batches:
+        for step in compiled:
+            step(x, y)
+        sgd.zero_grad()
+        functional.mse_loss(twins[1](x), y).backward()
+        hooked.step()
+        sgd.step()
+    for own, plain, by_hooks in zip(model.parameters(), *(net.parameters() for net in twins), strict=True):
+        torch.testing.assert_close(by_hooks, own, rtol=1e-10, atol=1e-12)
+        assert (own - plain).norm() > 1e-3 * own.norm()
 
 
 def small_network():

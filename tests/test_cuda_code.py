@@ -1,5 +1,7 @@
-"""The CUDA program of a whole step on two ranks, made without a GPU: its order, its silence, its kernels' machine code."""
+"""The CUDA program of a whole step on two ranks, made without a GPU: its order, its silence, its kernels' number and
+machine code, what it moves."""
 
+import dataclasses
 import importlib.util
 import os
 import re
@@ -21,10 +23,23 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed: pip install triton==3.7.0", allow_module_level=True)
 
 
+@dataclasses.dataclass
+class Generated:
+    """Text of a program, by kernel what Triton made of it, and its collectives; the bytes that kernels and products read and
+    write; the graph breaks of its capture."""
+
+    code: str
+    kernels: dict
+    collectives: list
+    moved: int
+    breaks: int
+
+
 def program_and_kernels(folder):
-    """Text of the program and, by kernel, what Triton made of it. In a process of its own: torch is told of a GPU."""
+    """In a process of its own: torch is told of a GPU."""
     import cuda
     import torch.distributed as dist
+    from torch._dynamo.utils import counters
 
     from mkor_fx.doors.simulate import trace_step
     from mkor_fx.options import Options
@@ -42,10 +57,11 @@ def program_and_kernels(folder):
     group = Group(dist.group.WORLD.group_name, 2, communication.sizes)
     options = Options(rule=MKOR.published(), communication=communication)
     written = trace_step(model, (x, x), {}, loss_fn, optimizer, options, group)
-    code = cuda.generate(written.whole.module, Overlap())
+    code, moved = cuda.generate(written.whole.module, Overlap())
     made = {name: cuda.compile_kernel(name, source) for name, source in cuda.kernels(code).items()}
     sizes = {name: [(asm["ptx"][:400], len(asm["cubin"])) for asm in variants] for name, variants in made.items()}
-    return code, sizes, describe(written.graphs["schedule"].graph)
+    collectives = describe(written.graphs["schedule"].graph)
+    return Generated(code, sizes, collectives, moved, sum(counters["graph_break"].values()))
 
 
 @pytest.fixture(scope="module")
@@ -71,23 +87,40 @@ def body(code):
 
 
 def test_every_kernel_compiles_for_sm_90(generated):
-    code, kernels, _ = generated
+    code, kernels = generated.code, generated.kernels
     assert len(kernels) == code.count("@triton.jit") > 10
     assert set(kernels) == set(re.findall(r"(triton_\w+)\.run\(", code))
     for variants in kernels.values():
         assert variants and all(".target sm_90" in ptx and size > 1000 for ptx, size in variants)
 
 
+def test_the_step_is_one_program_of_few_kernels(generated):
+    order = calls(generated.code)
+    assert generated.breaks == 0 and generated.code.count("def call(") == 1
+    assert order.count("product") == (3 * LAYERS - 1) + 3 * LAYERS  # of the layers; two sides of a gradient, one of its bias
+    assert order.count("kernel") <= 38 * LAYERS
+
+
+def test_what_is_moved_beside_what_has_to_be(generated):
+    """Matrices of ``WIDTH`` that each layer reads or writes at least; rows, a quarter of one, go uncounted."""
+    layer = 2 + 1  # forward and backward read the weight, the backward makes its gradient
+    over_ranks = 2  # in and out
+    factors = 2 * (2 + 1)  # read for the update, read and written by it
+    products = 2 * (2 + 1)
+    adamw = 4 + 3  # weight, direction and two moments; all but the direction are written
+    least = LAYERS * (layer + over_ranks + factors + products + adamw) * WIDTH**2 * 4
+    assert least < generated.moved < 2.75 * least  # 2.64
+
+
 def test_nothing_waits_for_the_device(generated):
-    text = "\n".join(body(generated[0]))
+    text = "\n".join(body(generated.code))
     for host in (".item(", ".cpu(", ".tolist(", "synchronize", "_cpu(", "cpp_fused", "device='cpu'", ".copy_("):
         assert host not in text
 
 
 def test_collectives_run_under_the_products(generated):
-    code, _, described = generated
-    order = calls(code)
-    assert order.count("start") == order.count("wait") == len(described) >= 2 * LAYERS
+    order = calls(generated.code)
+    assert order.count("start") == order.count("wait") == len(generated.collectives) >= 2 * LAYERS
     first_wait = order.index("wait")
     assert "start" not in order[first_wait:]
     assert "start" in order[: order.index("product") + 2 * LAYERS + 2]  # the first statistics leave in the forward
@@ -99,6 +132,6 @@ def test_collectives_run_under_the_products(generated):
 
 
 def test_waits_come_in_the_order_of_starts(generated):
-    lines = "\n".join(body(generated[0]))
+    lines = "\n".join(body(generated.code))
     started = re.findall(r"all_reduce_\.default\((\w+),", lines)
     assert re.findall(r"wait_tensor\.default\((\w+)\)", lines) == started

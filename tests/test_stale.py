@@ -206,6 +206,32 @@ def test_a_skipped_step_sends_nothing():
         assert_bitwise([seen[i] for _, seen in ranks])
 
 
+class Alternating(nn.Module):
+    """Heads that take turns."""
+
+    def __init__(self):
+        super().__init__()
+        self.heads = nn.ModuleList(nn.Linear(6, 4) for _ in range(2))
+
+    def forward(self, x, task):
+        return self.heads[task](x)
+
+
+def take_turns(rank, size):
+    torch.manual_seed(0)
+    model, x, y = Alternating(), torch.randn(8, 6), torch.randn(8, 4)
+    step = new_step(model, functional.mse_loss, refresh_every=5, communication=Communication(check_replicas_every=1))
+    for task in (0, 0, 1, 1):  # the second head comes where nothing is collected
+        step(*share((x,), even(8, size), rank), task, *share((y,), even(8, size), rank))
+    return everything(model, step.optimizer, step)
+
+
+def test_what_a_late_weight_refreshes_from_is_of_all_ranks():
+    two = processes.values(take_turns, 2)
+    assert_bitwise(two)
+    assert_close(two[0], take_turns(0, 1), 1e-5)
+
+
 def test_options_that_do_not_go_together():
     model = nn.Linear(4, 3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

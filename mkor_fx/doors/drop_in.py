@@ -46,7 +46,7 @@ from .compiled_graph import CompiledGraph, PlainGraph
 from .handle import compiled_handle
 from .modes import MODES
 from .rule_clock import RuleClock
-from .states import possible_states
+from .states import possible_states, rotation_of
 
 #: of a weight that two graphs see as different matrices, or that one looks up and another multiplies
 DISAGREE = Decline(reasons.DISAGREE)
@@ -73,6 +73,7 @@ class DropIn:
     def _make_runtime(self) -> Followed:
         every = self.options.refresh_every
         mkor = FactorState(self.model, every, possible_states(self.rules, self.mode.sizes_later))
+        self.coverage.rotation = mkor.rotation = rotation_of(self.model, self.options)
         if self.options.hybrid is not None:
             self.coverage.switch = mkor.switch = Switch(self.options.hybrid)
             mkor.switch.listens = self._cost_of_base, self._mean_over_ranks
@@ -153,6 +154,7 @@ class DropIn:
             self._compiled, self._first_order = self._make_compiled()
         self.naming, self._census, self._compilations = naming, Census(self.model), Compilations()
         self.coverage.forget(self.model)
+        self.coverage.rotation = self.runtime.mkor.rotation = rotation_of(self.model, self.options)
         self._optimizers.clear()
         self.runtime.forget_plan()
         self.runtime.mkor.forget_gone()

@@ -1,4 +1,4 @@
-"""What states a weight could have, before any graph has shown how it is used."""
+"""What can be said of a model's weights before any graph has shown how they are used: states, and when each refreshes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from ..options import Options
+from ..passes.naming import Naming
 from ..rules import Rules, Shape
+from ..runtime.rotation import Rotation
+from ..show.costs import refresh_flops
 
 
 def possible_states(rules: Rules, sized_later: bool = False) -> Callable[[str, nn.Parameter], list[dict[str, Tensor]]]:
@@ -24,6 +28,18 @@ def possible_states(rules: Rules, sized_later: bool = False) -> Callable[[str, n
         return [{**state, **more} for state in found if state]
 
     return expect
+
+
+def rotation_of(model: nn.Module, options: Options) -> Rotation:
+    """Which weights refresh when, by names, shapes and rules alone: the same on every rank and in every resumed run."""
+    rules, phases = options.rules, options.refresh_phases if options.rules else 1
+    costs: dict[str, int] = {}
+    naming = Naming.of(model, options.skip, rules)
+    for name, param in model.named_parameters() if phases > 1 else ():
+        entry = rules.match(name)
+        if param.dim() > 1 and entry is not None and entry[1] is not None and naming.excluded(name) is None:
+            costs[name] = refresh_flops(entry[1].at_first_step, next(_shapes(param)))
+    return Rotation.of(options.refresh_every if rules else 1, phases, costs)
 
 
 def _shapes(param: nn.Parameter) -> Iterator[Shape]:

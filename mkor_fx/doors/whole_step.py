@@ -17,7 +17,7 @@ from ..passes.match.layout import Layout
 from ..passes.naming import Naming
 from ..passes.order.collectives import Group, Network
 from ..passes.order.pin import Overlap
-from ..passes.pipeline import REWRITE, Variant, analyse, choose, part_of, refresh_of, synthesise
+from ..passes.pipeline import REWRITE, VARIANTS, Variant, analyse, choose, part_of, refresh_of, synthesise
 from ..passes.torch_api.backend import FakeTensorMode, compile_graph, plain_tracing
 from ..passes.torch_api.capture import WholeStep, capture_whole_step, trace_artifact
 from ..passes.torch_api.dynamo import dynamo_compile, dynamo_parameters, held_weakly, recurrence
@@ -46,7 +46,7 @@ from .checks import (
 from .loss_function import loss_function
 from .optimizer_checks import check_optimizer, check_step_hooks
 from .rule_clock import RuleClock
-from .states import possible_states
+from .states import possible_states, rotation_of
 
 
 def new_step(
@@ -60,14 +60,18 @@ def new_step(
     clock, rule = RuleClock(options.rules), bool(options.rules)
     loss_of, every = loss_function(model, loss_fn, options.return_outputs), options.refresh_every if rule else 1
 
-    def pick(step: int, fallback: bool, due: Collection[str] = ()) -> Variant:
-        return refresh_of(due) if due else choose(step, every, rule=rule, fallback=fallback, stale=options.stale)
+    def pick(step: int, fallback: bool, due: Collection[str] | None = ()) -> Variant:
+        if due is None or due:
+            return VARIANTS["refresh"] if due is None else refresh_of(due)
+        turn = mkor.rotation.turn(step)
+        return choose(step, every, rule=rule, fallback=fallback, stale=options.stale, turn=turn)
 
     def check() -> None:
         check_model(model)
         check_optimizer(model, optimizer, changed=True)
         check_gradient_hooks(model.named_parameters())
         Naming.of(model, options.skip, options.rules)
+        mkor.rotation = rotation_of(model, options)
 
     def check_arguments(args: tuple, kwargs: dict) -> None:
         check_call(model, loss_fn is not None, args, kwargs)
@@ -78,6 +82,7 @@ def new_step(
 
     try_optimizers(Optimizers.of(optimizer))
     mkor = FactorState(model, every, expect=possible_states(options.rules))
+    mkor.rotation = rotation_of(model, options)
     if options.hybrid is not None:
         mkor.switch = Switch(options.hybrid)
     keepers = keepers_of(options.placement, 1 if ranks is None else ranks.size)
@@ -120,6 +125,7 @@ def write_whole_step(
     held = {id(p) for group in step.optimizers.param_groups for p in group["params"]}
     params = {index: p for index, (_, p) in dynamo_parameters(gm, naming).items()}
     coverage = Coverage(step.model)
+    coverage.rotation = step.mkor.rotation
     graphs = Graphs(f"{type(step.model).__name__}: {variant.name} step", coverage, variant.has("refresh"))
 
     whole = capture_whole_step(gm, inputs, naming)
@@ -153,6 +159,7 @@ def write_whole_step(
             buffers=buffer_names(gm, step.model),
             owners=owners,
             late=buffers_of(whole) if options.stale and options.rules else (),
+            sends=variant.has("send"),
             due=variant.due,
             rows=options.communication.average == "rows",
             clip_norm=options.clip_norm,

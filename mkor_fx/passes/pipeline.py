@@ -108,10 +108,16 @@ VARIANTS = {
 }
 
 
-def choose(step: int, refresh_every: int, *, rule: bool = True, fallback: bool = False, stale: int = 0) -> Variant:
-    """The program of a step: statistics are taken every ``refresh_every`` steps, and used ``stale`` steps later."""
+def choose(
+    step: int, refresh_every: int, *, rule: bool = True, fallback: bool = False, stale: int = 0,
+    turn: tuple[int, Collection[str]] | None = None,
+) -> Variant:  # fmt: skip
+    """The program of a step: statistics are taken every ``refresh_every`` steps, and used ``stale`` steps later. Where weights take
+    turns: the phase whose ``turn`` it is, and its weights."""
     if not rule or fallback:
         return VARIANTS["fallback" if rule else "plain"]
+    if turn is not None:
+        return refresh_of(turn[1], f"phase {turn[0]}") if turn[1] else VARIANTS["reuse"]
     taken, used = step % refresh_every == 0, (step - stale) % refresh_every == 0
     if not stale:
         return VARIANTS["refresh" if used else "reuse"]
@@ -121,12 +127,14 @@ def choose(step: int, refresh_every: int, *, rule: bool = True, fallback: bool =
 
 def part_of(variant: Variant) -> Variant:
     """The program of the parts of a batch whose last one is ``variant``'s."""
-    return VARIANTS["part" if variant.has("statistics") else "part without statistics"]
+    part = VARIANTS["part" if variant.has("statistics") else "part without statistics"]
+    return part if variant.due is None else Variant(f"{part.name}: {variant.name}", part.passes, variant.due)
 
 
-def refresh_of(due: Collection[str]) -> Variant:
-    """The program of a step that reuses all state but that of ``due``, which had no part in an earlier step of the window."""
-    return Variant(f"refresh of {', '.join(sorted(due))}", VARIANTS["refresh"].passes, frozenset(due))
+def refresh_of(due: Collection[str], name: str = "") -> Variant:
+    """The program of a step that reuses all state but that of ``due``: weights whose turn it is, or that had no part in an earlier
+    step of the window. ``name`` it where they are many."""
+    return Variant(f"refresh of {name or ', '.join(sorted(due))}", VARIANTS["refresh"].passes, frozenset(due))
 
 
 def check_left_out(names: Collection[str]) -> None:

@@ -27,11 +27,12 @@ from .windows import Windows
 
 
 class _Due(Exception):
-    """A program was about to reuse state that was not refreshed yet in this window of steps."""
+    """A program was about to reuse state that was not refreshed yet in this window of steps: of ``names``, ``all`` that it uses or
+    some."""
 
-    def __init__(self, names: set[str]) -> None:
+    def __init__(self, names: set[str], all_: bool) -> None:
         super().__init__()
-        self.names = names
+        self.names, self.all = names, all_
 
 
 class CompiledStep(WholeState):
@@ -160,7 +161,7 @@ class CompiledStep(WholeState):
 
     def _cost_of_base(self) -> float:
         """Of a step without the rules, over one with them: what the first rank has counted, whose batch may be another one."""
-        cost = self.coverage.cost_of_base(self.mkor.refresh_every)
+        cost = self.coverage.cost_of_base(self.mkor.rotation.every)
         return cost if self.ranks is None else self.ranks.number_of_first(cost, next(self.model.parameters()).device)
 
     def _run_parts(self, variant: Any, args: tuple, kwargs: dict) -> Any:
@@ -188,7 +189,7 @@ class CompiledStep(WholeState):
                     f"accumulate: {', '.join(sorted(due.names))} took part in no step of this window before, so that the parts of "
                     "this batch had no statistics of it: use refresh_every=1, or accumulate=1"
                 ) from None
-            variant = self._maker.choose(self.mkor.step, False, due.names)
+            variant = self._maker.choose(self.mkor.step, False, None if due.all else due.names)
         except Exception as error:
             if self.ranks is not None:
                 self.ranks.failed(error)
@@ -250,13 +251,14 @@ class CompiledStep(WholeState):
         Raises:
             _Due: it would reuse state that is due, as of weights that have not taken part in earlier steps of the window.
         """
-        step, every = self.mkor.step, self.mkor.refresh_every
-        if variant.has("refresh"):
-            self._refreshes.done(names if variant.due is None else variant.due, step, every)
-        elif variant.has("precondition") and not variant.has("statistics"):
-            due = self._refreshes.due(names, step, every)
-            if due:
-                raise _Due(due)
+        step, every = self.mkor.step, self.mkor.rotation.every
+        if variant.has("refresh") and variant.due is None:
+            self._refreshes.done(names, step, every)
+        elif variant.has("precondition") and not variant.has("send"):
+            due, refreshed = self._refreshes.due(names, step, every), names.keys() & (variant.due or ())
+            if due - refreshed:
+                raise _Due(due, due == names.keys())
+            self._refreshes.done(refreshed, step, every)
         self._used = [name for name, here in names.items() if here]
         self._ran = True
 

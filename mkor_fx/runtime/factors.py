@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .checkpoint import Group, Recipe, Saved, flat, same_shapes, some, unlike
 from .measures import measure
+from .rotation import Rotation
 from .switch import Switch
 
 
@@ -31,7 +32,7 @@ class FactorState(Saved):
         refresh_every: int = 1,
         expect: Callable[[str, nn.Parameter], list[Group]] = lambda name, param: [],
     ) -> None:
-        self._model, self.refresh_every = model, refresh_every
+        self._model, self.rotation = model, Rotation(refresh_every)
         self._expect = expect
         self._names: dict[int, tuple[str, weakref.ref[nn.Parameter]]] = {}
         self._factors: dict[str, Group] = {}
@@ -58,7 +59,7 @@ class FactorState(Saved):
     def __repr__(self) -> str:
         """Without waiting for the device."""
         held = sum(t.numel() * t.element_size() for t in self.tensors().values()) / 2**20
-        return f"FactorState(step {self.step}, {len(self._factors)} weights, {held:.1f} MiB, refresh every {self.refresh_every})"
+        return f"FactorState(step {self.step}, {len(self._factors)} weights, {held:.1f} MiB, {self.rotation})"
 
     # ---- steps ------------------------------------------------------------------------------------------------------
 
@@ -185,7 +186,7 @@ class FactorState(Saved):
             loaded = self._pending.pop(name, None)
             if name in self._factors:
                 self._afresh[name] = "it is another weight than before"
-            elif self.generation > 0 and self._step == self.loaded_step > 0 and not _serves(loaded, factors):
+            elif self.generation > 0 and self._step == self.loaded_step > 0 and not (loaded is not None and same_shapes(loaded, factors)):
                 self._afresh[name] = "the loaded state has none that fit"
             self._factors[name] = factors
         self._recipes[name] = recipe
@@ -284,14 +285,10 @@ class FactorState(Saved):
         kinds = {f"{name}.{key}": self._recipes[name].kind(key) for name, group in self._factors.items() for key in group}
         found: dict[str, float] = {"steps": self.clock}
         if self.switch is None:
-            found["refreshes"] = -(-self.clock // self.refresh_every)
+            found |= self.rotation.metrics(self.clock)
         else:
             found["second_order"] = float(not self.switch.first_order)
         return found | measure(self.tensors(), kinds, per_factor)
-
-
-def _serves(loaded: Group | None, factors: Group) -> bool:
-    return loaded is not None and same_shapes(loaded, factors)
 
 
 def state_of(model: nn.Module, mkor: FactorState) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 class StepMaker:
     """What the runtime is handed, which knows neither rules nor graphs.
 
-    ``choose(step, fallback, due)`` names the variant of a step, or that of one which refreshes the weights ``due`` alone;
+    ``choose(step, fallback, due)`` names the variant of a step, or that of one which refreshes the weights ``due`` alone (None: all);
     ``build(compiled step, variant)`` makes its program. ``check()`` holds model and optimizer to what a step takes,
     ``check_call(args, kwargs)`` the arguments of a call.
     ``derive(step, recipe, state, taken)`` makes state of state, every ``derive_every(recipe)`` steps;

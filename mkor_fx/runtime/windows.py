@@ -1,4 +1,5 @@
-"""When a weight's state is due: at its first step in a window of so many steps, whichever steps it takes part in."""
+"""When a weight's state is due: at its first step in a window of so many steps, whichever steps it takes part in. Where weights
+take turns, windows of different phases begin at different steps."""
 
 from __future__ import annotations
 
@@ -18,12 +19,19 @@ class Windows:
     def due(self, names: Iterable[str], step: int, every: int) -> set[str]:
         """Those for which nothing was done yet in the window of ``every`` steps that ``step`` lies in."""
         self._follow()
-        before = (self._mkor.loaded_step - 1) // every
-        return {name for name in names if step // every > self._last.get(name, before)}
+        return {name for name in names if self._window(name, step, every) > self._last_window(name, every)}
 
     def done(self, names: Iterable[str], step: int, every: int) -> None:
         self._follow()
-        self._last.update(dict.fromkeys(names, step // every))
+        self._last |= {name: self._window(name, step, every) for name in names}
+
+    def _window(self, name: str, step: int, every: int) -> int:
+        return (step + self._mkor.rotation.offset(name)) // every
+
+    def _last_window(self, name: str, every: int) -> int:
+        """-1: nothing was done yet."""
+        loaded = self._mkor.loaded_step
+        return self._last.get(name, self._window(name, loaded - 1, every) if loaded else -1)
 
     def _follow(self) -> None:
         if self._generation != self._mkor.generation:

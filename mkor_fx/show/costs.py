@@ -23,6 +23,8 @@ from ..rules.direction import direction_of
 
 #: the gradient is formed, then ``L @ G @ R``; `order_products` takes another where that is cheaper and may be
 PRODUCT_FIRST = "product first"
+#: that a refresh is counted for where no batch is known
+ROWS = 1024
 
 
 class Work(NamedTuple):
@@ -97,6 +99,25 @@ def count_costs(work: Work) -> Costs:
         members * precondition[1],
         min(macs, key=macs.__getitem__) if macs else "",
     )
+
+
+@functools.lru_cache(maxsize=4096)
+def refresh_flops(rule: Rule, shape: Shape) -> int:
+    """Of a refresh of one matrix where no batch is known, under a rule as it is at step 0: statistics of ``ROWS`` rows, the
+    state's update, and ``d^3`` for each matrix of ``d`` rows where the rule derives something."""
+    with torch.no_grad(), new_fake_mode():
+        state = rule.init(shape, torch.device("cpu"))
+        if not state:
+            return 0
+        gradient = torch.empty(shape.O, shape.I)
+        read: dict[str, Any] = {"state": state} if rule.reads_state else {}
+        read |= {"key": torch.empty((), dtype=torch.int64)} if rule.draws else {}
+        summaries = _summarize(rule, [shape], 1, read)
+        count, step = torch.empty(()), torch.empty((), dtype=torch.int64)
+    statistics, _ = _count(_summarize, rule, [shape], ROWS, read)
+    update, _ = _count(_refresh, rule, state, summaries, [count], gradient, None, step)
+    derived = sum(t.shape[-1] ** 3 for t in state.values() if t.dim() > 1) if rule.overrides("derive") else 0
+    return statistics + update + derived
 
 
 def orders(shape: Shape, rows: int, left: bool, right: bool) -> dict[str, int]:

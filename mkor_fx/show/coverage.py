@@ -86,7 +86,7 @@ class Coverage:
     ``print(coverage)`` is a table, ``table(costs=True)`` what each weight costs, ``to_json()`` everything; ``covered`` and
     ``declined`` are lists of entries; ``graphs`` the programs seen so far and ``to_html(path)`` a page of it all.
     ``trainers`` says by name who trains a parameter, once an optimizer is known; ``switch`` what a
-    ``Hybrid`` does now.
+    ``Hybrid`` does now; ``rotation`` which weights refresh when.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -94,6 +94,7 @@ class Coverage:
         self._model, self._entries = weakref.ref(model), _unseen(model)
         self.trainers: dict[str, str] = {}
         self.switch: Any = None
+        self.rotation: Any = None
 
     def forget(self, model: nn.Module) -> None:
         """The model has changed: what its parameters are is to be seen anew."""
@@ -230,6 +231,7 @@ class Coverage:
         plain["declined"] = entry.declined and asdict(entry.declined)
         own = {"elements": entry.elements, "matrix": entry.matrix, "note": entry.note}
         own["trained_by"] = self.trainers.get(entry.name)
+        own["refresh_phase"] = None if self.rotation is None else self.rotation.phase.get(entry.name)
         return {**plain, **own, "costs": costs and asdict(costs)}
 
     def to_json(self) -> str:
@@ -268,8 +270,8 @@ class Coverage:
             + f"\n{len(self.covered)} of {len([*self])} trainable parameters preconditioned, "
             f"{sum(e.declined is None for e in matrices)} of {len(matrices)} matrices, "
             f"{self.share()[1]:.1%} of all elements;\n"
-            f"state {sum(e.state_bytes for e in self):,} bytes, "
-            f"{sum(e.sent for e in self):,} numbers of statistics a refresh"
+            f"state {sum(e.state_bytes for e in self):,} bytes, {sum(e.sent for e in self):,} "
+            "numbers of statistics a refresh" + ("" if self.rotation is None else self.rotation.table())
             + (f"\nnow {self.switch}" if self.switch is not None else "")
         )
 

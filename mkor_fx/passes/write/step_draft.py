@@ -34,7 +34,7 @@ class Plan:
     ``rules`` are those that may occur, ``params`` by input position, ``trained`` the positions of those that the optimizer
     steps; ``states`` examples of the factors that are kept on this rank, by position. ``buffers`` are the names of the inputs
     that rank 0 decides; ``owners`` the ranks that keep a weight's factors, by name (None: every rank); ``late`` the buffers
-    of statistics that are used one step late; ``due`` the weights whose state is refreshed (None: all). ``parts``: the batch is
+    of statistics that are used one step late, if this step ``sends`` its own; ``due`` the weights whose state is refreshed (None: all). ``parts``: the batch is
     one part of several. ``base_rate`` is a ``Hybrid``'s share of the rate. ``refreshes`` only labels.
     """
 
@@ -46,6 +46,7 @@ class Plan:
     buffers: Mapping[int, str] = field(default_factory=dict)
     owners: Mapping[str, int | None] = field(default_factory=dict)
     late: tuple[Buffer, ...] = ()
+    sends: bool = False
     due: frozenset[str] | None = None
     rows: bool = False
     clip_norm: float | None = None
@@ -67,7 +68,7 @@ class StepDraft(Draft):
 
     def __init__(self, step: WholeStep, plan: Plan, network: Network | None = None) -> None:
         super().__init__(step, plan.rules, network)
-        self.sends_late, self.due = bool(plan.late), plan.due
+        self.sends_late, self.due = plan.sends, plan.due
         self.plan, self.inputs = plan, [inputs.Seed(step.seeds[0].meta["val"].dtype)]
         self._last = step.graph.find_nodes(op="placeholder")[-1]
         self._nodes: dict[inputs.Input, fx.Node] = {self.inputs[0]: step.seeds[0]}
