@@ -35,8 +35,8 @@ def build_program(
     with plain_tracing():
         draft = UpdateDraft(jobs, rules, given, group)
         synthesise(draft, rewrite, graphs, group=group, without=without)
-        keep_order = None if group is None or "pin" in without else Overlap()
-        compiled = compile_graph(draft.step.module, compiler, graphs.code, keep_order)
+        passes = [] if group is None or "pin" in without else [Overlap()]
+        compiled = compile_graph(draft.step.module, compiler, graphs.code, *passes)
 
     def run(given: Given) -> list[Tensor]:
         with plain_tracing():
