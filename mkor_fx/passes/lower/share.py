@@ -19,7 +19,7 @@ def share(step: StepGraph) -> None:
     weight of as many rows, and scalars. Inductor does not look for equal nodes in a graph that is not partitioned."""
     first: dict[Hashable, fx.Node] = {}
     for node in list(step.graph.nodes):
-        if not node.all_input_nodes or not _is_small(node):
+        if not node.all_input_nodes or "mkor_fx_alone" in node.meta or not _is_small(node):
             continue
         same = first.setdefault(_spelled(node), node)
         if same is not node:
