@@ -135,7 +135,7 @@ def check_left_out(names: Collection[str]) -> None:
     """Raises ValueError for the name of no pass that can be left out. What gives a program its results cannot."""
     known = [p.name for stage in (REWRITE, CARRY_DIRECTIONS, UPDATE, APPLY, REFRESH, COLLECTIVES, SCHEDULE) for p in stage]
     known.remove(return_state.name)
-    known += [schedule.name, "pin", order_products.name, shortcut_row_sums.name, unpack.name, share.name, store_scalars.name]
+    known += [schedule.name, "pin", "outline", order_products.name, shortcut_row_sums.name, unpack.name, share.name, store_scalars.name]
     for name in names:
         if name not in known:
             raise ValueError(f"without={name!r}: no such pass; there are {', '.join(dict.fromkeys(known))}")

@@ -56,9 +56,7 @@ def inverse_update_by(factor_DD: Tensor, vectors: list[Tensor], scale: Tensor, s
     return _inverse_update(factor_DD, vectors, scale, shift, weight)
 
 
-def _damped_update(
-    factor_DD: Tensor, roots_KD: Tensor, gamma: float | Tensor
-) -> Tensor:
+def _damped_update(factor_DD: Tensor, roots_KD: Tensor, gamma: float | Tensor) -> Tensor:
     """``F / gamma - X^T X``, ``[D, D]``, symmetric as it is written: rounding in an antisymmetric part would grow as
     ``gamma^-t``. The factor is read twice and written once, however many roots ``X`` of ``[K, D]`` there are."""
     updated = factor_DD.to(roots_KD.dtype) / for_each(gamma, 2, roots_KD.dtype) - roots_KD.mT @ roots_KD
@@ -103,7 +101,10 @@ def _damped_roots(
     return inverse_KK @ pushed_KD
 
 
-@prim("damped_roots(Tensor factor, Tensor[] blocks, Tensor visits, float gamma, float kappa, int probes) -> Tensor", alone=True)
+@prim(
+    "damped_roots(Tensor factor, Tensor[] blocks, Tensor visits, float gamma, float kappa, int probes) -> Tensor",
+    alone=True,
+)
 def damped_roots(
     factor_DD: Tensor, blocks: list[Tensor], visits: Tensor, gamma: float, kappa: float, probes: int
 ) -> Tensor:
@@ -133,7 +134,7 @@ def _to_length(x: Tensor, squared: float | Tensor, dims: tuple[int, ...]) -> Ten
 def damped_update(
     factor_DD: Tensor, blocks: list[Tensor], visits: Tensor, gamma: float, kappa: float, probes: int
 ) -> Tensor:
-    """``F = S^-1`` one step on, for ``S <- gamma S + (1-gamma) (I + kappa D C / tr C)``, ``[D, D]``; see ``_damped_roots``."""
+    """``F = S^-1`` one step on, for ``S <- gamma S + (1-gamma) (I + kappa D C / tr C)``, ``[D, D]``."""
     return _damped_update(factor_DD, damped_roots(factor_DD, blocks, visits, gamma, kappa, probes), gamma)
 
 

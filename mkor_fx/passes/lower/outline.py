@@ -12,7 +12,7 @@ import torch.utils._pytree as pytree
 from torch import fx
 
 from ..sources import library_sources
-from ..torch_api.backend import PostGradPass
+from ..torch_api.backend import PostGradPass, cpp_wrapper
 from ..torch_api.outlined import call_outlined
 
 COPY = torch.ops.aten.copy_.default
@@ -21,7 +21,7 @@ invoke_subgraph = torch.ops.higher_order.invoke_subgraph
 SMALLEST = 4
 
 
-class Outline(PostGradPass):
+class EqualUpdates(PostGradPass):
     """Moves what is computed for one parameter's update alone into a function; of parameters whose updates are computed
     alike, into the same one. ``owners`` says to whose update each input of the program belongs (None: to nobody's)."""
 
@@ -29,7 +29,8 @@ class Outline(PostGradPass):
         self.owners = tuple(owners)
 
     def __call__(self, graph: fx.Graph) -> None:
-        outline(graph, self.owners)
+        if not cpp_wrapper():
+            outline(graph, self.owners)
 
     def uuid(self) -> Any:
         return library_sources(), repr(self.owners)

@@ -54,6 +54,8 @@ def compile_graph(
     backend, options = compiler
     if backend == "eager":
         return module
+    from torch._inductor import compile_fx as inductor
+
     options = {**options, CUDA_GRAPHS: False}
     for added in passes:
         options = _with_pass(options, "post_grad_custom_post_pass", added)
@@ -61,7 +63,14 @@ def compile_graph(
     fake_mode = next(e.fake_mode for e in examples if isinstance(e, torch._subclasses.FakeTensor))
     context = torch._guards.TracingContext(fake_mode)
     with torch._guards.tracing(context), _collecting(code), torch._inductor.config.patch(options):
+        if cpp_wrapper():
+            return inductor.compile_fx(module, examples)
         return _compile_functional(module, examples, fake_mode)
+
+
+def cpp_wrapper() -> bool:
+    """Whether Inductor is to write a program that C++ runs, which has no functions of its own."""
+    return torch._inductor.config.cpp_wrapper
 
 
 def _compile_functional(module: fx.GraphModule, examples: list[Any], fake_mode: FakeTensorMode) -> Callable[..., list]:
