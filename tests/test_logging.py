@@ -110,7 +110,7 @@ def test_dump_writes_each_stage_and_pass(tmp_path):
     passes = [name for name in text if name.startswith("05_lower.") and name.count(".") == 3]
     assert sorted(passes) == [
         f"05_lower.{i}_{name}.{when}.py"
-        for i, name in enumerate(["order_products", "shortcut_row_sums", "expand", "store_scalars"])
+        for i, name in enumerate(["order_products", "shortcut_row_sums", "expand", "unpack", "share", "store_scalars"])
         for when in ("after", "before")
     ]
     assert "mkor_fx.precondition" not in text["03_rewrite.before.py"]

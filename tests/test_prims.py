@@ -35,6 +35,11 @@ def spd(size, seed=0):
 
 
 IMAGES, INDICES = randn(2, 3, 9, 8), torch.tensor([[4, 1, 1, 0], [2, 4, 4, 1]])
+DAMPED = [
+    (spd(size), [randn(r, size, seed=j) for j, r in enumerate(blocks)], torch.tensor(2), 0.9, 10.0, probes)
+    for size, blocks, probes in ((5, [2], 5), (12, [3, 1], 8))
+]
+DAMPED_BY = [(spd(12), [randn(3, 12)], torch.tensor(2), torch.tensor(0.9), torch.tensor(10.0), 8)]
 EXAMPLES = {
     prims.column_sum: [(randn(7, 3),)],
     prims.column_square_sum: [(randn(7, 3),)],
@@ -52,13 +57,10 @@ EXAMPLES = {
         (left, randn(4, 5), right) for left in (spd(4), None) for right in (spd(5), None)
     ],
     prims.rescale: [(randn(4, 5), randn(4, 5, seed=1)), (torch.zeros(4, 5), torch.ones(4, 5))],
-    inverse_updates.damped_update: [
-        (spd(size), [randn(r, size, seed=j) for j, r in enumerate(blocks)], torch.tensor(2), 0.9, 10.0, probes)
-        for size, blocks, probes in ((5, [2], 5), (12, [3, 1], 8))
-    ],
-    inverse_updates.damped_update_by: [
-        (spd(12), [randn(3, 12)], torch.tensor(2), torch.tensor(0.9), torch.tensor(10.0), 8)
-    ],
+    inverse_updates.damped_update: DAMPED,
+    inverse_updates.damped_update_by: DAMPED_BY,
+    inverse_updates.damped_roots: DAMPED,
+    inverse_updates.damped_roots_by: DAMPED_BY,
     inverse_updates.unless_noise: [(randn(5), torch.tensor(noise, dtype=torch.float64)) for noise in (0.0, 1e9)],
     inverse_updates.scale_to: [(vector, 10.0) for vector in (randn(5), torch.zeros(5).double(), 1e-30 * randn(5))],
     inverse_updates.scale_to_by: [(randn(5), torch.tensor(10.0)), (torch.zeros(5).double(), torch.tensor(10.0))],

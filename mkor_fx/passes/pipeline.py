@@ -14,8 +14,10 @@ from ..show.recorder import Recording
 from .core import GraphPass, run_passes
 from .lower.expand import expand
 from .lower.order_products import order_products
+from .lower.share import share
 from .lower.shortcut_row_sums import shortcut_row_sums
 from .lower.store_scalars import store_scalars
+from .lower.unpack import unpack
 from .match.assign_rules import assign_rules
 from .match.cancel_double_transpose import cancel_double_transpose
 from .match.drop_detach import drop_detach
@@ -67,7 +69,7 @@ APPLY = [take_directions, optimize, write_back]
 REFRESH = [receive, refresh, resize, return_state]
 COLLECTIVES = [bucket, issue_alike]
 SCHEDULE = [recompute_checkpoints, update_when_ready]
-LOWER = [order_products, shortcut_row_sums, expand, store_scalars]
+LOWER = [order_products, shortcut_row_sums, expand, unpack, share, store_scalars]
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ def check_left_out(names: Collection[str]) -> None:
     """Raises ValueError for the name of no pass that can be left out. What gives a program its results cannot."""
     known = [p.name for stage in (REWRITE, CARRY_DIRECTIONS, UPDATE, APPLY, REFRESH, COLLECTIVES, SCHEDULE) for p in stage]
     known.remove(return_state.name)
-    known += [schedule.name, "pin", order_products.name, shortcut_row_sums.name, store_scalars.name]
+    known += [schedule.name, "pin", "outline", order_products.name, shortcut_row_sums.name, unpack.name, share.name, store_scalars.name]
     for name in names:
         if name not in known:
             raise ValueError(f"without={name!r}: no such pass; there are {', '.join(dict.fromkeys(known))}")
@@ -184,5 +186,5 @@ def synthesise(
     if group is not None:
         ordering = [*kept([bucket], group=group), *kept([issue_alike]), *ordering, *kept([schedule])]
     run_passes(draft.step, ordering, "schedule", graphs)
-    lowering = [*kept([order_products, shortcut_row_sums]), partial(expand, inductor=inductor)]
+    lowering = [*kept([order_products, shortcut_row_sums]), partial(expand, inductor=inductor), *kept([unpack, share])]
     run_passes(draft.step, lowering if partitioned else [*lowering, *kept([store_scalars])], "lower", graphs)

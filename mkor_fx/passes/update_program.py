@@ -10,10 +10,11 @@ from ..rules import Rule
 from ..runtime.given import Given
 from ..show.recorder import Recording
 from .core import GraphPass
+from .lower.outline import EqualUpdates
 from .order.collectives import Group
 from .order.pin import Overlap
 from .pipeline import synthesise
-from .torch_api.backend import Compiler, compile_graph, plain_tracing
+from .torch_api.backend import Compiler, PostGradPass, compile_graph, plain_tracing
 from .write.update_draft import Job, UpdateDraft
 
 
@@ -34,9 +35,10 @@ def build_program(
     """
     with plain_tracing():
         draft = UpdateDraft(jobs, rules, given, group)
-        synthesise(draft, rewrite, graphs, group=group, without=without)
-        keep_order = None if group is None or "pin" in without else Overlap()
-        compiled = compile_graph(draft.step.module, compiler, graphs.code, keep_order)
+        synthesise(draft, rewrite, graphs, group=group, without=without, inductor=compiler.backend == "inductor")
+        passes: list[PostGradPass] = [] if group is None or "pin" in without else [Overlap()]
+        passes += [] if "outline" in without else [EqualUpdates(draft.owners())]
+        compiled = compile_graph(draft.step.module, compiler, graphs.code, *passes)
 
     def run(given: Given) -> list[Tensor]:
         with plain_tracing():

@@ -56,19 +56,29 @@ def inverse_update_by(factor_DD: Tensor, vectors: list[Tensor], scale: Tensor, s
     return _inverse_update(factor_DD, vectors, scale, shift, weight)
 
 
-def _damped_update(
+def _damped_update(factor_DD: Tensor, roots_KD: Tensor, gamma: float | Tensor) -> Tensor:
+    """``F / gamma - X^T X``, ``[D, D]``, symmetric as it is written: rounding in an antisymmetric part would grow as
+    ``gamma^-t``. The factor is read twice and written once, however many roots ``X`` of ``[K, D]`` there are."""
+    updated = factor_DD.to(roots_KD.dtype) / for_each(gamma, 2, roots_KD.dtype) - roots_KD.mT @ roots_KD
+    if factor_DD.dtype in (torch.bfloat16, torch.float16):  # rounding moves eigenvalues by less than this
+        largest = updated.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True).unsqueeze(-1)
+        identity = torch.eye(updated.shape[-1], dtype=updated.dtype, device=updated.device)
+        updated = updated + (torch.finfo(factor_DD.dtype).eps * largest) * identity
+    return updated.to(factor_DD.dtype)
+
+
+def _damped_roots(
     factor_DD: Tensor, blocks: list[Tensor], visits: Tensor, gamma: float | Tensor, kappa: float | Tensor, probes: int
 ) -> Tensor:
-    """``F = S^-1`` one step on, for ``S <- gamma S + (1-gamma) (I + kappa D C / tr C)``, ``[D, D]``.
+    """``X`` of ``[K, D]`` with ``F / gamma - X^T X`` the inverse of ``gamma S + (1-gamma) (I + kappa D C / tr C)``.
 
     ``blocks`` are statistics ``[R, D]`` of equal weight, ``C`` the mean of their ``V^T V / |V|^2``; a block of zeros adds
     nothing. The identity comes as ``probes`` unit vectors a step, coordinates in turn, each ``sqrt(D / probes)`` long:
     ``visits`` (0-dim int64) counts the steps before. The mean of ``S`` over a cycle is as if the identity were added whole.
 
-    With the ``k`` columns ``P`` of both, one Sherman-Morrison-Woodbury step on ``B = F / gamma``: ``U = P B``,
-    ``I + P B P^T = T T^T``, ``F = B - (T^-1 U)^T (T^-1 U)``, symmetric as it is written: rounding in an antisymmetric part
-    would grow as ``gamma^-t``. The factor is read twice and written once whatever ``k`` is, rows of ``B`` that belong to
-    unit vectors are copies, and nothing is decided on the host: where rounding has left no root, there is no step.
+    With the ``K`` columns ``P`` of both, a Sherman-Morrison-Woodbury step on ``B = F / gamma``: ``U = P B``,
+    ``I + P B P^T = T T^T``, ``X = T^-1 U``. Rows of ``B`` that belong to unit vectors are copies, and nothing is decided on
+    the host: where rounding has left no root, there is no step.
     """
     dtype, size = blocks[0].dtype, factor_DD.shape[-1]
     factor = factor_DD.to(dtype)
@@ -88,13 +98,27 @@ def _damped_update(
     root, info = torch.linalg.cholesky_ex((gram_KK + gram_KK.mT) / 2 + identity_KK)
     inverse_KK = torch.linalg.solve_triangular(root, identity_KK, upper=False)  # small: U itself would be copied to solve
     inverse_KK = torch.where((info == 0).unsqueeze(-1).unsqueeze(-1), inverse_KK, torch.zeros_like(inverse_KK))
-    roots_KD = inverse_KK @ pushed_KD
-    updated = factor / gamma_2 - roots_KD.mT @ roots_KD
-    if factor_DD.dtype in (torch.bfloat16, torch.float16):  # rounding moves eigenvalues by less than this
-        largest = updated.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True).unsqueeze(-1)
-        identity = torch.eye(size, dtype=dtype, device=factor.device)
-        updated = updated + (torch.finfo(factor_DD.dtype).eps * largest) * identity
-    return updated.to(factor_DD.dtype)
+    return inverse_KK @ pushed_KD
+
+
+@prim(
+    "damped_roots(Tensor factor, Tensor[] blocks, Tensor visits, float gamma, float kappa, int probes) -> Tensor",
+    alone=True,
+)
+def damped_roots(
+    factor_DD: Tensor, blocks: list[Tensor], visits: Tensor, gamma: float, kappa: float, probes: int
+) -> Tensor:
+    return _damped_roots(factor_DD, blocks, visits, gamma, kappa, probes)
+
+
+@prim(
+    "damped_roots_by(Tensor factor, Tensor[] blocks, Tensor visits, Tensor gamma, Tensor kappa, int probes) -> Tensor",
+    alone=True,
+)
+def damped_roots_by(
+    factor_DD: Tensor, blocks: list[Tensor], visits: Tensor, gamma: Tensor, kappa: Tensor, probes: int
+) -> Tensor:
+    return _damped_roots(factor_DD, blocks, visits, gamma, kappa, probes)
 
 
 def _to_length(x: Tensor, squared: float | Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -110,14 +134,15 @@ def _to_length(x: Tensor, squared: float | Tensor, dims: tuple[int, ...]) -> Ten
 def damped_update(
     factor_DD: Tensor, blocks: list[Tensor], visits: Tensor, gamma: float, kappa: float, probes: int
 ) -> Tensor:
-    return _damped_update(factor_DD, blocks, visits, gamma, kappa, probes)
+    """``F = S^-1`` one step on, for ``S <- gamma S + (1-gamma) (I + kappa D C / tr C)``, ``[D, D]``."""
+    return _damped_update(factor_DD, damped_roots(factor_DD, blocks, visits, gamma, kappa, probes), gamma)
 
 
 @prim("damped_update_by(Tensor factor, Tensor[] blocks, Tensor visits, Tensor gamma, Tensor kappa, int probes) -> Tensor")
 def damped_update_by(
     factor_DD: Tensor, blocks: list[Tensor], visits: Tensor, gamma: Tensor, kappa: Tensor, probes: int
 ) -> Tensor:
-    return _damped_update(factor_DD, blocks, visits, gamma, kappa, probes)
+    return _damped_update(factor_DD, damped_roots_by(factor_DD, blocks, visits, gamma, kappa, probes), gamma)
 
 
 def rounding_of(rows_NM: Tensor) -> Tensor:

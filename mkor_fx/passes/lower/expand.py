@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from torch import fx
 
 from ...ir import StepGraph
-from ...prims import BODIES
+from ...prims import ALONE, BODIES
 from ..core import graph_pass
 from ..torch_api.backend import inductor_decompositions
 from ..torch_api.tracing import Decompositions, insert
 
 #: what a node's replacement takes over from it
-INHERITED = ("partitioner_tag", "stack_trace", "seq_nr", "nn_module_stack", "fwd_nn_module_stack", "recompute")
+INHERITED = ("partitioner_tag", "stack_trace", "seq_nr", "nn_module_stack", "fwd_nn_module_stack", "recompute", "mkor_fx_alone")
 
 
 @functools.cache
-def lowering_table(inductor: bool) -> Decompositions:
-    """The bodies of ``mkor_fx::`` operators; with ``inductor`` whatever Inductor wants decomposed, too.
+def lowering_table(inductor: bool, together: bool = False) -> Decompositions:
+    """The bodies of ``mkor_fx::`` operators, ``together`` but for those that stand alone; with ``inductor`` whatever Inductor
+    wants decomposed, too.
 
     A graph that goes through AOTAutograd afterwards needs the bodies only. One that has been through it already must
     not show Inductor an operator of its decomposition table.
     """
-    return {**(inductor_decompositions() if inductor else {}), **BODIES}
+    bodies = {target: body for target, body in BODIES.items() if not (together and target in ALONE)}
+    return {**(inductor_decompositions() if inductor else {}), **bodies}
 
 
 def _call(target: Callable, args: tuple, kwargs: dict) -> Any:
@@ -34,10 +36,16 @@ def _call(target: Callable, args: tuple, kwargs: dict) -> Any:
 
 @graph_pass(stage="lower")
 def expand(step: StepGraph, *, inductor: bool = False) -> None:
-    """Replace each operator of the lowering table by its body, traced once per shape."""
-    table = lowering_table(inductor)
+    """Replace each operator of the lowering table by its body, traced once per shape; last those that stay together."""
+    together = lowering_table(inductor, together=True)
+    _expand(step, together.keys(), together)
+    _expand(step, ALONE, lowering_table(inductor))
+    step.graph.eliminate_dead_code()
+
+
+def _expand(step: StepGraph, targets: Collection[Any], table: Decompositions) -> None:
     for node in list(step.graph.nodes):
-        if node.op != "call_function" or node.target not in table or not node.users:
+        if node.op != "call_function" or node.target not in targets or not node.users:
             continue
         with step.graph.inserting_before(node):
             label = node.meta.get("mkor_fx", "")
@@ -48,12 +56,13 @@ def expand(step: StepGraph, *, inductor: bool = False) -> None:
             continue
         for copy in written:
             copy.meta = {**{k: v for k, v in node.meta.items() if k in INHERITED}, **copy.meta}
+            if node.target in ALONE:
+                copy.meta["mkor_fx_alone"] = node.name
         if isinstance(new, fx.Node):
             node.replace_all_uses_with(new)
         else:
             for user in list(node.users):
                 user.replace_all_uses_with(new[user.args[1]])
-    step.graph.eliminate_dead_code()
 
 
 def between(first: fx.Node, last: fx.Node) -> list[fx.Node]:

@@ -44,25 +44,49 @@ class Compiler(NamedTuple):
 
 
 def compile_graph(
-    module: fx.GraphModule, compiler: Compiler, code: list[str], keep_order: PostGradPass | None = None
+    module: fx.GraphModule, compiler: Compiler, code: list[str], *passes: PostGradPass
 ) -> Callable[..., list]:
     """A callable over the graph's placeholders that returns its flat outputs; inputs that it copies into are mutated.
 
-    What Inductor generates is appended to ``code``; ``keep_order`` runs behind all of its own graph passes.
+    What Inductor generates is appended to ``code``; ``passes`` run behind all of its own graph passes.
     """
     module.recompile()
     backend, options = compiler
     if backend == "eager":
         return module
-    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor import compile_fx as inductor
 
     options = {**options, CUDA_GRAPHS: False}
-    if keep_order is not None:
-        options = _with_pass(options, "post_grad_custom_post_pass", keep_order)
+    for added in passes:
+        options = _with_pass(options, "post_grad_custom_post_pass", added)
     examples = [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")]
     fake_mode = next(e.fake_mode for e in examples if isinstance(e, torch._subclasses.FakeTensor))
-    with torch._guards.tracing(torch._guards.TracingContext(fake_mode)), _collecting(code):
-        return compile_fx(module, examples, config_patches=options)
+    context = torch._guards.TracingContext(fake_mode)
+    with torch._guards.tracing(context), _collecting(code), torch._inductor.config.patch(options):
+        if cpp_wrapper():
+            return inductor.compile_fx(module, examples)
+        return _compile_functional(module, examples, fake_mode)
+
+
+def cpp_wrapper() -> bool:
+    """Whether Inductor is to write a program that C++ runs, which has no functions of its own."""
+    return torch._inductor.config.cpp_wrapper
+
+
+def _compile_functional(module: fx.GraphModule, examples: list[Any], fake_mode: FakeTensorMode) -> Callable[..., list]:
+    """What ``compile_fx`` does with a graph behind AOTAutograd, through which this one has been already: to trace all of it
+    once more takes a fifth of a compilation."""
+    from torch._dispatch.python import enable_python_dispatcher
+    from torch._inductor import compile_fx as inductor
+    from torch._inductor.virtualized import V
+
+    outputs = len(module.graph.output_node().args[0])
+    extra = inductor.create_compiler_config_extra(module)
+    with enable_python_dispatcher(), V.set_fake_mode(fake_mode), fake_mode:
+        compiled = inductor.compile_fx_forward(
+            module, examples, outputs, len(examples), extra, inductor.compile_fx_inner, is_inference=True
+        )
+    return lambda *args: compiled(list(args))
 
 
 @contextlib.contextmanager

@@ -241,6 +241,14 @@ class StepDraft(Draft):
             new = splice(self.graph, update.module, [*params, *directions, *state, packed], "optimizer")
         self.writes |= dict(zip([*params, *state], new))
 
+    def owners(self) -> list[int | None]:
+        """To the update of which weight each input of the program belongs, by position; that of a bias to its weight's."""
+        layer = {i: i for i in self.step.parameters}
+        layer |= {site.bias.index: index for index, site in self.step.sites.items() if site.bias is not None}
+        index_of = {node: layer.get(getattr(source, "index", None)) for source, node in self._nodes.items()}
+        index_of |= {parameter.node: layer[i] for i, parameter in self.step.parameters.items()}
+        return [index_of.get(node) for node in self.graph.find_nodes(op="placeholder")]
+
     # ---- the end ------------------------------------------------------------------------------------------------------
 
     def guard(self) -> fx.Node | None:

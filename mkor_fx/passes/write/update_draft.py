@@ -122,6 +122,12 @@ class UpdateDraft(Draft):
             return None
         return self.insert(torch.isfinite, self.scales.gradient, label="loss scale")
 
+    def owners(self) -> list[int | None]:
+        """Which weight each input of the program belongs to, by position."""
+        paths, _ = pytree.tree_flatten_with_path(self.given)
+        owner = {leaf: path[1].idx for path, leaf in paths if getattr(path[0], "name", "") == "weights"}
+        return [owner.get(node) for node in self.graph.find_nodes(op="placeholder")]
+
     def finish(self) -> None:
         """Directions in the order of the weights, each with its bias's, where none was made the gradient; or what a pass has
         given out."""
