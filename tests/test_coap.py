@@ -32,7 +32,7 @@ def stepper(door, model, optimizer, rule=None, backend="eager"):
 
 
 class Reference:
-    """One tensor, in numpy and, for the gradient of P, by autograd. ``began`` is P before the first sketch, ``[r, short]``."""
+    """One tensor, in numpy and, for the gradient of P, by autograd. ``began`` is P before the first sketch, ``[r, n]``."""
 
     def __init__(self, p, o, began=None):
         self.p, self.o, self.t, self.P = p.copy(), dict(o), 0, None
@@ -98,7 +98,8 @@ def test_beside_the_reference(options, door):
             q.data.copy_(torch.from_numpy(reference.p))
             torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-10)
             if reference.P is not None:
-                torch.testing.assert_close(optimizer.state[p]["projection"], torch.from_numpy(reference.P), rtol=1e-9, atol=1e-9)
+                kept = optimizer.state[p]["projection"]
+                torch.testing.assert_close(kept, torch.from_numpy(reference.P), rtol=1e-9, atol=1e-9)
     if door == "compile_step":
         assert step.compilations == (3 if group["sketch_every"] > 1 else 2)
 
@@ -113,7 +114,8 @@ def test_a_projection_of_full_rank_loses_nothing_stays_and_gives_adam_in_its_bas
     torch.manual_seed(0)
     rows, columns = SHAPES[shape]
     short = min(rows, columns)
-    P = torch.eye(short, dtype=torch.float64) if identity else torch.linalg.qr(torch.randn(short, short, dtype=torch.float64))[0]
+    P = torch.linalg.qr(torch.randn(short, short, dtype=torch.float64))[0]
+    P = torch.eye(short, dtype=torch.float64) if identity else P
     p, rotated = (nn.Parameter(torch.zeros(rows, columns, dtype=torch.float64)) for _ in range(2))
     settings = {"lr": 0.1, "eps": 1e-6, "weight_decay": 0.0}
     own, adam = COAP([p], ratio=1, every=1, sketch_every=1000, **settings), torch.optim.AdamW([rotated], **settings)

@@ -372,7 +372,7 @@ REFUSED = {
     "a list as a default": (once(lambda o, g: in_a_list()), nothing, r"changes its defaults, a variable of in_a_list"),
     "a count in a module": (once(in_the_module), nothing, r"changes CALLS, a variable of self\.size"),
     "a count on a function": (once(on_a_function), nothing, r"changes calls, a variable of self\.size"),
-    "a branch on a count in the state": (each(branch_in_state), nothing, r"branches on its own 'calls', which only the device"),
+    "a branch on a count in the state": (each(branch_in_state), nothing, r"branches on its own 'calls', which only the"),
     "a count that asks for many programs": (once(in_many_ways), nothing, r"takes more than 8 ways by its own count"),
     "what is done every so many steps": (once(later), nothing, r"reads its own 'calls' on the host, as float\(\)"),
     "a count in a set": (once(looked_up), nothing, r"looks its own 'calls' up in a set or a dict"),

@@ -18,28 +18,27 @@ SEED = 3407
 class COAP(DecoupledOptimizer):
     """Correlation-aware gradient projection, as in the authors' code for matrices.
 
-    A tensor is a matrix ``G`` of ``m`` rows, its first axis, and ``n`` columns; one that is wider than tall is transposed
-    (``m >= n``). ``P`` of ``r x n``, ``r = max(1, n // ratio)``, has orthonormal rows at first. With ``t`` the count of steps
-    from 1, before the step where ``t - 1`` is a multiple of ``every * sketch_every``, the first one included, ``P`` is made
-    anew of the gradient (Q: an orthonormal basis of the columns):
+    A tensor is a matrix ``G`` of ``m`` rows, its first axis, and ``n`` columns; one with ``m < n`` is transposed. ``P`` is
+    ``r x n``, ``r = max(1, n // ratio)``, at first random with orthonormal rows. With ``t`` the count of steps from 1, ``P``
+    is made anew where ``t - 1`` is a multiple of ``every * sketch_every``, as in the first step:
 
-        ``Q = qr(G P^T),   P <- V^T of the singular value decomposition U S V^T = Q^T G``
+        ``Q = qr(G P^T),   P <- V^T,  with  U S V^T = Q^T G``
 
-    where it is another multiple of ``every``, it takes one step, with ``M`` the projected average and rows of ``G`` before the
-    transposition (cosines of its columns otherwise):
+    Where it is another multiple of ``every``, ``P`` takes one step. Cosines are those of rows, of columns where ``G`` was
+    transposed:
 
-        ``L(P) = mean((G P^T P - G)^2) (1 - mean_i cos(row_i(M P), row_i(G)))``
-        ``D = dL / dP,   P <- P - 0.1 D / max(1, |D|)``
+        ``L(P) = mean((G P^T P - G)^2) (1 - mean_i cos((M P)_i, G_i)),   D = dL / dP``
+        ``P <- P - 0.1 D / max(1, |D|)``
 
-    and in each step
+    And in each step
 
         ``g = G P^T,   M <- b1 M + (1 - b1) g,   V <- b2 V + (1 - b2) g^2``
-        ``p <- p (1 - lr weight_decay) - lr scale [(M / (1 - b1^t)) / (sqrt(V / (1 - b2^t)) + eps)] P``
+        ``U = (M / (1 - b1^t)) / (sqrt(V / (1 - b2^t)) + eps),   p <- p (1 - lr weight_decay) - lr scale U P``
 
-    Averages keep their place where ``P`` changes. With ``P`` the identity, and for vectors, this is AdamW. Of the authors' code
-    it differs in that: ``eps`` and weight decay are as in ``torch.optim.AdamW``, convolutions are matrices (theirs are
-    projected along two axes), and steps are counted for a whole group (``"turn"`` in it). A compiled step has a program for
-    each of the three kinds of steps, and reads the count to choose one, for which it waits for the step before.
+    ``M`` and ``V`` stay as they are where ``P`` changes. With ``P`` the identity, and for vectors, this is AdamW. Unlike in
+    the authors' code, ``eps`` and weight decay are as in ``torch.optim.AdamW``, convolutions are matrices as well (there
+    they are projected along two axes), and steps are counted for a group, as its ``"turn"``. A compiled step has a program
+    for each of the three kinds of steps, and reads the count to choose one, for which it waits for the step before.
 
     Args:
         params: parameters, or groups of them; every option below can differ from group to group.
@@ -120,7 +119,7 @@ def sketch(matrix: Tensor, basis: Tensor) -> Tensor:
 
 
 def slope(matrix: Tensor, basis: Tensor, average: Tensor, columns: bool) -> Tensor:
-    """``dL/dP``, ``[r, n]``, in closed form, of ``matrix`` ``[m, n]`` and ``average`` ``[m, r]``; with cosines of ``columns``."""
+    """``dL/dP`` in closed form, of ``matrix`` ``[m, n]`` and ``average`` ``[m, r]``, with cosines of ``columns``."""
     rest = matrix @ basis.T @ basis - matrix
     both = matrix.T @ rest
     kept, axis = average @ basis, 0 if columns else 1
