@@ -162,7 +162,7 @@ def test_vectors_are_adamws():
 # ---- state -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cut", [2, 3, 4])
+@pytest.mark.parametrize("cut", [*(pytest.param(cut, marks=pytest.mark.nightly) for cut in (2, 3)), 4])
 def test_resumed_before_each_kind_of_step_it_goes_on_exactly(cut):
     model, batches = build()
     step = stepper("compile_step", model, COAP(model.parameters(), lr=0.01, **OFTEN))

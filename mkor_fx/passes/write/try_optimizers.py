@@ -21,10 +21,10 @@ from .watched_branches import value_of
 AHEAD, MOST = 1000, 8
 
 
-def try_optimizers(optimizers: Optimizers) -> None:
+def try_optimizers(optimizers: Optimizers, ahead: int = AHEAD) -> None:
     """Look at one step over a parameter of each kind. Numbers in the groups that it changes are state from here on; where it
-    branches on them, also look at those of the next steps that take another way. Torch's own optimizers are known to have
-    none such. Changes nothing of the user's.
+    branches on them, also look at those of the next ``ahead`` steps that take another way. Torch's own optimizers are known
+    to have none such. Changes nothing of the user's.
 
     Raises:
         ValueError: an optimizer cannot be traced, or changes what a program cannot; says what.
@@ -38,16 +38,16 @@ def try_optimizers(optimizers: Optimizers) -> None:
         _, found = attempt(alone, params)
         counters_of(member).of_gradient |= member in found.of_gradient
         counters_of(member).groups.update(found.counters[member])
-        for found in _ahead(alone, params):
+        for found in _ahead(alone, params, ahead):
             if not found.late:  # state that is created in the step may come from a checkpoint
                 refuse_hidden(found)
         save_numbers(member)
 
 
-def _ahead(alone: Optimizers, params: list[nn.Parameter]) -> Iterator[Findings]:
+def _ahead(alone: Optimizers, params: list[nn.Parameter], steps: int) -> Iterator[Findings]:
     """What is found in this step, and in the next ones where they answer a branch in another way."""
     counts, ways = counts_of(alone, planned(alone, params)[0]), list[Update]()
-    for _ in range(AHEAD):
+    for _ in range(steps):
         later = SimpleNamespace(param_groups=[dict(group) for group in alone.param_groups])
         for number, value in counts.items():
             later.param_groups[number.group][number.key] = value
@@ -55,7 +55,7 @@ def _ahead(alone: Optimizers, params: list[nn.Parameter]) -> Iterator[Findings]:
         if way is None:
             if len(ways) == MOST:
                 raise ValueError(
-                    f"{alone.names}.step() takes more than {MOST} ways by its own count in the next {AHEAD} steps, each a "
+                    f"{alone.names}.step() takes more than {MOST} ways by its own count in the next {steps} steps, each a "
                     f"program of its own\n{OTHERWISE}"
                 )
             way, found = attempt(alone, params, counts)
