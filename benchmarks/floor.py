@@ -128,6 +128,15 @@ def seconds_a_byte(size: int) -> float:
     return _median(lambda: target.copy_(source), 1e7 / half) / (2 * half)
 
 
+@functools.cache
+def seconds_an_element(operation: str) -> float:
+    """Of an operation of torch on one array that lies in the cache."""
+    source = torch.rand(1 << 13) + 0.5
+    function, out = getattr(torch, operation), torch.empty_like(source)
+    arguments = (source, source) if operation == "mul" else (source,)
+    return _median(lambda: function(*arguments, out=out), 3e7 / source.numel()) / source.numel()
+
+
 def _median(call: Callable[[], Any], repeats: float, rounds: int = 7) -> float:
     """CPU seconds of a call, median over rounds of so many."""
     repeats, found = max(1, int(repeats)), list[float]()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ import mkor_fx
 from benchmarks.hooked import HookedKFAC
 from benchmarks.tasks import Task
 from benchmarks.training import EagerTrainer, Trainer, adamw, muon, sgd
-from mkor_fx.optim import LAMB
+from mkor_fx.optim import COAP, LAMB, SMMF, Adalayer, HFac
 
 
 def rmsprop(task: Task, model: nn.Module) -> list[Optimizer]:
@@ -61,8 +62,38 @@ def hooked_kfac(task: Task, model: nn.Module) -> list[Optimizer]:
     return [HookedKFAC(model), *adamw(task, model)]
 
 
+def plainly(make: Callable[..., Optimizer], **options: Any) -> Callable[[Any, nn.Module], list[Optimizer]]:
+    """With its own defaults beside ``options``."""
+    return lambda task, model: [make(model.parameters(), **options)]
+
+
+def of_library(name: str, **options: Any) -> Callable[[Any, nn.Module], list[Optimizer]]:
+    """A class of pytorch-optimizer, its plain loop."""
+
+    def build(task: Any, model: nn.Module) -> list[Optimizer]:
+        import pytorch_optimizer
+
+        return [getattr(pytorch_optimizer, name)(model.parameters(), foreach=False, **options)]
+
+    return build
+
+
+#: that a compiled step follows, for comparisons of base optimizers: our own, torch's, and pytorch-optimizer's
+FOLLOWED = {
+    "LAMB": own_lamb,
+    "SMMF": plainly(SMMF),
+    "Adalayer": plainly(Adalayer),
+    "HFac": plainly(HFac),
+    "COAP": plainly(COAP),
+    "Adafactor": plainly(torch.optim.Adafactor),
+    "CAME": of_library("CAME"),
+    "FAdam": of_library("FAdam"),
+    "SM3": of_library("SM3", momentum=0.9),
+    "Signum": of_library("SignSGD"),
+    "Lion": of_library("Lion"),
+}
 #: without a rule, in one compiled step; or behind one
-COMPILED = {"AdamW": adamw, "SGD": sgd, "Muon": muon, "RMSprop": rmsprop, "LAMB": own_lamb}
+COMPILED = {"AdamW": adamw, "SGD": sgd, "Muon": muon, "RMSprop": rmsprop, **FOLLOWED}
 #: that cannot be compiled
 EAGER = {"SOAP": soap, "Shampoo": shampoo, "Lamb": lamb}
 #: whose hooks a compiled model would not run

@@ -1,4 +1,4 @@
-"""SMMF, Adalayer and H-Fac: in closed form, beside independent references, alone and in both doors."""
+"""SMMF, Adalayer and H-Fac: in closed form, beside independent references, alone and in both doors; what COAP shares."""
 
 import copy
 import math
@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from mkor_fx import MKOR
-from mkor_fx.optim import SMMF, Adalayer, HFac
+from mkor_fx.optim import COAP, SMMF, Adalayer, HFac
 from mkor_fx.runtime.optimizer_state import initialise_state
 from mkor_fx.runtime.optimizers import Optimizers
 
@@ -76,7 +76,7 @@ CASES = {
     "HFac": (HFac, hfac, {}),
     "HFac, decay": (HFac, hfac, {"weight_decay": 0.1, "betas": (0.8, 0.9), "threshold": 0.5}),
 }
-CLASSES = {"SMMF": SMMF, "Adalayer": Adalayer, "HFac": HFac}
+CLASSES = {"SMMF": SMMF, "Adalayer": Adalayer, "HFac": HFac, "COAP": COAP}
 
 
 def build(dtype=torch.float64):
@@ -208,6 +208,7 @@ def test_inductor_takes_bits_of_signs():
 #: elements of float32 and bytes beside them, of a matrix of 48 x 32 and a vector of 10
 SIZES = {
     "SMMF": (2 * (48 + 32) + 2 * (5 + 2), 192 + 2), "Adalayer": (48 * 32 + 1 + 10 + 1, 0), "HFac": (2 * (48 + 32) + 20, 0),
+    "COAP": (2 * 48 * 16 + 16 * 32 + 20, 0),
 }  # fmt: skip
 
 
@@ -262,6 +263,10 @@ def test_no_gradient_is_no_step(name):
         (Adalayer, {"blocks": 4}, r"Adalayer\(blocks=4\): must be 'rows' or a number that divides .*\[6, 2\] is 6"),
         (Adalayer, {"blocks": "columns"}, r"Adalayer\(blocks='columns'\): must be 'rows'"),
         (HFac, {"threshold": 0.0}, r"HFac\(threshold=0\.0\): a root mean square above 0"),
+        (COAP, {"ratio": 0.5}, r"COAP\(ratio=0\.5\): of a matrix's shorter side"),
+        (COAP, {"every": 0}, r"COAP\(every=0\): must be an integer, 1 or more"),
+        (COAP, {"sketch_every": 2.0}, r"COAP\(sketch_every=2\.0\): must be an integer"),
+        (COAP, {"scale": 0.0}, r"COAP\(scale=0\.0\): must be positive"),
         (SMMF, {"beta": 1.0}, r"SMMF\(beta=1\.0\): .*or None for no momentum"),
         (SMMF, {"decay": 0.5}, r"SMMF\(decay=0\.5\): an exponent"),
         (SMMF, {"growth": 0.0}, r"SMMF\(growth=0\.0\): a factor in \(0, 1\]"),

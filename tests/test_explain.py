@@ -8,10 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 import zoo
+from held_rules import MORE_RULES, RULES
 from torch import nn
 
 import mkor_fx
 from mkor_fx import MKOR
+from mkor_fx.optim import COAP, LAMB, SMMF, Adalayer, HFac
 from mkor_fx.rules import Shape
 from mkor_fx.show.costs import count_costs, orders, short
 
@@ -222,6 +224,8 @@ TRAINERS = {
     "SGD": (torch.optim.SGD, {"momentum": 0.9}, "MKOR, steps as long as SGD's"),
     "Lamb": (type("Lamb", (torch.optim.SGD,), {}), {}, "MKOR, Lamb's trust ratio"),
     "Adagrad": (torch.optim.Adagrad, {}, "Adagrad, on MKOR's direction"),
+    **{cls.__name__: (cls, {}, f"{cls.__name__}, on MKOR's direction") for cls in (COAP, SMMF, Adalayer, HFac)},
+    "LAMB": (LAMB, {"weight_decay": 0.01}, "MKOR, LAMB's trust ratio"),
 }
 
 
@@ -246,6 +250,16 @@ def test_the_optimizer_says_who_trains_what(name):
     assert compiled.coverage.trainers == asked.trainers and expected in str(compiled.coverage)
     by_name = {entry["name"]: entry["trained_by"] for entry in compiled.coverage.to_dict()["parameters"]}
     assert by_name == asked.trainers
+
+
+@pytest.mark.parametrize("rule", {type(rule).__name__: rule for rule in (RULES | MORE_RULES).values()}.values(), ids=repr)
+def test_behind_every_rule_an_optimizer_of_ours_trains_what_is_left(rule):
+    model, batch = two_layers(), (torch.randn(7, 6), torch.randn(7, 4))
+    optimizer = COAP(model.parameters(), lr=0.01)
+    trainers = mkor_fx.explain(model, *batch, loss_fn=F.mse_loss, optimizer=optimizer, rule={"0.*": rule}).trainers
+    kind = type(rule).__name__
+    assert trainers["0.weight"].startswith((f"COAP, on {kind}'s direction", kind))
+    assert trainers["2.weight"] == trainers["2.bias"] == "COAP"
 
 
 def test_what_no_optimizer_holds_is_trained_by_nobody():

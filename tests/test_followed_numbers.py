@@ -172,6 +172,40 @@ def test_what_is_followed(name):
     compare()
 
 
+def every(self, group):
+    """Another size in the first step, another one in every third."""
+    group["calls"] += 1
+    if group["calls"] == 1:
+        return 0.3
+    return 2.0 if group["calls"] % group["period"] == 0 else 1 / group["calls"]
+
+
+def test_a_branch_on_a_count_is_a_program_for_each_answer():
+    """Through a step that is skipped, which does not count, and a checkpoint."""
+    model = network()
+    twin = copy.deepcopy(model)
+    own, other = (Written(m.parameters(), once(every), calls=0, period=3) for m in (model, twin))
+    step = compiled(model, own)
+    for number, (x, y) in enumerate(data(8)):
+        if number == 2:
+            step(x * math.nan, y)
+        step(x, y)
+        eager(twin, other, x, y)
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
+        if number == 4:
+            saved = copy.deepcopy(step.state_dict())
+    assert step.compilations == 3 and own.state_dict()["param_groups"][0]["calls"] == 8
+    again = network()
+    fresh = compiled(again, Written(again.parameters(), once(every), calls=0, period=3))
+    fresh.load_state_dict(saved)
+    for x, y in data(8)[5:]:
+        fresh(x, y)
+    for p, q in zip(again.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
+    assert fresh.compilations == 2
+
+
 def branch_on_derived(self, group):
     return 2.0 if group["lr"] * group["decay"] > 5e-4 or group["betas"][0] == 1 - group["decay"] else 1.0
 
@@ -255,9 +289,55 @@ def keep(optimizer):
     optimizer.bound = types.MethodType(lambda self, group: vars(self).update(calls=self.calls + 1) or 1.0, optimizer)
 
 
-def branch(self, group):
+def in_a_closure():
+    calls = 0
+
+    def size(self, group):
+        nonlocal calls
+        calls += 1
+        return 1 / calls
+
+    return size
+
+
+def in_a_list(seen=[]):  # noqa: B006
+    seen.append(1)
+    return 1 / len(seen)
+
+
+CALLS = 0
+
+
+def in_the_module(self, group):
+    global CALLS
+    CALLS += 1
+    return 1 / CALLS
+
+
+def on_a_function(self, group):
+    on_a_function.calls += 1
+    return 1 / on_a_function.calls
+
+
+on_a_function.calls = 0
+
+
+def in_many_ways(self, group):
     group["calls"] += 1
-    return 1.0 if group["calls"] < 3 else 0.5
+    return next(size for size in range(1, 100) if group["calls"] <= size)
+
+
+def branch_in_state(self, group, state):
+    state["calls"] += 1
+    return 1.0 if state["calls"] < 3 else 0.5
+
+
+def later(self, group):
+    """Nothing of it shows in the first steps."""
+    group["calls"] += 1
+    if group["calls"] % 50 == 0:
+        return float(group["calls"])
+    return 1.0
 
 
 def to_host(self, group):
@@ -288,7 +368,13 @@ REFUSED = {
     "a dict in the group": (once(lambda o, g: g["seen"].update(a=1) or 1.0), nothing, r"changes param_groups\[0\]\['seen"),
     "a flag in the group": (once(lambda o, g: g.update(flag=True) or 1.0), nothing, r"changes param_groups\[0\]\['flag'\]"),
     "its own rate": (once(own_rate), nothing, r"changes param_groups\[0\]\['lr'\]"),
-    "a branch on the count": (once(branch), nothing, r"branches on its own 'calls', which only the device knows"),
+    "a count in a closure": (once(in_a_closure()), nothing, r"changes calls, a variable of self\.size"),
+    "a list as a default": (once(lambda o, g: in_a_list()), nothing, r"changes its defaults, a variable of in_a_list"),
+    "a count in a module": (once(in_the_module), nothing, r"changes CALLS, a variable of self\.size"),
+    "a count on a function": (once(on_a_function), nothing, r"changes calls, a variable of self\.size"),
+    "a branch on a count in the state": (each(branch_in_state), nothing, r"branches on its own 'calls', which only the"),
+    "a count that asks for many programs": (once(in_many_ways), nothing, r"takes more than 8 ways by its own count"),
+    "what is done every so many steps": (once(later), nothing, r"reads its own 'calls' on the host, as float\(\)"),
     "a count in a set": (once(looked_up), nothing, r"looks its own 'calls' up in a set or a dict"),
     "a count on its class": (once(on_its_class), become_another, r"changes OnItsClass\.calls"),
     "a bound method": (once(through_a_method), keep, r"changes self\.calls"),

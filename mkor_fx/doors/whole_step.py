@@ -78,7 +78,7 @@ def new_step(
         check_call(model, loss_fn is not None, args, kwargs)
 
     def build(step: CompiledStep, variant: Variant) -> Callable[..., Any]:
-        try_optimizers(step.optimizers)
+        try_optimizers(step.optimizers, ahead=1)
         return StepProgram(step, variant, options, clock, loss_of)
 
     try_optimizers(Optimizers.of(optimizer))

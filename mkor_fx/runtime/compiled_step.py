@@ -20,6 +20,7 @@ from .in_flight import Late
 from .optimizer_state import OptimizerNumbers, counted, initialise_state, structure_of, tensor_state
 from .optimizers import Optimizers
 from .parts import BatchPart, Sums, cut
+from .programs import Programs
 from .ranks import Ranks, Replicas
 from .step_maker import StepMaker
 from .whole_state import WholeState
@@ -65,10 +66,9 @@ class CompiledStep(WholeState):
         self._refreshes = Windows(mkor)
         self._derivations = Derivations(mkor, maker.derive, maker.derive_every, maker.keepers)
         self._used: list[str] = []
-        self._programs: dict[str, Callable[..., Any]] = {}
+        self._programs = Programs()
         self._ran = False
         self._structure: tuple = ()
-        self._branches: tuple = ()
         self._numbers: OptimizerNumbers | None = None
         self._fresh_groups: set[int] = set()
         self.gauges, self.sums, self.part = Gauges(), Sums(), BatchPart()
@@ -178,11 +178,12 @@ class CompiledStep(WholeState):
         return self._run(variant, *last[:2])
 
     def _run(self, variant: Any, args: tuple, kwargs: dict) -> Any:
-        if variant.name not in self._programs:
+        programs = self._programs.now.by_variant
+        if variant.name not in programs:
             self._maker.check_call(args, kwargs)
-            self._programs[variant.name] = self._maker.build(self, variant)
+            programs[variant.name] = self._maker.build(self, variant)
         try:
-            return self._programs[variant.name](*args, **kwargs)
+            return programs[variant.name](*args, **kwargs)
         except _Due as due:
             if self._maker.parts > 1:
                 raise RuntimeError(
@@ -213,11 +214,13 @@ class CompiledStep(WholeState):
         self._programs.clear()
 
     def _follow_optimizer(self) -> None:
-        """Groups, flags or branches of the optimizer that have changed ask for another compilation; numbers do not."""
+        """Groups or flags of the optimizer that have changed ask for another compilation, branches for the program that has
+        answered them as they are now; numbers for nothing."""
         structure = structure_of(self.optimizers)
-        if structure != self._structure or not all(branch.holds(self.optimizers) for branch in self._branches):
-            self._structure, self._branches, self._numbers = structure, (), None
+        if structure != self._structure:
+            self._structure, self._numbers = structure, None
             self._programs.clear()
+        self._programs.choose(self.optimizers)
 
     # ---- several ranks ------------------------------------------------------------------------------------------------
 
@@ -272,7 +275,7 @@ class CompiledStep(WholeState):
         self._structure = structure_of(self.optimizers)  # some keep notes in their groups that they have done so
 
     def follow_branches(self, branches: tuple) -> None:
-        self._branches = (*self._branches, *branches)
+        self._programs.now.branches += branches
 
     def numbers(self, device: torch.device) -> Tensor:
         if self._numbers is None:

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 import mkor_fx
 
-STEPS = 7
+STEPS = 12
 
 
 def network(dtype=torch.float64, matrices=False):

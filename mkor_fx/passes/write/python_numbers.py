@@ -1,8 +1,9 @@
 """Code written for Python numbers, run on 0-dim tensors: an optimizer's rates, betas and counts of steps while it is traced.
 
 A number that the user may change between steps is an entry of a packed tensor; what is computed from such numbers alone
-keeps its value as well, so that a branch on it is answered at trace time and watched. A number that the step itself changes,
-or that it reads from a tensor (``x.item()``), has no value on the host: a branch on it is refused by name.
+keeps its value as well, so that a branch on it is answered at trace time and watched. So is one on a count in the groups, which
+the step itself changes: it is another program where the answer is another. A number of the state, or one that is read from a
+tensor (``x.item()``), has no value on the host: a branch on it is refused by name.
 """
 
 from __future__ import annotations
@@ -40,12 +41,14 @@ READS = {"__float__", "__int__", "__index__", "__bool__", "item"}
 @dataclass(frozen=True)
 class PythonNumber:
     """What a 0-dim tensor stands for. ``expression`` and ``value`` are None where only the device knows it; ``python``: the
-    optimizer itself has a Python number there; ``origin``: what it comes from, for a message."""
+    optimizer itself has a Python number there; ``counts``: it is another one in each step; ``origin``: what it comes from, for a
+    message."""
 
     tensor: Tensor
     expression: Any = None
     value: Any = None
     python: bool = True
+    counts: bool = False
     origin: str = ""
 
 
@@ -137,7 +140,7 @@ class PythonNumbers(TorchFunctionMode):
         """A number that code wants on the host: a constant of the program, as long as it does not change."""
         if name == "bool":
             return self._decide("ne", known, self._operand(0))  # type: ignore[arg-type]
-        if known.expression is None:
+        if known.expression is None or known.counts:
             raise Refused(f"it reads {known.origin} on the host, as {name}()")
         self.branches.append(Branch(known.expression, "eq", known.value, True))
         return int(known.value) if name in ("int", "index") else float(known.value)
@@ -149,9 +152,9 @@ class PythonNumbers(TorchFunctionMode):
                 with contextlib.suppress(ArithmeticError, ValueError):
                     value = OPERATIONS[name](*(operand.value for operand in operands))
                     expression = Derived(name, tuple(operand.expression for operand in operands))
-            origin = next((operand.origin for operand in operands if operand.expression is None), "")
-            python = all(operand.python for operand in operands)
-            self.add(PythonNumber(result, expression, value, python, origin))
+            origin = next((operand.origin for operand in operands if operand.expression is None or operand.counts), "")
+            python, counts = (when(getattr(o, name) for o in operands) for when, name in ((all, "python"), (any, "counts")))
+            self.add(PythonNumber(result, expression, value, python, counts, origin))
         return result
 
     # ---- functions of Python that torch does not hear of ----------------------------------------------------------------

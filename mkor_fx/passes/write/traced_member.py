@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,16 +87,18 @@ class Member:
     def own_positions(self, positions: dict[int, int]) -> list[list[int]]:
         return [[positions[id(p)] for p in group["params"] if id(p) in positions] for group in self.optimizer.param_groups]
 
-    def clone(self, params: list[list[Tensor]], entries: dict[Number, Tensor], counters: dict) -> Optimizer:
-        """The optimizer over traced tensors, its numbers 0-dim ones."""
+    def clone(
+        self, params: list[list[Tensor]], entries: dict[Number, Tensor], counters: dict, counts: Mapping[Number, float]
+    ) -> Optimizer:
+        """The optimizer over traced tensors, its numbers 0-dim ones; ``counts`` are what its counters stand at."""
         clone, known = _bare(self.optimizer, self.mode.hold), counters_of(self.optimizer)
         clone.param_groups = [
             _group_on_tensors(group, self.begin + i, entries, params[i]) for i, group in enumerate(self.begun.param_groups)
         ]
         for i, group in enumerate(clone.param_groups):
             for key in places(known, group):
-                held = counters[self.begin + i, key]
-                group[key] = held.clone() if known.groups[key] is Tensor else self._number(held, f"its own {key!r}")
+                held, number = counters[self.begin + i, key], Number(self.begin + i, key)
+                group[key] = held.clone() if known.groups[key] is Tensor else self._number(held, key, number, counts[number])
         return clone
 
     def watch_init(self, clone: Optimizer) -> None:
@@ -113,13 +115,13 @@ class Member:
 
     def state(self, begun: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
         numbers = counters_of(self.optimizer).state.keys() | counters_of(self.begun).state.keys()
-        shown = {k: self._number(t, f"its own {k!r}") if k in numbers else t for k, t in tensors.items()}
+        shown = {k: self._number(t, k) if k in numbers else t for k, t in tensors.items()}
         return {**begun, **shown}
 
-    def _number(self, held: Tensor, origin: str) -> Tensor:
-        number = held.to(torch.float64, copy=True)
-        self.mode.add(PythonNumber(number, origin=origin))
-        return number
+    def _number(self, held: Tensor, key: str, number: Number | None = None, value: float | None = None) -> Tensor:
+        shown = held.to(torch.float64, copy=True)
+        self.mode.add(PythonNumber(shown, number, value, counts=number is not None, origin=f"its own {key!r}"))
+        return shown
 
     def note(self, before: dict[str, Any], after: dict[str, Any]) -> None:
         """What has changed without a program's seeing it."""
@@ -150,6 +152,15 @@ class Member:
             for (at, key), held in counters.items()
             if at in groups
         }
+
+    def next_counts(self, clone: Optimizer) -> dict[Number, Any]:
+        """What its counters become, computed from numbers alone; None where only the device knows."""
+        found = {}
+        for i, group in enumerate(clone.param_groups):
+            for key in places(counters_of(self.optimizer), group):
+                known = self.mode.of(group[key])
+                found[Number(self.begin + i, key)] = group[key] if is_python_number(group[key]) else known and known.expression
+        return found
 
     def new_state(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
         if made := [k for k, v in state.items() if k not in tensors and isinstance(v, Tensor)]:

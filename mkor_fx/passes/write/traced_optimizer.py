@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ...runtime.counters import as_tensor, counters_of, places
-from ...runtime.optimizer_state import initialise_state, numbers_of, read_number, tensor_state
+from ...runtime.optimizer_state import Number, initialise_state, numbers_of, read_number, tensor_state
 from ...runtime.optimizers import Optimizers
 from ..torch_api.backend import new_fake_mode
 from ..torch_api.dynamo import compiling, outside_dynamo
@@ -26,7 +26,7 @@ from ..torch_api.tracing import forget_values, shaped_like, trace
 from .python_numbers import PythonNumber, PythonNumbers
 from .traced_member import Findings, Member, stand_in
 from .watched_branches import Branch
-from .what_a_step_changes import changed, snapshot
+from .what_a_step_changes import changed, kept_numbers, snapshot
 from .without_host import Refused
 
 OTHERWISE = "Use mkor_fx.compile(model) with your own loop: it works with every torch optimizer."
@@ -38,12 +38,14 @@ class Update:
     new counters``, and the numbers as they were.
 
     ``states`` are examples of each parameter's state tensors, by name; ``counters`` of what groups hold, by group and key.
+    ``counts`` is what the counters become, as far as that is computed from numbers alone.
     """
 
     module: fx.GraphModule
     states: list[dict[str, Tensor]]
     counters: dict[tuple[int, str], Tensor]
     branches: tuple[Branch, ...]
+    counts: dict[Number, Any]
 
 
 def planned(optimizers: Optimizers, params: Sequence[nn.Parameter]) -> tuple[Optimizers, list[Tensor]]:
@@ -83,15 +85,19 @@ def refuse_hidden(found: Findings) -> None:
         )
 
 
-def attempt(optimizers: Optimizers, params: Sequence[nn.Parameter]) -> tuple[Update, Findings]:
-    """As ``trace_update``; what the step does besides is returned."""
+def attempt(
+    optimizers: Optimizers, params: Sequence[nn.Parameter], counts: Mapping[Number, float] | None = None
+) -> tuple[Update, Findings]:
+    """As ``trace_update``; what the step does besides is returned. ``counts``: what counters are to stand at, if not as they do."""
     if len(params) != len({id(p) for p in params}):
         raise AssertionError("a parameter is listed twice")
     numbers, found, name = numbers_of(optimizers), Findings(), optimizers.names
     positions = {id(p): i for i, p in enumerate(params)}
     branches: list[Branch] = []
+    after: dict[Number, Any] = {}
     try:
         start, stand_ins = planned(optimizers, params)
+        stand = counts_of(optimizers, start) if counts is None else counts
         states = [tensor_state(start, p) for p in stand_ins]  # type: ignore[arg-type]
         with torch.no_grad(), stand_ins[0].fake_mode:  # type: ignore[attr-defined]
             counters = {
@@ -116,21 +122,23 @@ def attempt(optimizers: Optimizers, params: Sequence[nn.Parameter]) -> tuple[Upd
                 mode = PythonNumbers()
                 for n, tensor in entries.items():
                     value = read_number(optimizers, n)
-                    mode.add(PythonNumber(tensor, n, float(value), not isinstance(value, Tensor), f"{n.key!r}"))
+                    mode.add(PythonNumber(tensor, n, float(value), not isinstance(value, Tensor), origin=f"{n.key!r}"))
                 one = Member(member, begin, begun, mode, found)
                 own = one.own_positions(positions)
-                clone = one.clone([[ps[at] for at in members] for members in own], entries, cs)
+                clone = one.clone([[ps[at] for at in members] for members in own], entries, cs, stand)
                 for at in (at for members in own for at in members):
                     clone.state[ps[at]] = one.state(begun.state.get(stand_ins[at], {}), ss[at])
                 one.watch_init(clone)
-                before, live = snapshot(clone), snapshot(member)
-                with compiling(), mode, mode.hears():
-                    inspect.unwrap(type(member).step)(clone)
+                with kept_numbers(member):
+                    before, live = snapshot(clone), snapshot(member)
+                    with compiling(), mode, mode.hears():
+                        inspect.unwrap(type(member).step)(clone)
+                    one.note(before, snapshot(clone))
+                    if itself := [place.name for place in changed(live, snapshot(member))]:
+                        found.hidden[name] += itself
                 branches.extend(mode.branches)
-                one.note(before, snapshot(clone))
-                if itself := [place.name for place in changed(live, snapshot(member))]:
-                    found.hidden[name] += itself
                 new |= one.new_counters(clone, cs)
+                after.update(one.next_counts(clone))
                 for at in (at for members in own for at in members):
                     kept[at] = one.new_state(clone.state[ps[at]], ss[at])
             return ps, [kept[at][key] for at, s in enumerate(ss) for key in s], [new[place] for place in cs], packed
@@ -149,7 +157,18 @@ def attempt(optimizers: Optimizers, params: Sequence[nn.Parameter]) -> tuple[Upd
             f"{name}.step() cannot be traced into the compiled step: {_reason(error)}{_suspects(optimizers)}\n{OTHERWISE}"
         ) from error
     forget_values(traced)
-    return Update(traced, states, counters, tuple(dict.fromkeys(branches))), found
+    return Update(traced, states, counters, tuple(dict.fromkeys(branches)), after), found
+
+
+def counts_of(optimizers: Optimizers, start: Optimizers) -> dict[Number, float]:
+    """What the counters of Python numbers stand at; before a first step, as in ``start``. Waits for the device."""
+    found = {}
+    for (member, begin), begun in zip(optimizers.begins(), start.members):
+        known = counters_of(member)
+        for i, (group, fresh) in enumerate(zip(member.param_groups, begun.param_groups)):
+            for key in (key for key in places(known, fresh) if known.groups[key] is not Tensor):
+                found[Number(begin + i, key)] = float(group.get(key, fresh[key]))
+    return found
 
 
 def _check(traced: fx.GraphModule) -> None:

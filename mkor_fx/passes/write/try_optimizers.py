@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from types import SimpleNamespace
+
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -10,13 +13,18 @@ from ...runtime.counters import counters_of, is_python_number, save_numbers
 from ...runtime.optimizer_state import init_group, makes_state
 from ...runtime.optimizers import Optimizers
 from ..torch_api.dynamo import outside_dynamo
-from .traced_member import stand_in
-from .traced_optimizer import OTHERWISE, attempt, planned, refuse_hidden
+from .traced_member import Findings, stand_in
+from .traced_optimizer import OTHERWISE, Update, attempt, counts_of, planned, refuse_hidden
+from .watched_branches import value_of
+
+#: for how many steps it is tried what an optimizer does at its counts, and how many programs they may ask for
+AHEAD, MOST = 1000, 8
 
 
-def try_optimizers(optimizers: Optimizers) -> None:
-    """Look at one step over a parameter of each kind. Numbers in the groups that it changes are state from here on. Torch's
-    own optimizers are known to have none such. Changes nothing of the user's.
+def try_optimizers(optimizers: Optimizers, ahead: int = AHEAD) -> None:
+    """Look at one step over a parameter of each kind. Numbers in the groups that it changes are state from here on; where it
+    branches on them, also look at those of the next ``ahead`` steps that take another way. Torch's own optimizers are known
+    to have none such. Changes nothing of the user's.
 
     Raises:
         ValueError: an optimizer cannot be traced, or changes what a program cannot; says what.
@@ -28,13 +36,34 @@ def try_optimizers(optimizers: Optimizers) -> None:
         alone = Optimizers([member])
         _see_what_it_makes(alone, member, params)
         _, found = attempt(alone, params)
-        if member in found.of_gradient or found.counters[member]:
-            counters_of(member).of_gradient |= member in found.of_gradient
-            counters_of(member).groups.update(found.counters[member])
-            _, found = attempt(alone, params)
-        if not found.late:  # state that is created in the step may come from a checkpoint
-            refuse_hidden(found)
+        counters_of(member).of_gradient |= member in found.of_gradient
+        counters_of(member).groups.update(found.counters[member])
+        for found in _ahead(alone, params, ahead):
+            if not found.late:  # state that is created in the step may come from a checkpoint
+                refuse_hidden(found)
         save_numbers(member)
+
+
+def _ahead(alone: Optimizers, params: list[nn.Parameter], steps: int) -> Iterator[Findings]:
+    """What is found in this step, and in the next ones where they answer a branch in another way."""
+    counts, ways = counts_of(alone, planned(alone, params)[0]), list[Update]()
+    for _ in range(steps):
+        later = SimpleNamespace(param_groups=[dict(group) for group in alone.param_groups])
+        for number, value in counts.items():
+            later.param_groups[number.group][number.key] = value
+        way = next((way for way in ways if all(branch.holds(later) for branch in way.branches)), None)
+        if way is None:
+            if len(ways) == MOST:
+                raise ValueError(
+                    f"{alone.names}.step() takes more than {MOST} ways by its own count in the next {steps} steps, each a "
+                    f"program of its own\n{OTHERWISE}"
+                )
+            way, found = attempt(alone, params, counts)
+            ways.append(way)
+            yield found
+        if None in way.counts.values() or not any(branch.depends_on(counts) for way in ways for branch in way.branches):
+            return
+        counts = {number: float(value_of(way.counts[number], later)) for number in counts}
 
 
 def _see_what_it_makes(alone: Optimizers, member: Optimizer, params: list[nn.Parameter]) -> None:

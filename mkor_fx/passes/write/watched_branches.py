@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,5 +54,13 @@ class Branch:
         try:
             left, right = value_of(self.left, optimizers), value_of(self.right, optimizers)
             return bool(getattr(operator, self.operator)(left, right)) == self.answer
-        except (ArithmeticError, ValueError):
+        except (ArithmeticError, ValueError, LookupError):
             return False
+
+    def depends_on(self, numbers: Collection[Number]) -> bool:
+        return any(_depends(side, numbers) for side in (self.left, self.right))
+
+
+def _depends(expression: Any, numbers: Collection[Number]) -> bool:
+    operands = expression.operands if isinstance(expression, Derived) else ()
+    return expression in numbers or any(_depends(operand, numbers) for operand in operands)

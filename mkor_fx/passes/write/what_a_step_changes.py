@@ -1,13 +1,17 @@
-"""What an optimizer's step changes besides tensors of its state: on the object, its class, in its groups, in containers."""
+"""What an optimizer's step changes besides tensors of its state: on the object, its class, in its groups, in containers, and
+in variables of functions."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
+import inspect
 import random
 import sys
 import types
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -17,6 +21,8 @@ from .without_host import Refused
 
 #: how deep objects within an optimizer are looked into
 DEPTH = 4
+#: how many of an optimizer's functions are
+FUNCTIONS = 500
 _CODE = (type, types.ModuleType, types.FunctionType, types.MethodType, types.BuiltinFunctionType)
 _WHOLE = (Tensor, nn.Module, Optimizer, *_CODE)
 
@@ -61,6 +67,8 @@ def snapshot(optimizer: Optimizer) -> dict[Place, Any]:
     for cls in type(optimizer).__mro__:
         held = {k: v for k, v in vars(cls).items() if isinstance(v, (int, float, list, dict, set)) and k[:2] != "__"}
         found |= {Place(f"{cls.__name__}.{k}", ""): _frozen(v) for k, v in held.items()}
+    for owner, function in functions(optimizer):
+        found |= {Place(f"{name}, a variable of {owner}", ""): _frozen(value) for name, value in _variables(function)}
     found[Place("the state of Python's random numbers", "")] = hash(random.getstate())
     if (numpy := sys.modules.get("numpy")) is not None:
         found[Place("the state of numpy's random numbers", "")] = _frozen(numpy.random.get_state())
@@ -72,6 +80,68 @@ def snapshot(optimizer: Optimizer) -> dict[Place, Any]:
         held = {k: v for k, v in state.items() if not isinstance(v, Tensor)}
         found |= {Place(f"state {i}[{k!r}]", k, of_state=True): _frozen(v) for k, v in held.items()}
     return found
+
+
+def functions(optimizer: Optimizer) -> Iterator[tuple[str, types.FunctionType]]:
+    """Those that an optimizer's step may call and that are not torch's: methods of its classes, functions that it holds, what
+    these have closed over, and functions of their modules that they name; each with what leads there."""
+    own = [cls for cls in type(optimizer).__mro__ if cls is not object and not _of_torch(cls)]
+    held = [(f"{cls.__name__}.{name}", value) for cls in own for name, value in vars(cls).items()]
+    held += [(f"self.{name}", value) for name, value in vars(optimizer).items()]
+    seen: set[int] = set()
+    while held:
+        name, value = held.pop()
+        value = inspect.unwrap(getattr(value, "__func__", value)) if callable(value) or hasattr(value, "__func__") else value
+        if isinstance(value, functools.partial):
+            value = value.func
+        if isinstance(value, types.FunctionType) and not _of_torch(value) and id(value) not in seen and len(seen) < FUNCTIONS:
+            seen.add(id(value))
+            yield name, value
+            held += [(name, cell.cell_contents) for cell in _cells(value).values() if callable(cell.cell_contents)]
+            named = [value.__globals__.get(other) for other in value.__code__.co_names]
+            held += [(other.__qualname__, other) for other in named if isinstance(other, types.FunctionType)]
+
+
+def _of_torch(held: Any) -> bool:
+    return (getattr(held, "__module__", None) or "").partition(".")[0] == "torch"
+
+
+def _cells(function: types.FunctionType) -> dict[str, types.CellType]:
+    """The variables around a function that have a value."""
+    found = {}
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or ()):
+        with contextlib.suppress(ValueError):
+            _ = cell.cell_contents
+            found[name] = cell
+    return found
+
+
+def _numbers_of_module(function: types.FunctionType) -> dict[str, Any]:
+    named = {name: function.__globals__.get(name) for name in function.__code__.co_names}
+    return {name: value for name, value in named.items() if isinstance(value, (int, float))}
+
+
+def _variables(function: types.FunctionType) -> list[tuple[str, Any]]:
+    """What a function may keep from call to call."""
+    around = [(name, cell.cell_contents) for name, cell in _cells(function).items()]
+    defaults = ("its defaults", (function.__defaults__, function.__kwdefaults__))
+    return [*around, *_numbers_of_module(function).items(), defaults, *vars(function).items()]
+
+
+@contextlib.contextmanager
+def kept_numbers(optimizer: Optimizer) -> Iterator[None]:
+    """Numbers in variables around functions are behind it what they were."""
+    before = []
+    for _, function in functions(optimizer):
+        around = [(cell, cell.cell_contents) for cell in _cells(function).values()]
+        before.append((function, [each for each in around if isinstance(each[1], (int, float))], _numbers_of_module(function)))
+    try:
+        yield
+    finally:
+        for function, numbers, of_module in before:
+            function.__globals__.update(of_module)
+            for cell, value in numbers:
+                cell.cell_contents = value
 
 
 def changed(before: Mapping[Place, Any], after: Mapping[Place, Any]) -> list[Place]:
