@@ -13,13 +13,11 @@ from torch.optim import Optimizer
 
 from .. import reasons
 from ..options import Options
-from ..passes.lower.outline import EqualUpdates
 from ..passes.match.layout import Layout
 from ..passes.naming import Naming
 from ..passes.order.collectives import Group, Network
-from ..passes.order.pin import Overlap
-from ..passes.pipeline import REWRITE, VARIANTS, Variant, analyse, choose, part_of, refresh_of, synthesise
-from ..passes.torch_api.backend import FakeTensorMode, PostGradPass, compile_graph, plain_tracing
+from ..passes.pipeline import REWRITE, VARIANTS, Variant, analyse, choose, closing, part_of, refresh_of, synthesise
+from ..passes.torch_api.backend import FakeTensorMode, compile_graph, plain_tracing
 from ..passes.torch_api.capture import WholeStep, capture_whole_step, trace_artifact
 from ..passes.torch_api.dynamo import dynamo_compile, dynamo_parameters, held_weakly, recurrence
 from ..passes.write.late_statistics import buffers_of, nothing, refresh_now
@@ -197,15 +195,13 @@ class StepProgram:
         group = group_of(step.ranks, options)
         if group is None:
             check_still_alone()
-        order: list[PostGradPass] = [] if group is None or "pin" in options.without else [Overlap()]
         held = {id(p) for group in step.optimizers.param_groups for p in group["params"]}
         step.noted.note(step.model, *recurrence(gm), held)
         with shown(f"compiling the {self.variant.name} program of {type(step.model).__name__}"):
             written = write_whole_step(step, self.variant, options, group, gm, inputs)
             with plain_tracing():
-                outline = [] if "outline" in options.without else [EqualUpdates(written.draft.owners())]
-                code = written.graphs.code
-                compiled = compile_graph(written.whole.module, options.compiler, code, *order, *outline)
+                passes = closing(written.draft.owners(), group, options.without)
+                compiled = compile_graph(written.whole.module, options.compiler, written.graphs.code, *passes)
         if written.draft.update is not None:
             step.follow_branches(written.draft.update.branches)
         written.coverage.switch = step.mkor.switch

@@ -13,6 +13,7 @@ from ..rules import Rules
 from ..show.recorder import Recording
 from .core import GraphPass, run_passes
 from .lower.expand import expand
+from .lower.outline import EqualUpdates
 from .lower.order_products import order_products
 from .lower.share import share
 from .lower.shortcut_row_sums import shortcut_row_sums
@@ -26,9 +27,11 @@ from .match.spell_transposes import spell_transposes
 from .order.bucket import bucket
 from .order.collectives import Group
 from .order.issue_alike import issue_alike
+from .order.pin import Overlap
 from .order.recompute_checkpoints import recompute_checkpoints
 from .order.schedule import schedule
 from .order.update_when_ready import update_when_ready
+from .torch_api.backend import PostGradPass
 from .write.accumulate import accumulate
 from .write.add_parts import add_parts
 from .write.arrive import arrive
@@ -188,3 +191,9 @@ def synthesise(
     run_passes(draft.step, ordering, "schedule", graphs)
     lowering = [*kept([order_products, shortcut_row_sums]), partial(expand, inductor=inductor), *kept([unpack, share])]
     run_passes(draft.step, lowering if partitioned else [*lowering, *kept([store_scalars])], "lower", graphs)
+
+
+def closing(owners: Sequence[Any], group: Group | None, without: Collection[str]) -> list[PostGradPass]:
+    """The passes that run behind all of Inductor's own over a graph; ``owners`` as ``EqualUpdates`` wants them."""
+    pinned: list[PostGradPass] = [] if group is None or "pin" in without else [Overlap()]
+    return [*pinned, *([] if "outline" in without else [EqualUpdates(owners)])]

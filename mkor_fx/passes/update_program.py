@@ -10,11 +10,9 @@ from ..rules import Rule
 from ..runtime.given import Given
 from ..show.recorder import Recording
 from .core import GraphPass
-from .lower.outline import EqualUpdates
 from .order.collectives import Group
-from .order.pin import Overlap
-from .pipeline import synthesise
-from .torch_api.backend import Compiler, PostGradPass, compile_graph, plain_tracing
+from .pipeline import closing, synthesise
+from .torch_api.backend import Compiler, compile_graph, plain_tracing
 from .write.update_draft import Job, UpdateDraft
 
 
@@ -36,8 +34,7 @@ def build_program(
     with plain_tracing():
         draft = UpdateDraft(jobs, rules, given, group)
         synthesise(draft, rewrite, graphs, group=group, without=without, inductor=compiler.backend == "inductor")
-        passes: list[PostGradPass] = [] if group is None or "pin" in without else [Overlap()]
-        passes += [] if "outline" in without else [EqualUpdates(draft.owners())]
+        passes = closing(draft.owners(), group, without)
         compiled = compile_graph(draft.step.module, compiler, graphs.code, *passes)
 
     def run(given: Given) -> list[Tensor]:
