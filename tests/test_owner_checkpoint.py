@@ -47,14 +47,14 @@ def go_on(rank, size, placement, options, first, last, folder):
 @pytest.mark.parametrize(
     "options", [{}, pytest.param({"stale": 1}, marks=pytest.mark.nightly)], ids=["prompt", "stale"]
 )
-def test_two_then_one_then_three_processes(tmp_path, options):
+def test_two_then_one_then_four_processes(tmp_path, options):
     step, batches = new_step("replicated", **options)
     for batch in batches:
         step(*batch)
     whole = everything(step.model, step.optimizer, step)
     processes.values(go_on, 2, "owner", options, 0, 1, tmp_path)
     processes.values(go_on, 1, "replicated", options, 1, 3, tmp_path)
-    parts = processes.values(go_on, 3, "owner", options, 3, STEPS, tmp_path)
+    parts = processes.values(go_on, 4, "owner", options, 3, STEPS, tmp_path)
     assert_bitwise([state for state, _ in parts])
     assert_close(parts[0][0], whole, 1e-5)
     keys = [key for _, own in parts for key in own]
