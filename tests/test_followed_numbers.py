@@ -266,6 +266,13 @@ def by_chance(self, group):
     return random.random()
 
 
+def by_curvature(self, group):
+    """What it has no graph for in its own loop either."""
+    params = [p for p in group["params"] if p.requires_grad]
+    torch.autograd.grad([p.grad for p in params], params, [p.grad for p in params])
+    return 1.0
+
+
 class OnItsClass(Written):
     calls = 0
 
@@ -381,6 +388,7 @@ REFUSED = {
     "chance": (once(by_chance), nothing, r"changes the state of Python's random numbers"),
     "a count on the host": (once(to_host), nothing, r"reads its own 'calls' on the host, as float\(\)"),
     "a branch on a tensor": (each(look), nothing, r"reads a value of a tensor on the host"),
+    "a second derivative": (once(by_curvature), nothing, r"element 0 of tensors does not require grad"),
     "random numbers": (each(lambda o, g, s: torch.rand_like(s["average"]).mean()), nothing, r"draws random numbers"),
 }
 

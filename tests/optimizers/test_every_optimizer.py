@@ -12,7 +12,8 @@ IN_EVERY_RUN = {
     ("torch.optim", "Adafactor"),  # numbers that it reads from tensors
     ("pytorch_optimizer", "FAdam"),  # a count in its groups
     ("pytorch_optimizer", "BCOS"),  # state of the first gradient
-    ("pytorch_optimizer", "SOAP"),  # a branch on the count
+    ("pytorch_optimizer", "Ranger"),  # a branch on the count
+    ("pytorch_optimizer", "SOAP"),  # tensors in a list
     ("pytorch_optimizer", "Lookahead"),  # another optimizer inside
     ("optimi", "AdamW"),  # a tensor in its groups
 }

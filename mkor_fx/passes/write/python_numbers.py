@@ -13,7 +13,7 @@ import contextlib
 import math
 import operator
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,6 +35,7 @@ REBINDING |= {"__iadd__": "add", "__isub__": "sub", "__imul__": "mul", "__idiv__
               "__ipow__": "pow", "__ifloordiv__": "floor_divide", "__imod__": "remainder"}  # fmt: skip
 #: functions of ``math`` that torch has under the same name
 MATH = ("sqrt", "pow", "exp", "log", "sin", "cos", "tanh", "log2", "log10", "expm1", "log1p")
+REQUIRES_GRAD = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 READS = {"__float__", "__int__", "__index__", "__bool__", "item"}
 
 
@@ -53,11 +54,12 @@ class PythonNumber:
 
 
 class PythonNumbers(TorchFunctionMode):
-    """No ``.item()``, no data-dependent branch. ``branches`` are those that were answered, ``written`` the numbers of the
-    optimizer that were changed in place."""
+    """No ``.item()``, no data-dependent branch. ``params`` say that they require gradients, as an optimizer's do. ``branches``
+    are those that were answered, ``written`` the numbers of the optimizer that were changed in place."""
 
-    def __init__(self) -> None:
+    def __init__(self, params: Sequence[Tensor]) -> None:
         super().__init__()
+        self.trained = {id(p): p for p in params}
         self.known: dict[int, PythonNumber] = {}
         self.branches: list[Branch] = []
         self.written: list[Number] = []
@@ -81,6 +83,8 @@ class PythonNumbers(TorchFunctionMode):
         full = getattr(func, "__name__", "")
         if self._plainly:
             return func(*args, **kwargs)
+        if full == "__get__" and func == REQUIRES_GRAD and id(args[0]) in self.trained:
+            return True
         if self.foreign and any(id(each) in self.foreign for each in tree_leaves((args, kwargs))):
             if full == "__get__" and not isinstance(attribute := func(*args, **kwargs), Tensor):
                 return attribute

@@ -74,10 +74,14 @@ def trace_update(optimizers: Optimizers, params: Sequence[nn.Parameter]) -> Upda
     return update
 
 
-def refuse_hidden(found: Findings) -> None:
-    """Raises ValueError for what a step changes and no program would."""
+def refuse_idle(found: Findings) -> None:
+    """Raises ValueError for a step that changes nothing."""
     for name in found.idle:
         raise ValueError(f"{name}.step() changes no weight when it is called without a closure\n{OTHERWISE}")
+
+
+def refuse_hidden(found: Findings) -> None:
+    """Raises ValueError for what a step changes and no program would."""
     for name, hidden in found.hidden.items():
         raise ValueError(
             f"{name}.step() changes {', '.join(dict.fromkeys(hidden))}, which a compiled step would never see change: "
@@ -119,7 +123,7 @@ def attempt(
                 p.grad = g
             for (member, begin), begun in zip(optimizers.begins(), start.members):
                 name = type(member).__name__
-                mode = PythonNumbers()
+                mode = PythonNumbers(ps)
                 for n, tensor in entries.items():
                     value = read_number(optimizers, n)
                     mode.add(PythonNumber(tensor, n, float(value), not isinstance(value, Tensor), origin=f"{n.key!r}"))

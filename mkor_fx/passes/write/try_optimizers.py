@@ -14,7 +14,7 @@ from ...runtime.optimizer_state import init_group, makes_state
 from ...runtime.optimizers import Optimizers
 from ..torch_api.dynamo import outside_dynamo
 from .traced_member import Findings, stand_in
-from .traced_optimizer import OTHERWISE, Update, attempt, counts_of, planned, refuse_hidden
+from .traced_optimizer import OTHERWISE, Update, attempt, counts_of, planned, refuse_hidden, refuse_idle
 from .watched_branches import value_of
 
 #: for how many steps it is tried what an optimizer does at its counts, and how many programs they may ask for
@@ -38,9 +38,13 @@ def try_optimizers(optimizers: Optimizers, ahead: int = AHEAD) -> None:
         _, found = attempt(alone, params)
         counters_of(member).of_gradient |= member in found.of_gradient
         counters_of(member).groups.update(found.counters[member])
+        ways = []
         for found in _ahead(alone, params, ahead):
+            ways.append(found)
             if not found.late:  # state that is created in the step may come from a checkpoint
                 refuse_hidden(found)
+        if ahead > 1 and all(found.idle and not found.late for found in ways):
+            refuse_idle(ways[0])
         save_numbers(member)
 
 
