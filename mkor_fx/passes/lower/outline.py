@@ -55,14 +55,19 @@ def _alone(graph: fx.Graph) -> Iterable[list[fx.Node]]:
 
 
 def _owned(graph: fx.Graph, owner_of: dict[fx.Node, Hashable]) -> Iterable[list[fx.Node]]:
-    """What leads to one owner's update and nowhere else, ending in the copies into its inputs."""
+    """What leads to one owner's update and nowhere else, ending in the copies into its inputs.
+
+    It moves behind all other copies. So what reads an input that others write stays where it is, in front of them.
+    """
+    writer = {copy.args[0]: owner_of.get(copy.args[0]) for copy in graph.find_nodes(op="call_function", target=COPY)}
     groups: dict[Hashable, list[fx.Node]] = defaultdict(list)
     owned: dict[fx.Node, Hashable] = {}
     for node in reversed(graph.nodes):
-        if (owner := _owner(node, owner_of, owned)) is not None:
+        owner = _owner(node, owner_of, owned)
+        if owner is not None and all(writer.get(base, owner) == owner for base in map(_base, node.all_input_nodes)):
             owned[node] = owner
-            groups[owner].insert(0, node)
-    return groups.values()
+            groups[owner].append(node)
+    return [nodes[::-1] for nodes in groups.values()]
 
 
 def _owner(node: fx.Node, owner_of: dict[fx.Node, Hashable], owned: dict[fx.Node, Hashable]) -> Hashable:
@@ -74,6 +79,13 @@ def _owner(node: fx.Node, owner_of: dict[fx.Node, Hashable], owned: dict[fx.Node
         return owner_of.get(node.args[0]) if not node.users else None
     owners = {owned.get(user) for user in node.users}
     return owners.pop() if len(owners) == 1 else None
+
+
+def _base(node: fx.Node) -> fx.Node:
+    """What a node is a view of; itself."""
+    while node.target is operator.getitem or (isinstance(node.target, torch._ops.OpOverload) and node.target.is_view):
+        node = node.args[0]
+    return node
 
 
 class Functions:
@@ -92,6 +104,9 @@ class Functions:
             return
         results = [node for node in nodes if any(user not in inside for user in node.users)]
         written = [operands.index(node.args[0]) for node in nodes if node.target is COPY]
+        bases = [_base(operand) for operand in operands]
+        if any(bases.count(bases[at]) > 1 for at in written):  # a function knows nothing of operands that share memory
+            return
         key = _spelled(nodes, operands, results)
         if key not in self.names:
             self.names[key] = f"outlined_{len(self.names)}"

@@ -1,0 +1,59 @@
+"""Functions of a compiled program: what they share, and that they write when everybody has read. Under Inductor."""
+
+import copy
+
+import torch
+from torch import nn
+from torch.nn.functional import mse_loss
+
+import mkor_fx
+
+
+class Cosine(torch.optim.Optimizer):
+    """Momentum, its rate the cosine of a count that is a tensor of the group, written behind its only reader."""
+
+    def __init__(self, params):
+        super().__init__(params, {"lr": 0.1, "turn": torch.zeros(())})
+
+    def _init_group(self, group):
+        for p in group["params"]:
+            if p.grad is not None and not self.state[p]:
+                self.state[p]["average"] = torch.zeros_like(p)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            self._init_group(group)
+            for p in group["params"]:
+                average = self.state[p]["average"].mul_(0.9).add_(p.grad)
+                p.sub_(average * group["turn"].cos() * group["lr"])
+            group["turn"].add_(1.0)
+
+
+def beside_its_own_loop(model, optimizer, steps=4):
+    """The compiled step, which ends where the loop does."""
+    twin = copy.deepcopy(model)
+    start, ours, own = copy.deepcopy(model), optimizer(model.parameters()), optimizer(twin.parameters())
+    step = mkor_fx.compile_step(model, mse_loss, ours, None)
+    for _ in range(steps):
+        x, y = torch.randn(32, 16), torch.randn(32, 16)
+        step(x, y)
+        own.zero_grad()
+        mse_loss(twin(x), y).backward()
+        own.step()
+    for p, q, old in zip(model.parameters(), twin.parameters(), start.parameters(), strict=True):
+        assert (p - q).norm() < 1e-5 * (q - old).norm()
+    return step
+
+
+def test_what_others_write_is_read_before():
+    step = beside_its_own_loop(nn.Linear(16, 16, bias=False), Cosine)
+    (code,) = step.variants["plain"].code
+    assert "def outlined_0(" in code
+
+
+def test_equal_updates_are_one_function():
+    layers = [nn.Linear(16, 16, bias=False), nn.Tanh(), nn.Linear(16, 16, bias=False), nn.Linear(16, 16, bias=False)]
+    step = beside_its_own_loop(nn.Sequential(*layers), lambda params: torch.optim.AdamW(params, lr=1e-2))
+    (code,) = step.variants["plain"].code
+    assert code.count("def outlined_") == 1 and code.count("= outlined_0(outlined_0_args)") == 3
