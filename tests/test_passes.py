@@ -11,6 +11,8 @@ import mkor_fx
 from mkor_fx import prims
 from mkor_fx.ir import Decline, Parameter, verify
 from mkor_fx.passes.lower.expand import expand
+from mkor_fx.passes.lower.share import share
+from mkor_fx.passes.lower.unpack import unpack
 from mkor_fx.passes.match.cancel_double_transpose import cancel_double_transpose
 from mkor_fx.passes.match.drop_detach import drop_detach
 from mkor_fx.passes.match.find_sites import find_sites
@@ -21,7 +23,7 @@ from mkor_fx.passes.pipeline import CANONICALIZE, SCHEDULE
 from mkor_fx.show.graphs import Graphs
 
 aten = torch.ops.aten
-MATRIX, CUBE = torch.ones(3, 4), torch.ones(2, 3, 4)
+VECTOR, MATRIX, CUBE = torch.ones(3), torch.ones(3, 4), torch.ones(2, 3, 4)
 
 
 def text(step):
@@ -102,6 +104,15 @@ CASES = {
         ["detach = detach(x0)", "neg = neg(detach)", "alias = alias(detach)", "return (neg, alias)"],
         ["neg = neg(x0)", "return (neg, x0)"],
     ),
+    "unpacks what was packed": (
+        unpack,
+        lambda x: tuple(map(aten.neg, aten.split_with_sizes(aten.cat([x, x]), [3, 3]))), VECTOR,
+        ["cat = cat([x0, x0])", "split_with_sizes = split_with_sizes(cat, [3, 3])",
+         "getitem = <built-in function getitem>(split_with_sizes, 0)",
+         "getitem_1 = <built-in function getitem>(split_with_sizes, 1)",
+         "neg = neg(getitem)", "neg_1 = neg(getitem_1)", "return (neg, neg_1)"],
+        ["neg = neg(x0)", "neg_1 = neg(x0)", "return (neg, neg_1)"],
+    ),
 }  # fmt: skip
 
 
@@ -113,6 +124,23 @@ def test_before_and_after(case):
     graph_pass(step)
     verify(step, graph_pass.stage)
     assert text(step) == after
+
+
+def test_the_library_shares_what_is_whole_or_a_scalar_and_nothing_else():
+    def function(x):
+        hashes = [aten.mul(aten.add(aten.arange(3), aten._to_copy(x, dtype=torch.int64)), 2) for _ in range(2)]
+        return *hashes, *(aten.sum(x) for _ in range(2)), *(aten.neg(x) for _ in range(2)), aten.mul(hashes[0], 2.0)
+
+    step = program(function, VECTOR)
+    label = {node: node.meta.pop("mkor_fx") for node in step.graph.nodes if "mkor_fx" in node.meta}
+    before = text(step)
+    share(step)
+    assert text(step) == before  # nothing of a user's graph
+    for node, own in label.items():
+        node.meta["mkor_fx"] = own
+    share(step)
+    hashed, again, total, same_total, negated, other, scaled = step.output.args[0]
+    assert hashed is again and total is same_total and negated is not other and scaled is not hashed
 
 
 def checkpointed(policy=CheckpointPolicy.PREFER_RECOMPUTE):

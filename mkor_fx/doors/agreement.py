@@ -48,7 +48,7 @@ def check_gathering(options: Options, ranks: Ranks | None) -> Ranks | None:
     """
     there = {"ranks": 1 if ranks is None or ranks.alone else ranks.size, "micro-batches": options.accumulate}
     for rule in options.rules:
-        for (what, count), slots in zip(there.items(), rule.gathers or (count for count in there.values())):
+        for (what, count), slots in zip(there.items(), rule.gathers or ()):
             if count > slots:
                 raise ValueError(too_few_slots(rule, what, slots, count))
     return ranks

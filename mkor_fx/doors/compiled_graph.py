@@ -54,6 +54,7 @@ class CompiledGraph(Graph):
         self._dtypes = {index: params[index].dtype for index in self._layouts}
         options, changing = door.options, bool(changing_of(list(door.rules)))
         self._draws = any(layout.rule.draws for layout in self._layouts.values())
+        self._slots = {index: layout.slots for index, layout in self._layouts.items() if layout.slots is not None}
         added, position = {}, len(inputs) + changing + self._draws
         for index, layout in self._layouts.items():
             state = door.mode.state_in_graph(layout, self._dtypes[index])
@@ -92,8 +93,7 @@ class CompiledGraph(Graph):
         outputs = self._compiled(*args, *self._further_inputs(door, own, use))
         if torch.is_grad_enabled():
             door.runtime.seen.ran = True
-            slots = {index: layout.slots for index, layout in self._layouts.items()}
-            door.runtime.watch(outputs, params, [(own[index], use % n) for index, n in slots.items() if n is not None])
+            door.runtime.watch(outputs, params, [(own[index], use % slots) for index, slots in self._slots.items()])
         return outputs
 
 

@@ -186,7 +186,7 @@ class FactorState(Saved):
             loaded = self._pending.pop(name, None)
             if name in self._factors:
                 self._afresh[name] = "it is another weight than before"
-            elif self.generation > 0 and self._step == self.loaded_step > 0 and not (loaded is not None and same_shapes(loaded, factors)):
+            elif self.generation > 0 and self._step == self.loaded_step > 0 and (loaded is None or not same_shapes(loaded, factors)):
                 self._afresh[name] = "the loaded state has none that fit"
             self._factors[name] = factors
         self._recipes[name] = recipe

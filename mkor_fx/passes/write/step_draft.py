@@ -34,8 +34,9 @@ class Plan:
     ``rules`` are those that may occur, ``params`` by input position, ``trained`` the positions of those that the optimizer
     steps; ``states`` examples of the factors that are kept on this rank, by position. ``buffers`` are the names of the inputs
     that rank 0 decides; ``owners`` the ranks that keep a weight's factors, by name (None: every rank); ``late`` the buffers
-    of statistics that are used one step late, if this step ``sends`` its own; ``due`` the weights whose state is refreshed (None: all). ``parts``: the batch is
-    one part of several. ``base_rate`` is a ``Hybrid``'s share of the rate. ``refreshes`` only labels.
+    of statistics that are used one step late, if this step ``sends`` its own; ``due`` the weights whose state is refreshed
+    (None: all). ``parts``: the batch is one part of several. ``base_rate`` is a ``Hybrid``'s share of the rate. ``refreshes``
+    only labels.
     """
 
     optimizer: Optimizers
