@@ -399,7 +399,7 @@ def test_beside_two_layers_that_a_reference_watches(name, door):
     twin = twin_of(model)
     held = [p for p in twin.parameters() if p.requires_grad]
     reference = Contract(twin, torch.optim.SGD(held, lr=0.1, momentum=0.9), rule)
-    reference.sites = {name: site for name, site in reference.sites.items() if site[0].requires_grad}
+    reference.layers = {name: layer for name, layer in reference.layers.items() if layer.weight.requires_grad}
     held = [p for p in model.parameters() if p.requires_grad]
     step = stepper(door, model, torch.optim.SGD(held, lr=0.1, momentum=0.9), rule)
     mirror = {name.removesuffix(".weight"): p for name, p in twin.named_parameters()}

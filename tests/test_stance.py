@@ -136,11 +136,12 @@ def test_cuda_graphs_are_refused_of_a_step_and_left_to_torch_elsewhere(options):
 def test_a_step_is_compiled_without_them_whatever_torch_is_set_to(monkeypatch):
     seen = []
 
-    def compile_fx(module, examples, config_patches):
-        seen.append(config_patches["triton.cudagraphs"])
-        return module
+    def compile_fx_inner(module, examples, cudagraphs, **options):
+        assert cudagraphs.value == torch._inductor.config.triton.cudagraphs
+        seen.append(cudagraphs.value)
+        return lambda args: module(*args)
 
-    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx_inner", compile_fx_inner)
     model = nn.Sequential(nn.Linear(6, 5))
     step = mkor_fx.compile_step(model, mse_loss, torch.optim.AdamW(model.parameters()))
     step(torch.ones(8, 6), torch.ones(8, 5))
