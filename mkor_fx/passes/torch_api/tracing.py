@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -129,7 +129,7 @@ def _literally(leaves: list[Any]) -> Iterator[None]:
         yield
 
 
-def _fake_mode(leaves: list[Any]) -> FakeTensorMode | None:
+def _fake_mode(leaves: Iterable[Any]) -> FakeTensorMode | None:
     return next((leaf.fake_mode for leaf in leaves if isinstance(leaf, FakeTensor)), None)
 
 
@@ -151,8 +151,16 @@ def insert(
         ValueError: the function reads a value on the host, holds a tensor of its own, or is not pure.
     """
     values = pytree.tree_map_only(fx.Node, fake_value, args)
+    mode = _fake_mode(node.meta.get("val") for node in graph.find_nodes(op="placeholder"))
+    with mode or contextlib.nullcontext():  # a function of no tensor makes one as well
+        return _insert(graph, function, args, values, decompositions, label, pure)
+
+
+def _insert(
+    graph: fx.Graph, function: Callable, args: Any, values: Any, table: Decompositions | None, label: str, pure: bool
+) -> Any:
     try:
-        traced = _traced_once(function, values, decompositions)
+        traced = _traced_once(function, values, table)
     except (GuardOnDataDependentSymNode, DataDependentOutputException) as error:
         raise ValueError(READS.format(label=label or function.__name__)) from error
     except WrongResult as error:
