@@ -25,6 +25,7 @@ from .rules import (
     ThermodynamicKFAC,
 )
 from .rules.choice import NO_RULES
+from .runtime.speeds import Speeds
 from .show.progress import progress
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "Hybrid",
     "Rule",
     "Shampoo",
+    "Speeds",
     "ThermodynamicKFAC",
     "compile",
     "compile_step",

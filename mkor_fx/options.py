@@ -14,6 +14,7 @@ from .passes.order.collectives import Sizes
 from .passes.pipeline import check_left_out
 from .passes.torch_api.backend import BACKENDS, Compiler, inductor_options
 from .rules import MKOR, Hybrid, RuleChoice, Rules
+from .runtime.speeds import Speeds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,9 @@ class Communication:
             batches differ in size.
         padding: with owners, how many bytes of gradients may be padding, as a part of all gradients of preconditioned
             weights. A weight that would need more (one that is larger than a rank's share) stays on every rank.
+        speeds: measured ones of ranks and network. Then statistics travel together where that is cheaper by them than a start-up
+            each (``statistics_bytes`` is of no meaning), and what costs less to derive than to broadcast is derived on every
+            rank, the rest where the least time is spent on it (SPD-KFAC, Shi, Zhang and Li, 2021, arXiv 2107.06533).
         check_replicas_every: steps between checks that parameters, buffers, factors and optimizer state are bitwise equal
             on all ranks; 0 is never.
 
@@ -41,6 +45,7 @@ class Communication:
     statistics_dtype: torch.dtype | None = None
     average: Literal["ranks", "rows"] = "ranks"
     padding: float = 0.15
+    speeds: Speeds | None = None
     check_replicas_every: int = 0
     sizes: Sizes = field(init=False, repr=False, compare=False)
 
@@ -55,7 +60,11 @@ class Communication:
             raise ValueError(f"Communication(average={self.average!r}): must be 'ranks' or 'rows'")
         if self.statistics_dtype is not None and not self.statistics_dtype.is_floating_point:
             raise ValueError(f"Communication(statistics_dtype={self.statistics_dtype}): must be a floating-point dtype")
-        sizes = Sizes(self.statistics_bytes, self.gradient_bytes, self.statistics_dtype)
+        if self.speeds is not None and not isinstance(self.speeds, Speeds):
+            raise ValueError(f"Communication(speeds={self.speeds!r}): must be a mkor_fx.Speeds, or None")
+        if self.speeds is not None and "statistics_bytes" in self.changed():
+            raise ValueError("Communication(statistics_bytes, speeds): speeds decide what travels together: give one of the two")
+        sizes = Sizes(self.statistics_bytes, self.gradient_bytes, self.statistics_dtype, self.speeds)
         object.__setattr__(self, "sizes", sizes)
 
     def changed(self) -> list[str]:

@@ -78,7 +78,7 @@ def keepers_of(placement: str | float, size: int) -> int:
     if size == 1:
         return 1
     if isinstance(placement, str):
-        return {"replicated": size, "owner": 1}[placement]
+        return {"replicated": size, "owner": 1, "local": 1}[placement]
     keepers = round(placement * size)
     if keepers < 1 or abs(keepers - placement * size) > 1e-6 * size or size % keepers:
         possible = ", ".join(f"{n}/{size}" for n in range(1, size + 1) if size % n == 0)

@@ -80,7 +80,7 @@ class DropIn:
         clock = self.clock
         maker = Maker(
             self._build, Job, merge_layouts, clock.derive, clock.derive_every, clock.numbers, self._left_alone, self._part,
-            self._is_stepped_by,
+            self._is_stepped_by, self.options.communication.speeds,
         )  # fmt: skip
         checked = self.options.communication.check_replicas_every
         return self.mode.runtime(self.model, mkor, every, maker, self.ranks, checked)

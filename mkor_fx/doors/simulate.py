@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -31,7 +31,9 @@ from ..rules import MKOR, RuleChoice
 from ..runtime.compiled_step import CompiledStep
 from ..show.recorder import module_path, target_name
 from ..show.timeline import COMMUNICATION, COMPUTE, Event, Simulation
-from .checks import check_model, check_sharding, without_ddp
+from .agreement import keepers_of
+from .checks import check_model, check_placement, check_sharding, without_ddp
+from .inversions import inversions
 from .loss_function import loss_function
 from .optimizer_checks import check_optimizer
 from .whole_step import Written, new_step, write_whole_step
@@ -48,6 +50,7 @@ def simulate(
     refresh: bool = True,
     skip: Sequence[str] = (),
     skip_nonfinite: bool = True,
+    placement: Literal["replicated", "owner", "local"] | float = "replicated",
     communication: Communication = Communication(),  # noqa: B008  (frozen)
     **kwargs: Any,
 ) -> Simulation:
@@ -59,7 +62,8 @@ def simulate(
 
     Args:
         batch, kwargs: what one rank passes to its step.
-        loss_fn, optimizer, rule, skip, skip_nonfinite, communication: as in ``compile_step``.
+        loss_fn, optimizer, rule, skip, skip_nonfinite, placement, communication: as in ``compile_step``. With owners it is rank 0
+            that is shown. What its rule derives outside of the program is listed with the rank that would do it.
         world_size: ranks, eight to a node.
         device: ``"a100"``, ``"h100"`` or ``"h200"``.
         refresh: a step that refreshes the factors, or one that reuses them.
@@ -70,7 +74,8 @@ def simulate(
     Raises:
         ValueError: bad options, or a step that ``compile_step`` refuses.
     """
-    options = Options(rule=rule, skip=skip, skip_nonfinite=skip_nonfinite, communication=communication)
+    options = Options(rule=rule, skip=skip, skip_nonfinite=skip_nonfinite, placement=placement,
+                      communication=communication)  # fmt: skip
     return simulate_step(model, batch, kwargs, loss_fn, optimizer, options, Machines(world_size, device, refresh))
 
 
@@ -111,14 +116,33 @@ def simulate_step(
             "parameters are on the meta device, where some operators have no gradient: make the model and the batch inside "
             "torch._subclasses.fake_tensor.FakeTensorMode(), which takes no memory either"
         )
-    group = Group("simulated", machines.world_size, options.communication.sizes)
+    check_placement(options)
+    group = _simulated(machines.world_size, options)
     written = trace_step(model, batch, kwargs, loss_fn, optimizer, options, group, machines.refresh)
     graph = written.whole.graph
     if "schedule" not in options.without:
         order(graph)  # as Overlap does behind Inductor's own passes
     device = DEVICES[machines.device]
-    events = list(lay_out(graph, machines.world_size, device, _products(written)))
-    return Simulation(f"{type(model).__name__}: {written.variant.name} step", machines.world_size, device, tuple(events))
+    events = list(lay_out(graph, _sizes(group), device, _products(written)))
+    title = f"{type(model).__name__}: {written.variant.name} step"
+    return Simulation(title, machines.world_size, device, tuple(events), inversions(written, options, group, device))
+
+
+def _simulated(size: int, options: Options) -> Group:
+    """As ``group_of``, seen by the first of ``size`` ranks."""
+    whole = Group("simulated", size, options.communication.sizes)
+    keepers = keepers_of(options.placement, size)
+    if keepers == size:
+        return whole
+    if keepers == 1:
+        return replace(whole, row=whole)
+    row, column = (replace(whole, name=f"simulated {name}", size=n) for name, n in (("row", size // keepers), ("column", keepers)))
+    return replace(whole, row=row, column=column)
+
+
+def _sizes(group: Group) -> dict[str, int]:
+    """How many ranks take part in the collectives of each group, by name."""
+    return {part.name: part.size for part in (group, group.row, group.column) if part is not None}
 
 
 class _Captured(Exception):
@@ -165,11 +189,12 @@ class _Tracer:
 # ---- the schedule in time -------------------------------------------------------------------------------------------
 
 
-def lay_out(graph: fx.Graph, ranks: int, device: Device, products: dict[str, str]) -> Iterator[Event]:
+def lay_out(graph: fx.Graph, ranks: Mapping[str, int], device: Device, products: dict[str, str]) -> Iterator[Event]:
     """The graph's nodes in their order on two lanes: computing one after the other, collectives one after the other.
 
     Computing stands still where it waits for a collective that is under way. Cheap nodes between two products, starts or
-    waits count as one kernel; they are listed by label. ``products``: parameters by the node that makes their gradient.
+    waits count as one kernel; they are listed by label. ``ranks``: how many there are, by the name of a group. ``products``:
+    parameters by the node that makes their gradient.
     """
     now = free = 0.0
     arrives: dict[fx.Node, Event] = {}
@@ -187,7 +212,7 @@ def lay_out(graph: fx.Graph, ranks: int, device: Device, products: dict[str, str
             continue
         for node in members:
             if is_start(node):
-                begin, duration = max(now, free), collective_milliseconds(node, ranks, device)
+                begin, duration = max(now, free), collective_milliseconds(node, ranks[node.args[-1]], device)
                 messages = node.meta["mkor_messages"]
                 event = Event(COMMUNICATION, target_name(node).removeprefix("_c10d_functional."), _carried(messages),
                               messages[0].kind, begin, duration, tensor_bytes(node.args[0]), now,

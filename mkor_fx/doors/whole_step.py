@@ -87,7 +87,7 @@ def new_step(
     keepers = keepers_of(options.placement, 1 if ranks is None else ranks.size)
     maker = StepMaker(
         pick, build, check, check_arguments, clock.derive, clock.derive_every, clock.numbers, keepers, part_of,
-        options.accumulate, options.ema,
+        options.accumulate, options.ema, options.communication.speeds,
     )  # fmt: skip
     return CompiledStep(model, optimizer, mkor, maker, ranks, options.communication.check_replicas_every)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .base_step import base_step_of
+from .derivations import Derivations
 from .factors import FactorState, state_of
 from .followed import Followed, Maker
 from .given import Given, WeightTensors
@@ -69,6 +70,9 @@ class AtStep(Followed):
     ) -> None:
         replicas = Replicas(ranks, mkor, check_replicas_every, lambda: state_of(model, mkor))
         super().__init__(mkor, refresh_every, maker, ranks, replicas)
+        mkor.ranks = ranks
+        shares = 0 if ranks is None or maker.speeds is None else ranks.size
+        self._derivations = Derivations(mkor, maker.derive, maker.derive_every, shares, maker.speeds)
         self.known: dict[int, Known] = {}
         self._rates: weakref.WeakKeyDictionary[Optimizer, OptimizerNumbers] = weakref.WeakKeyDictionary()
         self._iteration = 0
@@ -152,12 +156,7 @@ class AtStep(Followed):
         taken = self._run(step, iteration, sites, refreshed, others)
         self._take_note(sites, begins)
         self._refreshes.done(refreshed, iteration, self.refresh_every)
-        derived = self.derived(sites, iteration, {name: self.mkor.state(name) for name in sites}, taken)
-        for name, new in derived.items():
-            for key, tensor in self.mkor.state(name).items():
-                if new[key] is not tensor:
-                    tensor.copy_(new[key])
-        self.have_derived(derived, iteration)
+        self._derivations.run(sites, iteration, taken)
 
     def _begins(self, sites: dict[str, Known]) -> bool:
         """Whether this is another iteration, and not a further optimizer's part of the one before."""

@@ -64,7 +64,7 @@ class CompiledStep(WholeState):
         self._maker = maker
         self._census, self.noted = Census(model), Compilations()
         self._refreshes = Windows(mkor)
-        self._derivations = Derivations(mkor, maker.derive, maker.derive_every, maker.keepers)
+        self._derivations = Derivations(mkor, maker.derive, maker.derive_every, maker.keepers, maker.speeds)
         self._used: list[str] = []
         self._programs = Programs()
         self._ran = False

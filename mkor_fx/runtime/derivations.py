@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .factors import FactorState
 from .ranks import Ranks
+from .speeds import Derived, Speeds, workers
 from .windows import Windows
 
 
@@ -19,13 +20,18 @@ class Derivations:
     al., 2021, arXiv 2107.01739). What of a state is derived is seen at the first time, which every rank does for itself.
 
     ``derive(step, recipe, state, taken)`` and ``every(recipe)`` are those of the rules, ``keepers`` the number of ranks that keep
-    what has an owner.
+    what has an owner; 0: nothing is shared. ``speeds`` say what is worth sending.
     """
 
     def __init__(
-        self, mkor: FactorState, derive: Callable[..., dict[str, Tensor]], every: Callable[[Any], int | None], keepers: int
+        self,
+        mkor: FactorState,
+        derive: Callable[..., dict[str, Tensor]],
+        every: Callable[[Any], int | None],
+        keepers: int,
+        speeds: Speeds | None = None,
     ) -> None:
-        self.mkor, self._derive, self._every, self._keepers = mkor, derive, every, keepers
+        self.mkor, self._derive, self._every, self._keepers, self._speeds = mkor, derive, every, keepers, speeds
         self._windows = Windows(mkor)
         self._derived: dict[str, tuple[Any, list[str]]] = {}  # the recipe that it is true of, names in the state
 
@@ -41,31 +47,27 @@ class Derivations:
         shared = [name for name in due if self._derived.get(name, (None,))[0] == self.mkor.recipe(name)]
         here, sent = set(due), list[tuple[Ranks, dict[str, int]]]()
         for ranks, has_owner in ((self.mkor.ranks, False), (self._column, True)):
-            if ranks is not None and not ranks.alone:
-                workers = self._divide([n for n in shared if (self.mkor.owners.get(n) is not None) == has_owner], ranks.size)
-                here -= {name for name, worker in workers.items() if worker != ranks.rank}
-                sent.append((ranks, workers))
+            if self._keepers and ranks is not None and not ranks.alone:
+                alike = [name for name in shared if (self.mkor.owners.get(name) is not None) == has_owner]
+                found = workers({name: self._about(name) for name in alike}, ranks.size, self._speeds)
+                at = {name: worker for name, worker in found.items() if worker is not None}
+                here -= {name for name, worker in at.items() if worker != ranks.rank}
+                sent.append((ranks, at))
         for name in due:
             if name in here:
                 self._derive_here(name, step, taken)
-        for ranks, workers in sent:
-            spread(ranks, [(self.mkor.state(n)[key], at) for n, at in workers.items() for key in self._derived[n][1]])
+        for ranks, at in sent:
+            spread(ranks, [(self.mkor.state(name)[key], rank) for name, rank in at.items() for key in self._derived[name][1]])
         for name, every in due.items():
             self._windows.done([name], step, every)
 
     @property
     def _column(self) -> Ranks | None:
         ranks = self.mkor.ranks
-        return None if ranks is None or self._keepers in (1, ranks.size) else ranks.grid(self._keepers)[1]
+        return None if ranks is None or self._keepers in (0, 1, ranks.size) else ranks.grid(self._keepers)[1]
 
-    def _divide(self, names: Sequence[str], size: int) -> dict[str, int]:
-        """The rank that derives each weight's: longest processing time first, a matrix of d rows taking d^3."""
-        work = {name: sum(t.shape[-1] ** 3 for t in self.mkor.state(name).values() if t.dim() > 1) for name in names}
-        held, found = [0] * size, dict[str, int]()
-        for name in sorted(names, key=lambda name: -work[name]):  # stable
-            found[name] = held.index(min(held))
-            held[found[name]] += work[name]
-        return found
+    def _about(self, name: str) -> Derived:
+        return derived_of([self.mkor.state(name)[key] for key in self._derived[name][1]])
 
     def _derive_here(self, name: str, step: int, taken: Tensor | None) -> None:
         new = self.mkor.derived(name, lambda recipe, state: self._derive(step, recipe, state, taken))
@@ -74,6 +76,17 @@ class Derivations:
             self.mkor.state(name)[key].copy_(new[key])
         if changed:
             self._derived[name] = (self.mkor.recipe(name), changed)
+
+
+def derived_of(tensors: Iterable[Tensor]) -> Derived:
+    """What it takes to make, and to send, what a rule has derived: a square tensor is a matrix that was inverted or decomposed,
+    or a batch of them."""
+    matrices, sizes = list[int](), list[int]()
+    for tensor in tensors:
+        sizes.append(tensor.numel() * tensor.element_size())
+        if tensor.dim() > 1 and tensor.shape[-1] == tensor.shape[-2] > 0:
+            matrices += [tensor.shape[-1]] * (tensor.numel() // tensor.shape[-1] ** 2)
+    return Derived(tuple(matrices), tuple(sizes))
 
 
 def spread(ranks: Ranks, tensors: Iterable[tuple[Tensor, int]]) -> None:

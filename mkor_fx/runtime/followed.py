@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from .factors import FactorState
 from .given import Given
 from .ranks import Ranks, Replicas
 from .silence import Seen, Silence, warn_of_fresh_factors
+from .speeds import Speeds
 from .steps import Step, follow
 from .windows import Windows
 
@@ -32,7 +33,7 @@ class Maker:
     ``merge(layout, other, bias)`` joins what two graphs say of one. ``derive(step, recipe, state, taken)`` makes state of
     state, every ``derive_every(recipe)`` steps; ``numbers(step, device)`` are those of the rules. ``left_alone(name)``:
     whether the user wants a parameter to be left alone. ``part(bias, weight)`` declines a bias that is stepped apart.
-    ``stepped(optimizer)`` takes note of whose step has come.
+    ``stepped(optimizer)`` takes note of whose step has come. With ``speeds`` ranks share what is derived.
     """
 
     build: Callable[[str, Sequence[Any], Given], Program]
@@ -44,6 +45,7 @@ class Maker:
     left_alone: Callable[[str], bool]
     part: Callable[[str, str], None]
     stepped: Callable[[Optimizer], None]
+    speeds: Speeds | None = None
 
 
 class Followed:
@@ -55,7 +57,7 @@ class Followed:
         self.mkor, self.refresh_every, self.maker, self.ranks = mkor, refresh_every, maker, ranks
         self.carriers, self.draws, self.seen = Carriers(), Draws(), Seen()
         self._replicas, self._silence = replicas, Silence()
-        self._refreshes, self._derives = Windows(mkor), Windows(mkor)
+        self._refreshes = Windows(mkor)
         self._programs: dict[tuple, Program] = {}
         self._met = False
         #: whether the forwards of this step ran without the rule, which a Hybrid has left
@@ -163,23 +165,6 @@ class Followed:
                 if self.ranks is not None:
                     self.ranks.failed(error)
                 raise error
-
-    def derived(self, names: Iterable[str], step: int, states: Mapping[str, Any], taken: Tensor | None = None) -> dict:
-        """What the rules derive behind a step from the ``states`` of those weights for which that is due, by name."""
-        found = {}
-        for name in names:
-            every = self.maker.derive_every(self.mkor.recipe(name))
-            if every is not None and self._derives.due([name], step, every):
-                derive = lambda recipe, state: self.maker.derive(step, recipe, state, taken)
-                found[name] = self.mkor.derived(name, derive, states[name])
-        return found
-
-    def have_derived(self, names: Iterable[str], step: int) -> None:
-        """Take note that ``derived`` has become the state of weights."""
-        for name in names:
-            every = self.maker.derive_every(self.mkor.recipe(name))
-            assert every is not None
-            self._derives.done([name], step, every)
 
     def program(self, kind: str, jobs: Sequence[Any], given: Given) -> Program:
         """The program for ``jobs`` over tensors like those ``given``."""

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .speeds import Speeds
+
 
 @dataclass(frozen=True)
 class StepMaker:
@@ -20,6 +22,7 @@ class StepMaker:
     ``derive(step, recipe, state, taken)`` makes state of state, every ``derive_every(recipe)`` steps;
     ``numbers(step, device)`` are those of the rules. ``keepers`` is how many ranks keep a weight that has an owner.
     ``part_of(variant)`` is that of the ``parts`` of a batch before the last. ``ema`` is the decay of averages of the weights.
+    ``speeds`` are those of ranks and network, where they are known.
     """
 
     choose: Callable[..., Any]
@@ -33,3 +36,4 @@ class StepMaker:
     part_of: Callable[[Any], Any]
     parts: int = 1
     ema: float | None = None
+    speeds: Speeds | None = None

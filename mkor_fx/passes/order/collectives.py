@@ -9,6 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, fx
 
+from ...runtime.speeds import Speeds
 from ..torch_api.tracing import insert
 
 c10d = torch.ops._c10d_functional
@@ -26,11 +27,13 @@ WAIT = c10d.wait_tensor.default
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes at which a bucket is full, and the dtype in which statistics travel (None: as they are)."""
+    """Bytes at which a bucket is full, and the dtype in which statistics travel (None: as they are). Where ``speeds`` are known,
+    they decide which statistics travel together."""
 
     statistics: int = 128 << 10
     gradients: int = 25 << 20
     dtype: torch.dtype | None = None
+    speeds: Speeds | None = None
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from torch import Tensor
 from ...rules.hyper import bind
 from ...rules.results import WrongResult, check_state
 from ..match.layout import Layout
-from ..torch_api.backend import plain_tracing
+from ..torch_api.backend import new_fake_mode, plain_tracing
 from .refresh import all_finite, select
 from .vectors import Numbers
 
@@ -31,3 +31,13 @@ def derive_one(
         changed = {name: t for name, t in new.items() if t is not given[name]}
         keep = all_finite([t for t in changed.values() if t.is_floating_point()], next(iter(state.values())))
         return {**state, **select(keep if taken is None else keep & taken, changed, {n: state[n] for n in changed})}
+
+
+def what_is_derived(layout: Layout) -> dict[str, Tensor]:
+    """The tensors of a state, of all members, that ``derive`` makes anew, by name; nothing is computed."""
+    rule = layout.rule.at_first_step
+    with torch.no_grad(), new_fake_mode(), plain_tracing():
+        state = rule.init(layout.shape, torch.device("cpu"))
+        new = rule.derive(dict(state))
+    made = {name: t for name, t in new.items() if t is not state[name]}
+    return made if layout.members is None else {n: t.expand(layout.members, *t.shape) for n, t in made.items()}
