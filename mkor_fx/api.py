@@ -43,6 +43,7 @@ def compile(
     skip: Sequence[str] = (),
     precondition: Literal["step", "backward"] = "step",
     process_group: ProcessGroup | None = None,
+    placement: Literal["replicated", "local"] = "replicated",
     communication: Communication = Communication(),  # noqa: B008  (frozen)
     backend: str = "inductor",
     dynamic: bool | None = None,
@@ -82,6 +83,8 @@ def compile(
         process_group: ranks that train together; None is the world where torch.distributed is initialised, or that of the
             DistributedDataParallel. Gradients are the wrapper's business (inside or outside of ``compile``) or yours;
             statistics are summed once an optimizer step, whatever number of micro-batches it has.
+        placement: ``"replicated"``: every rank keeps all factors. ``"local"``: as in :func:`compile_step`, where each weight's owner
+            broadcasts its direction at the optimizer's step; every rank's backward still takes all statistics.
         communication: buckets and checks; ``average`` must be as the gradients', the mean over ranks. What concerns
             gradients is refused.
         backend: ``"inductor"``, or ``"eager"`` to run the rewritten graphs uncompiled.
@@ -97,6 +100,7 @@ def compile(
         skip=skip,
         precondition=precondition,
         process_group=process_group,
+        placement=placement,
         communication=communication,
         backend=backend,
         dynamic=dynamic,
@@ -137,7 +141,7 @@ def compile_step(
     ema: float | None = None,
     skip_nonfinite: bool = True,
     process_group: ProcessGroup | None = None,
-    placement: Literal["replicated", "owner"] | float = "replicated",
+    placement: Literal["replicated", "owner", "local"] | float = "replicated",
     stale: Literal[0, 1] = 0,
     communication: Communication = Communication(),  # noqa: B008  (frozen)
     return_outputs: bool = False,
@@ -183,7 +187,9 @@ def compile_step(
             which gets its gradient and sends its direction back; memory and work of the factors are divided by the number
             of ranks. A share of the ranks, as 0.5: each weight's factors live on as many, and directions travel within a row
             of ranks in which every weight has one; KAISA's COMM-OPT, MEM-OPT and HYBRID (Pauloski et al., 2021,
-            arXiv 2107.01739), all at the volume of an all-reduce. ``step.mkor.owners`` says whose is what,
+            arXiv 2107.01739), all at the volume of an all-reduce. ``"local"``: as ``"owner"``, and the owner takes a weight's
+            statistics from its own rank's rows alone, so that no statistic crosses the network (DP-KFAC, Zhang, Shi and Li,
+            2022, arXiv 2206.15143): factors of ``1 / R`` of the rows. One process has nothing to divide. ``step.mkor.owners`` says whose is what,
             ``step.mkor.state_dict()`` has this rank's part.
         stale: 0: a step's statistics refresh the factors that it uses. 1: those that the next step uses, so that their
             sum over ranks has a whole step to arrive. Not for rules that also read the gradient.

@@ -123,9 +123,9 @@ class Options:
         if self.precondition not in ("step", "backward"):
             raise ValueError(f"precondition={self.precondition!r}: must be 'step' or 'backward'")
         share = isinstance(self.placement, int | float) and not isinstance(self.placement, bool) and 0 < self.placement <= 1
-        if not share and self.placement not in ("replicated", "owner"):
+        if not share and self.placement not in ("replicated", "owner", "local"):
             raise ValueError(
-                f"placement={self.placement!r}: must be 'replicated', 'owner', or the share of ranks that keep each "
+                f"placement={self.placement!r}: must be 'replicated', 'owner', 'local', or the share of ranks that keep each "
                 "weight's factors, in (0, 1], e.g. 0.5"
             )
         if not isinstance(self.accumulate, int) or isinstance(self.accumulate, bool) or self.accumulate < 1:
@@ -169,6 +169,6 @@ class Options:
     def about(self) -> str:
         """What all ranks must have alike, and what programs depend on."""
         names = ("refresh_every", "refresh_phases", "skip", "backend", "without", "accumulate", "clip_norm", "ema",
-                 "skip_nonfinite", "stale", "communication")  # fmt: skip
+                 "skip_nonfinite", "placement", "stale", "communication")  # fmt: skip
         hybrid = "" if self.hybrid is None else f", hybrid {self.hybrid.about}"
         return ", ".join(f"{name} {getattr(self, name)}" for name in names) + hybrid

@@ -146,13 +146,32 @@ def check_late(options: Options) -> None:
 
 
 def check_placement(options: Options) -> None:
-    """Raises ValueError for rules whose statistics need state that only some ranks have."""
+    """Raises ValueError for rules, and for other options, that need what only some ranks have."""
+    if options.placement == "local":
+        return check_local(options)
     for rule in options.rules:
         if options.placement not in ("replicated", 1) and rule.reads_state:
             raise ValueError(
                 f"placement={options.placement!r} keeps a weight's state on some ranks, and {type(rule).__name__} reads it "
-                "for the statistics of every rank (reads_state): use placement='replicated'"
+                "for the statistics of every rank (reads_state): use placement='replicated' or 'local'"
             )
+    return None
+
+
+def check_local(options: Options) -> None:
+    """Raises ValueError for what does not fit weights whose statistics are those of one rank's rows."""
+    for rule in options.rules:
+        if rule.gathers is not None:
+            raise ValueError(
+                f"placement='local' takes a weight's statistics from the rows of one rank, and {type(rule).__name__} gathers those of "
+                "all (gathers): use placement='owner', or a rule of sums over rows"
+            )
+    idle = {"statistics_dtype", "speeds"} & {*options.communication.changed()}
+    if options.stale or idle:
+        what = "stale=1" if options.stale else f"Communication({', '.join(sorted(idle))})"
+        raise ValueError(
+            f"{what} is about statistics that cross the network, and with placement='local' none do: leave one of the two out"
+        )
 
 
 def check_in_backward(options: Options) -> None:
@@ -188,8 +207,27 @@ def check_drop_in(options: Options) -> None:
             f"Communication({', '.join(sorted(idle))}) would do nothing here, where gradients are the wrapper's or yours to "
             "average and statistics travel as they are: leave it out, or use mkor_fx.compile_step"
         )
+    if options.placement not in ("replicated", 1, "local"):
+        raise ValueError(
+            f"placement={options.placement!r} needs compile_step, which takes gradients to owners: here they are averaged on every "
+            "rank before the library sees them. Use placement='local', whose owners broadcast directions, or 'replicated'"
+        )
+    if options.placement == "local":
+        _check_local_drop_in(options)
     if options.precondition == "backward":
         check_in_backward(options)
+
+
+def _check_local_drop_in(options: Options) -> None:
+    check_local(options)
+    if options.precondition == "backward":
+        raise ValueError("precondition='backward' multiplies on every rank by factors that with placement='local' one has: leave one out")
+    for rule in options.rules:
+        if rule.reads_state:
+            raise ValueError(
+                f"placement='local' keeps a weight's state on one rank, and {type(rule).__name__} reads it in the backward of "
+                "every rank (reads_state): use compile_step, where only its owner's program does, or placement='replicated'"
+            )
 
 
 def without_ddp(model: nn.Module, process_group: ProcessGroup | None) -> tuple[nn.Module, Any]:

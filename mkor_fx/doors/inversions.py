@@ -12,7 +12,7 @@ from ..passes.write.derive import what_is_derived
 from ..runtime.derivations import derived_of
 from ..runtime.speeds import Speeds, workers
 from ..show.timeline import Inversion
-from .whole_step import Written
+from .run import Written
 
 
 def estimated_speeds(device: Device, ranks: int) -> Speeds:

@@ -36,7 +36,8 @@ from .checks import check_model, check_placement, check_sharding, without_ddp
 from .inversions import inversions
 from .loss_function import loss_function
 from .optimizer_checks import check_optimizer
-from .whole_step import Written, new_step, write_whole_step
+from .run import Written
+from .whole_step import new_step, write_whole_step
 
 
 def simulate(

@@ -67,7 +67,7 @@ REWRITE = [
 #: of the drop-in door: its graphs in both modes, and the programs that run at the optimizer's step and behind the backward
 CARRY = [statistics, carry]
 CARRY_DIRECTIONS = [statistics, precondition_in_backward, carry]
-UPDATE = [receive, refresh, precondition, clip_divergence, write_back]
+UPDATE = [receive, refresh, precondition, clip_divergence, spread_directions, write_back]
 APPLY = [take_directions, optimize, write_back]
 REFRESH = [receive, refresh, resize, return_state]
 COLLECTIVES = [bucket, issue_alike]

@@ -29,11 +29,12 @@ class Maker:
     """What the runtime is handed, which knows neither rules nor graphs.
 
     ``build(kind, jobs, given)`` makes a program: ``"update"`` gives directions, ``"apply"`` takes the steps that are their
-    own directions, ``"refresh"`` gives new state. ``job(name, layout, refresh, places, base)`` describes a weight to it;
+    own directions, ``"refresh"`` gives new state. ``job(name, layout, refresh, places, base, owner)`` describes a weight to it;
     ``merge(layout, other, bias)`` joins what two graphs say of one. ``derive(step, recipe, state, taken)`` makes state of
     state, every ``derive_every(recipe)`` steps; ``numbers(step, device)`` are those of the rules. ``left_alone(name)``:
     whether the user wants a parameter to be left alone. ``part(bias, weight)`` declines a bias that is stepped apart.
-    ``stepped(optimizer)`` takes note of whose step has come. With ``speeds`` ranks share what is derived.
+    ``stepped(optimizer)`` takes note of whose step has come. With ``speeds`` ranks share what is derived. ``owners(weights,
+    known)`` are the ranks that keep the factors of weights, by name; None: every rank keeps all.
     """
 
     build: Callable[[str, Sequence[Any], Given], Program]
@@ -46,6 +47,7 @@ class Maker:
     part: Callable[[str, str], None]
     stepped: Callable[[Optimizer], None]
     speeds: Speeds | None = None
+    owners: Callable[..., dict[str, int | None]] | None = None
 
 
 class Followed:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from ...ir import StepGraph
-from .collectives import Group, Message, Sizes, c10d, copy_of_first_rank, is_wait, starts, sum_over_ranks, wait_of
+from .collectives import Group, Message, Sizes, c10d, copy_of_rank, divides, is_wait, starts, sum_over_ranks, wait_of
 from ..core import graph_pass
 from ..match.find_sites import downstream
 from .dependencies import readiness, sort_by_dependencies
@@ -47,7 +47,7 @@ class Bucket:
 def bucket(step: StepGraph, *, group: Group) -> None:
     """Concatenate all-reduces and broadcasts in the order in which their operands get ready.
 
-    Sums over fewer ranks than all stay as they are. Statistics, gradients and buffers travel apart, and what the forward has made does not wait for the backward: a
+    Sums over fewer ranks than all stay as they are, and so do directions. Statistics, gradients and buffers travel apart, and what the forward has made does not wait for the backward: a
     statistics vector that is a ``cat`` is taken apart, so that the part about the layer's inputs leaves early. A tensor
     that fills a bucket by itself is sent as it is, and so is what another step waits for. Where speeds are known, statistics are
     in groups by these (:func:`~mkor_fx.passes.order.fusion.fuse`). The order depends on the graph alone.
@@ -55,7 +55,7 @@ def bucket(step: StepGraph, *, group: Group) -> None:
     graph, sizes = step.graph, group.buckets
     merged = (c10d.all_reduce.default, c10d.broadcast.default)
     over_all = [s for s in starts(graph) if s.target in merged and _group_of(s) == group.name]
-    collectives = [s for s in over_all if all(map(is_wait, s.users))]
+    collectives = [s for s in over_all if all(map(is_wait, s.users)) and not divides(s)]
     if not collectives:
         return
     ready, position = readiness(graph), {node: i for i, node in enumerate(graph.nodes)}
@@ -146,11 +146,12 @@ def _write(graph: fx.Graph, buckets: list[Bucket]) -> None:
         for one in buckets:
             first, nodes = one.pieces[0], [piece.node for piece in one.pieces]
             label = f"bucket of {len(nodes)}: {first.message.kind} over ranks"
-            collective = sum_over_ranks if first.start.target is c10d.all_reduce.default else copy_of_first_rank
+            reduces = first.start.target is c10d.all_reduce.default
             flat = insert(graph, _concatenated, nodes, first.dtype, label=label) if len(nodes) > 1 else nodes[0]
             if flat.meta["val"].dtype != first.dtype:
                 flat = insert(graph, torch.Tensor.to, flat, first.dtype, label=label)
-            start, done = insert(graph, collective, flat, _group_of(first.start), label=label)
+            collective, rest = (sum_over_ranks, ()) if reduces else (copy_of_rank, (first.start.args[1],))
+            start, done = insert(graph, collective, flat, *rest, _group_of(first.start), label=label)
             start.meta["mkor_messages"] = [piece.message for piece in one.pieces]
             values = [node.meta["val"] for node in nodes]
             parts = insert(graph, _split, done, [v.numel() for v in values], [v.dtype for v in values], label=label)

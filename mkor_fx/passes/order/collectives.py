@@ -93,7 +93,12 @@ def in_line(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
     would be each rank's own.
     """
     issued = starts(graph)
-    return {b: a for a, b in pairwise(issued)} if any(s.target in DIVIDING for s in issued) else {}
+    return {b: a for a, b in pairwise(issued)} if any(map(divides, issued)) else {}
+
+
+def divides(start: fx.Node) -> bool:
+    """Whether ranks differ in what they compute around this collective."""
+    return start.target in DIVIDING or start.meta["mkor_messages"][0].kind == "direction"
 
 
 def wait_of(start: fx.Node) -> fx.Node:
@@ -112,9 +117,9 @@ def start_sum_over_ranks(x: Tensor, group: str) -> Tensor:
     return c10d.all_reduce(x, "sum", group)
 
 
-def copy_of_first_rank(x: Tensor, group: str) -> tuple[Tensor, Tensor]:
-    """The collective and rank 0's ``x``."""
-    start = c10d.broadcast(x.contiguous().reshape(-1), 0, group)
+def copy_of_rank(x: Tensor, rank: int, group: str) -> tuple[Tensor, Tensor]:
+    """The collective and the ``x`` of one ``rank``."""
+    start = c10d.broadcast(x.contiguous().reshape(-1), rank, group)
     return start, c10d.wait_tensor(start).reshape(x.shape)
 
 
@@ -145,8 +150,9 @@ class Network:
         """The sum of ``node`` over all ranks, bitwise the same on each."""
         return self._one(sum_over_ranks, node, kind, name)
 
-    def of_first_rank(self, node: fx.Node, kind: str, name: str) -> fx.Node:
-        return self._one(copy_of_first_rank, node, kind, name)
+    def copy_of(self, rank: int, node: fx.Node, kind: str, name: str) -> fx.Node:
+        """What ``node`` is on one ``rank``."""
+        return self._one(copy_of_rank, node, kind, name, rank)
 
     def scatter(self, node: fx.Node, messages: list[Message]) -> fx.Node:
         """This rank's part of the sum over ranks."""
@@ -169,8 +175,8 @@ class Network:
     def wait(self, node: fx.Node) -> fx.Node:
         return insert(self.graph, WAIT, node, label="statistics over ranks")
 
-    def _one(self, collective: Callable, node: fx.Node, kind: str, name: str) -> fx.Node:
-        return self._write(collective, node, [Message(kind, name, node.meta["val"].numel())])
+    def _one(self, collective: Callable, node: fx.Node, kind: str, name: str, *args: int) -> fx.Node:
+        return self._write(collective, node, [Message(kind, name, node.meta["val"].numel())], *args)
 
     def _write(self, collective: Callable, node: fx.Node, messages: list[Message], *args: int) -> fx.Node:
         name = messages[0].name + (f" to {messages[-1].name}" if len(messages) > 1 else "")

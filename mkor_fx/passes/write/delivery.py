@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, fx
@@ -20,18 +20,29 @@ class Delivery:
     ``owners`` are places in the ``row`` by name of weight (None: on every rank); a bias goes with its weight. Gradients of
     one dtype and device are a stream for each owner, in the order in which the backward makes them. Whatever the grid, that is
     the volume of an all-reduce: with C ranks in a row and W in a column, ``2 (C-1) / C + 2 (W-1) / (W C) = 2 (1 - 1 / (W C))``.
+
+    Gradients of weights ``apart`` are summed on every rank, as those without an owner, and their directions are broadcast, each by
+    its owner.
     """
 
     def __init__(
-        self, step: StepGraph, row: Network, column: Network | None, owners: Mapping[str, int | None]
+        self,
+        step: StepGraph,
+        row: Network,
+        column: Network | None,
+        owners: Mapping[str, int | None],
+        apart: Collection[str] = (),
     ) -> None:
         self.step, self.row, self.column = step, row, column
+        #: by input position, of gradients that go to their owner, and of those that do not
         self.owner: dict[int, int] = {}
+        self.apart: dict[int, int] = {}
         for index, site in step.sites.items():
             owner = owners[site.parameter.name]
             if owner is not None:
                 biases = [site.bias.index] if site.bias is not None else []
-                self.owner |= dict.fromkeys([index, *biases], owner)
+                held = self.apart if site.parameter.name in apart else self.owner
+                held |= dict.fromkeys([index, *biases], owner)
         position = {node: i for i, node in enumerate(step.graph.nodes)}
         streams: dict[tuple[torch.dtype, torch.device], list[int]] = {}
         for index in sorted(self.owner, key=lambda i: (position[self._gradient(i)], i)):
@@ -82,7 +93,18 @@ class Delivery:
                     for part, offset in chunk.place(rank):
                         at = rank * chunk.length + offset
                         pieces.setdefault(part.key, []).append((gathered, at, at + _size(part)))
-            return self._restored(pieces)
+            return self._restored(pieces) | self._broadcast(directions)
+
+    def _broadcast(self, directions: Mapping[int, fx.Node]) -> dict[int, fx.Node]:
+        """On ranks that have none, the gradient is what the direction overwrites a copy of."""
+        found = {}
+        for index, owner in self.apart.items():
+            name, like = self.step.parameters[index].name, self._gradient(index)
+            sent = directions[index] if owner == self.row.rank else like
+            if sent.meta["val"].dtype != like.meta["val"].dtype:
+                sent = insert(self.step.graph, torch.Tensor.to, sent, like.meta["val"].dtype, label=name)
+            found[index] = self.row.copy_of(owner, sent, "direction", name)
+        return found
 
     def _restored(self, pieces: dict[int, list[tuple[fx.Node, int, int]]]) -> dict[int, fx.Node]:
         shapes = {index: list(self._gradient(index).meta["val"].shape) for index in pieces}
