@@ -8,6 +8,7 @@ from .doors.explain import explain
 from .doors.simulate import simulate
 from .ops import op_rule
 from .options import Communication
+from .passes.order.compression import Compression
 from .rules import (
     CGFAC,
     EKFAC,
@@ -38,6 +39,7 @@ __all__ = [
     "SOAP",
     "AdaFisher",
     "Communication",
+    "Compression",
     "Eva",
     "HyLo",
     "Hybrid",

@@ -11,6 +11,7 @@ import torch
 from torch.distributed import ProcessGroup
 
 from .passes.order.collectives import Sizes
+from .passes.order.compression import Compression
 from .passes.pipeline import check_left_out
 from .passes.torch_api.backend import BACKENDS, Compiler, inductor_options
 from .rules import MKOR, Hybrid, RuleChoice, Rules
@@ -33,6 +34,7 @@ class Communication:
         speeds: measured ones of ranks and network. Then statistics travel together where that is cheaper by them than a start-up
             each (``statistics_bytes`` is of no meaning), and what costs less to derive than to broadcast is derived on every
             rank, the rest where the least time is spent on it (SPD-KFAC, Shi, Zhang and Li, 2021, arXiv 2107.06533).
+        compress: with owners, how their directions travel: in few bits, with a bound on each element's error. None: as they are.
         check_replicas_every: steps between checks that parameters, buffers, factors and optimizer state are bitwise equal
             on all ranks; 0 is never.
 
@@ -46,6 +48,7 @@ class Communication:
     average: Literal["ranks", "rows"] = "ranks"
     padding: float = 0.15
     speeds: Speeds | None = None
+    compress: Compression | None = None
     check_replicas_every: int = 0
     sizes: Sizes = field(init=False, repr=False, compare=False)
 
@@ -64,7 +67,9 @@ class Communication:
             raise ValueError(f"Communication(speeds={self.speeds!r}): must be a mkor_fx.Speeds, or None")
         if self.speeds is not None and "statistics_bytes" in self.changed():
             raise ValueError("Communication(statistics_bytes, speeds): speeds decide what travels together: give one of the two")
-        sizes = Sizes(self.statistics_bytes, self.gradient_bytes, self.statistics_dtype, self.speeds)
+        if self.compress is not None and not isinstance(self.compress, Compression):
+            raise ValueError(f"Communication(compress={self.compress!r}): must be a mkor_fx.Compression, or None")
+        sizes = Sizes(self.statistics_bytes, self.gradient_bytes, self.statistics_dtype, self.speeds, self.compress)
         object.__setattr__(self, "sizes", sizes)
 
     def changed(self) -> list[str]:

@@ -149,6 +149,11 @@ def check_placement(options: Options) -> None:
     """Raises ValueError for rules, and for other options, that need what only some ranks have."""
     if options.placement == "local":
         return check_local(options)
+    if options.communication.compress is not None and options.placement in ("replicated", 1):
+        raise ValueError(
+            "Communication(compress=...) is for what owners send, and with placement='replicated' ranks only exchange sums, which do "
+            "not survive rounding by each rank's own step: use placement='owner', a share, or 'local'"
+        )
     for rule in options.rules:
         if options.placement not in ("replicated", 1) and rule.reads_state:
             raise ValueError(
@@ -212,6 +217,7 @@ def check_drop_in(options: Options) -> None:
             f"placement={options.placement!r} needs compile_step, which takes gradients to owners: here they are averaged on every "
             "rank before the library sees them. Use placement='local', whose owners broadcast directions, or 'replicated'"
         )
+    check_placement(options)
     if options.placement == "local":
         _check_local_drop_in(options)
     if options.precondition == "backward":
@@ -219,7 +225,6 @@ def check_drop_in(options: Options) -> None:
 
 
 def _check_local_drop_in(options: Options) -> None:
-    check_local(options)
     if options.precondition == "backward":
         raise ValueError("precondition='backward' multiplies on every rank by factors that with placement='local' one has: leave one out")
     for rule in options.rules:

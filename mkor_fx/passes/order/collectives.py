@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from ...runtime.speeds import Speeds
 from ..torch_api.tracing import insert
+from .compression import Compression
 
 c10d = torch.ops._c10d_functional
 #: ops that start a collective over one tensor; what they return is valid behind ``wait_tensor`` alone
@@ -28,12 +29,13 @@ WAIT = c10d.wait_tensor.default
 @dataclass(frozen=True)
 class Sizes:
     """Bytes at which a bucket is full, and the dtype in which statistics travel (None: as they are). Where ``speeds`` are known,
-    they decide which statistics travel together."""
+    they decide which statistics travel together. ``compress``: how directions of owners travel (None: as they are)."""
 
     statistics: int = 128 << 10
     gradients: int = 25 << 20
     dtype: torch.dtype | None = None
     speeds: Speeds | None = None
+    compress: Compression | None = None
 
 
 @dataclass(frozen=True)

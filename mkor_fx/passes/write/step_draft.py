@@ -222,7 +222,9 @@ class StepDraft(Draft):
     def spread_directions(self) -> None:
         if self.delivery is None:
             return
-        self.directions |= self.delivery.from_owners(self.directions)
+        compressed = self.delivery.row.buckets.compress is not None
+        clock = self.scalar(inputs.Steps(), torch.int64) if compressed else None
+        self.directions |= self.delivery.from_owners(self.directions, clock)
         for index, site in self.step.sites.items():
             if site.rule is not None and self._sizing(index).final:
                 self.final |= {index, *([] if site.bias is None else [site.bias.index])}

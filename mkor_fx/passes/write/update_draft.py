@@ -16,7 +16,8 @@ from ...runtime.base_step import BaseStep
 from ...runtime.given import Given
 from ..order.collectives import Group, Network
 from ..torch_api.backend import new_fake_mode
-from ..torch_api.tracing import add_input, insert
+from ..torch_api.tracing import add_input
+from .delivery import from_owner
 from .draft import Draft, Item, Rate
 from .finite import total
 from ..match.layout import Layout
@@ -131,18 +132,16 @@ class UpdateDraft(Draft):
             return [self.network.sum(whole, kind, "gradients")]
 
     def spread_directions(self) -> None:
-        """Each from its owner; on other ranks the gradient is what it overwrites a copy of."""
+        """Each from its owner."""
         if not self.local or self.network is None:
             return
         with self.graph.inserting_before(self.step.output):
             for i, (job, own) in enumerate(zip(self.jobs, self.given.weights)):
-                for key, grad in ((("weight", i), own.grad), (("bias", i), own.bias)):
-                    if grad is None or job.owner is None:
-                        continue
-                    sent, dtype = self.directions.get(key, grad), grad.meta["val"].dtype
-                    if sent.meta["val"].dtype != dtype:
-                        sent = insert(self.graph, torch.Tensor.to, sent, dtype, label=job.name)
-                    self.directions[key] = self.network.copy_of(job.owner, sent, "direction", job.name)
+                for part, grad in (("weight", own.grad), ("bias", own.bias)):
+                    if grad is not None and job.owner is not None:
+                        here = self.directions.get((part, i), grad) if job.owner == self.network.rank else None
+                        given = (job.owner, here, grad, self.given.clock, f"{part} of {job.name}")
+                        self.directions[part, i] = from_owner(self.network, *given)
 
     def guard(self) -> fx.Node | None:
         """Where a scaler has found an inf, a direction that is the step itself is no step."""
