@@ -27,6 +27,7 @@ from .rules import (
 )
 from .rules.choice import NO_RULES
 from .runtime.speeds import Speeds
+from .show.bubbles import Pipeline
 from .show.progress import progress
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "Eva",
     "HyLo",
     "Hybrid",
+    "Pipeline",
     "Rule",
     "Shampoo",
     "Speeds",

@@ -31,10 +31,12 @@ class Communication:
             batches differ in size.
         padding: with owners, how many bytes of gradients may be padding, as a part of all gradients of preconditioned
             weights. A weight that would need more (one that is larger than a rank's share) stays on every rank.
-        speeds: measured ones of ranks and network. Then statistics travel together where that is cheaper by them than a start-up
-            each (``statistics_bytes`` is of no meaning), and what costs less to derive than to broadcast is derived on every
-            rank, the rest where the least time is spent on it (SPD-KFAC, Shi, Zhang and Li, 2021, arXiv 2107.06533).
-        compress: with owners, how their directions travel: in few bits, with a bound on each element's error. None: as they are.
+        speeds: measured ones of ranks and network. Then statistics travel together where that is cheaper by them than a
+            start-up each (``statistics_bytes`` is of no meaning), and what costs less to derive than to broadcast is derived
+            on every rank, the rest where the least time is spent on it (SPD-KFAC, Shi, Zhang and Li, 2021, arXiv
+            2107.06533).
+        compress: with owners, how their directions travel: in few bits, with a bound on each element's error. None: as they
+        are.
         check_replicas_every: steps between checks that parameters, buffers, factors and optimizer state are bitwise equal
             on all ranks; 0 is never.
 
@@ -66,7 +68,7 @@ class Communication:
         if self.speeds is not None and not isinstance(self.speeds, Speeds):
             raise ValueError(f"Communication(speeds={self.speeds!r}): must be a mkor_fx.Speeds, or None")
         if self.speeds is not None and "statistics_bytes" in self.changed():
-            raise ValueError("Communication(statistics_bytes, speeds): speeds decide what travels together: give one of the two")
+            raise ValueError("Communication(statistics_bytes, speeds): speeds decide what travels together: give one")
         if self.compress is not None and not isinstance(self.compress, Compression):
             raise ValueError(f"Communication(compress={self.compress!r}): must be a mkor_fx.Compression, or None")
         sizes = Sizes(self.statistics_bytes, self.gradient_bytes, self.statistics_dtype, self.speeds, self.compress)
@@ -88,6 +90,7 @@ class Options:
     rule: RuleChoice = MKOR()  # noqa: RUF009  (frozen)
     refresh_every: int = 1
     refresh_phases: int = 1
+    derive: str = "together"
     skip: Sequence[str] = ()
     precondition: str = "step"
     accumulate: int = 1
@@ -125,13 +128,17 @@ class Options:
                 f"refresh_phases={phases} with stale=1: statistics of all weights travel together to the next step. Leave "
                 "one of the two out"
             )
+        if self.derive not in ("together", "spread"):
+            raise ValueError(
+                f"derive={self.derive!r}: must be 'together' (at the first step of each window) or 'spread' (over its steps)"
+            )
         if self.precondition not in ("step", "backward"):
             raise ValueError(f"precondition={self.precondition!r}: must be 'step' or 'backward'")
         share = isinstance(self.placement, int | float) and not isinstance(self.placement, bool) and 0 < self.placement <= 1
         if not share and self.placement not in ("replicated", "owner", "local"):
             raise ValueError(
-                f"placement={self.placement!r}: must be 'replicated', 'owner', 'local', or the share of ranks that keep each "
-                "weight's factors, in (0, 1], e.g. 0.5"
+                f"placement={self.placement!r}: must be 'replicated', 'owner', 'local', or the share of ranks that keep "
+                "each weight's factors, in (0, 1], e.g. 0.5"
             )
         if not isinstance(self.accumulate, int) or isinstance(self.accumulate, bool) or self.accumulate < 1:
             raise ValueError(f"accumulate={self.accumulate!r}: must be an integer of at least 1, parts of a batch")
@@ -173,7 +180,7 @@ class Options:
     @property
     def about(self) -> str:
         """What all ranks must have alike, and what programs depend on."""
-        names = ("refresh_every", "refresh_phases", "skip", "backend", "without", "accumulate", "clip_norm", "ema",
+        names = ("refresh_every", "refresh_phases", "derive", "skip", "backend", "without", "accumulate", "clip_norm", "ema",
                  "skip_nonfinite", "placement", "stale", "communication")  # fmt: skip
         hybrid = "" if self.hybrid is None else f", hybrid {self.hybrid.about}"
         return ", ".join(f"{name} {getattr(self, name)}" for name in names) + hybrid

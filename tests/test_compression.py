@@ -1,4 +1,5 @@
-"""Communication(compress=...): what owners send takes few bits, errs no further than it says, and is alike on all ranks (COMPSO)."""
+"""Communication(compress=...): what owners send takes few bits, errs no further than it says, and is alike on all ranks
+(COMPSO)."""
 
 import processes
 import pytest
@@ -26,10 +27,13 @@ def sent_and_received(tensors, how, key=3, dtype=torch.float32, padding=5):
 def tensors_of(dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
     scales = (1e-20, 1e-3, 1.0, 1e12)
-    return [(s * torch.randn(n, generator=generator, dtype=torch.float64)).to(dtype) for s, n in zip(scales, (1, 7, 300, 64))]
+    drawn = (torch.randn(n, generator=generator, dtype=torch.float64) for n in (1, 7, 300, 64))
+    return [(scale * x).to(dtype) for scale, x in zip(scales, drawn)]
 
 
-@pytest.mark.parametrize(("bound", "bits"), [(1.0, 4), (1 / 7, 4), (0.14, 8), (1 / 127, 8), (0.005, 16), (1 / 32767, 16), (2**-20, 32)])
+@pytest.mark.parametrize(
+    ("bound", "bits"), [(1.0, 4), (1 / 7, 4), (0.14, 8), (1 / 127, 8), (0.005, 16), (1 / 32767, 16), (2**-20, 32)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_every_element_is_within_the_bound(bound, bits, dtype):
     how = Compression(bound=bound)
@@ -100,10 +104,8 @@ HOW = Compression(bound=1 / 127)
 
 
 def both(rank, size, door, placement, how, steps, communication):
-    given = {"placement": placement, "steps": steps}
-    return [
-        train(rank, size, door, RULE, communication=Communication(compress=one, **communication), **given) for one in (None, how)
-    ]
+    given = [Communication(compress=one, **communication) for one in (None, how)]
+    return [train(rank, size, door, RULE, steps, placement=placement, communication=one) for one in given]
 
 
 @pytest.mark.parametrize(
@@ -152,7 +154,8 @@ def test_a_resumed_run_draws_the_same(door, placement):
 
 def compiled(rank, size):
     how = Communication(compress=HOW, padding=9.0)
-    return [train(rank, size, "step", RULE, 2, placement="owner", communication=how, backend=one)[0] for one in ("eager", "inductor")]
+    given = {"placement": "owner", "communication": how}
+    return [train(rank, size, "step", RULE, 2, backend=one, **given)[0] for one in ("eager", "inductor")]
 
 
 @pytest.mark.nightly
@@ -167,10 +170,11 @@ def test_compiled_it_is_the_same():
 def test_a_simulation_counts_fewer_bytes():
     model, x = network(), torch.randn(6, 12)
     options = {"loss_fn": functional.mse_loss, "optimizer": torch.optim.SGD(model.parameters(), lr=RATE), "world_size": 4}
+    options |= {"rule": RULE, "placement": "owner"}
     directions = lambda how: sum(
         event.bytes
         for event in mkor_fx.simulate(
-            model, x, x[:, :8], rule=RULE, placement="owner", communication=Communication(compress=how, padding=9.0), **options
+            model, x, x[:, :8], communication=Communication(compress=how, padding=9.0), **options
         ).lane(COMMUNICATION)
         if event.phase == "direction"
     )
@@ -178,7 +182,9 @@ def test_a_simulation_counts_fewer_bytes():
     assert directions(Compression(bound=1 / 7)) < directions(HOW) * 0.6
 
 
-@pytest.mark.parametrize("wrong", [{"bound": 0}, {"bound": 1.5}, {"bound": True}, {"filter": 1}, {"filter": -0.1}, {"bound": None}])
+@pytest.mark.parametrize(
+    "wrong", [{"bound": 0}, {"bound": 1.5}, {"bound": True}, {"filter": 1}, {"filter": -0.1}, {"bound": None}]
+)
 def test_bounds_outside_their_range_are_named(wrong):
     (name,) = wrong
     with pytest.raises(ValueError, match=rf"Compression\({name}="):
@@ -188,9 +194,9 @@ def test_bounds_outside_their_range_are_named(wrong):
 def test_sums_are_not_compressed():
     model, how = network(), Communication(compress=HOW)
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
-    with pytest.raises(ValueError, match="compress=...\\) is for what owners send"):
+    with pytest.raises(ValueError, match=r"compress=\.\.\.\) is for what owners send"):
         mkor_fx.compile_step(model, functional.mse_loss, optimizer, RULE, communication=how)
-    with pytest.raises(ValueError, match="compress=...\\) is for what owners send"):
+    with pytest.raises(ValueError, match=r"compress=\.\.\.\) is for what owners send"):
         mkor_fx.compile(model, RULE, communication=how)
     with pytest.raises(ValueError, match=r"Communication\(compress=8\): must be a mkor_fx.Compression"):
         Communication(compress=8)

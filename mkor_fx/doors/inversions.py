@@ -45,7 +45,8 @@ def inversions(written: Written, options: Options, group: Group, device: Device)
         if owner is None:
             placed |= at
         else:  # those of a column stand one below the other
-            placed |= {name: owner if keep == 1 else None if row is None else row * columns + owner for name, row in at.items()}
+            rank_in = lambda row, owner=owner: None if row is None else row * columns + owner
+            placed |= {name: owner if keep == 1 else rank_in(row) for name, row in at.items()}
     return tuple(
         Inversion(
             name,

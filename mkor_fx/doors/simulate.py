@@ -29,14 +29,17 @@ from ..passes.pipeline import VARIANTS
 from ..passes.torch_api.dynamo import dynamo_compile
 from ..rules import MKOR, RuleChoice
 from ..runtime.compiled_step import CompiledStep
+from ..show.bubbles import Pipeline
 from ..show.recorder import module_path, target_name
 from ..show.timeline import COMMUNICATION, COMPUTE, Event, Simulation
 from .agreement import keepers_of
-from .checks import check_model, check_placement, check_sharding, without_ddp
+from .checks import check_model, check_sharding, without_ddp
 from .inversions import inversions
 from .loss_function import loss_function
 from .optimizer_checks import check_optimizer
+from .option_checks import check_placement
 from .run import Written
+from .stages import filled_pipeline
 from .whole_step import new_step, write_whole_step
 
 
@@ -53,6 +56,7 @@ def simulate(
     skip_nonfinite: bool = True,
     placement: Literal["replicated", "owner", "local"] | float = "replicated",
     communication: Communication = Communication(),  # noqa: B008  (frozen)
+    pipeline: Pipeline | None = None,
     **kwargs: Any,
 ) -> Simulation:
     """Estimate how one step of ``compile_step`` would spend its time on ``world_size`` GPUs, without any of them.
@@ -63,11 +67,14 @@ def simulate(
 
     Args:
         batch, kwargs: what one rank passes to its step.
-        loss_fn, optimizer, rule, skip, skip_nonfinite, placement, communication: as in ``compile_step``. With owners it is rank 0
-            that is shown. What its rule derives outside of the program is listed with the rank that would do it.
+        loss_fn, optimizer, rule, skip, skip_nonfinite, placement, communication: as in ``compile_step``. With owners it is
+            rank 0 that is shown. What its rule derives outside of the program is listed with the rank that would do it.
         world_size: ranks, eight to a node.
         device: ``"a100"``, ``"h100"`` or ``"h200"``.
         refresh: a step that refreshes the factors, or one that reuses them.
+        pipeline: lay the step out on stages as well, each of ``world_size / stages`` ranks, with what refreshes the factors
+            in the bubbles (PipeFisher, Osawa, Li and Hoefler, 2023, arXiv 2211.14133): the batch is one micro-batch, and a
+            stage an equal part of the model. A schedule alone: no door trains in stages.
 
     Returns:
         Simulation: prints as a table; ``to_html(path)``, ``to_chrome_trace(path)``.
@@ -77,22 +84,36 @@ def simulate(
     """
     options = Options(rule=rule, skip=skip, skip_nonfinite=skip_nonfinite, placement=placement,
                       communication=communication)  # fmt: skip
-    return simulate_step(model, batch, kwargs, loss_fn, optimizer, options, Machines(world_size, device, refresh))
+    return simulate_step(model, batch, kwargs, loss_fn, optimizer, options, Machines(world_size, device, refresh, pipeline))
 
 
 @dataclass(frozen=True)
 class Machines:
-    """Ranks that are not there, and whether their step refreshes."""
+    """Ranks that are not there, whether their step refreshes, and the stages that they stand in."""
 
     world_size: int
     device: str
     refresh: bool = True
+    pipeline: Pipeline | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.world_size, int) or isinstance(self.world_size, bool) or self.world_size < 1:
             raise ValueError(f"world_size={self.world_size!r}: must be an integer of at least 1, the number of ranks")
         if self.device not in DEVICES:
             raise ValueError(f"device={self.device!r}: must be one of {', '.join(map(repr, DEVICES))}")
+        if self.pipeline is None:
+            return
+        if not isinstance(self.pipeline, Pipeline):
+            raise ValueError(f"pipeline={self.pipeline!r}: must be a mkor_fx.Pipeline, or None")
+        if not self.refresh:
+            raise ValueError("refresh=False with a pipeline: a step that refreshes nothing has nothing to fill bubbles with")
+        if self.world_size % self.pipeline.stages:
+            raise ValueError(f"world_size={self.world_size}: must be a multiple of the {self.pipeline.stages} stages")
+
+    @property
+    def replicas(self) -> int:
+        """Ranks that train the same weights."""
+        return self.world_size if self.pipeline is None else self.world_size // self.pipeline.stages
 
 
 def simulate_step(
@@ -118,7 +139,7 @@ def simulate_step(
             "torch._subclasses.fake_tensor.FakeTensorMode(), which takes no memory either"
         )
     check_placement(options)
-    group = _simulated(machines.world_size, options)
+    group = _simulated(machines.replicas, options)
     written = trace_step(model, batch, kwargs, loss_fn, optimizer, options, group, machines.refresh)
     graph = written.whole.graph
     if "schedule" not in options.without:
@@ -126,7 +147,10 @@ def simulate_step(
     device = DEVICES[machines.device]
     events = list(lay_out(graph, _sizes(group), device, _products(written)))
     title = f"{type(model).__name__}: {written.variant.name} step"
-    return Simulation(title, machines.world_size, device, tuple(events), inversions(written, options, group, device))
+    derived, filled = inversions(written, options, group, device), None
+    if machines.pipeline is not None:
+        filled = filled_pipeline(machines.pipeline, written, events, derived, options, group, device)
+    return Simulation(title, machines.world_size, device, tuple(events), derived, filled)
 
 
 def _simulated(size: int, options: Options) -> Group:
@@ -137,7 +161,8 @@ def _simulated(size: int, options: Options) -> Group:
         return whole
     if keepers == 1:
         return replace(whole, row=whole)
-    row, column = (replace(whole, name=f"simulated {name}", size=n) for name, n in (("row", size // keepers), ("column", keepers)))
+    parts = ("simulated row", size // keepers), ("simulated column", keepers)
+    row, column = (replace(whole, name=name, size=n) for name, n in parts)
     return replace(whole, row=row, column=column)
 
 

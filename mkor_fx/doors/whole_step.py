@@ -37,7 +37,7 @@ from .loss_function import loss_function
 from .optimizer_checks import check_optimizer
 from .rule_clock import RuleClock
 from .run import Run, Written
-from .states import possible_states, rotation_of
+from .states import possible_states, rotation_of, slots_of
 
 
 def new_step(
@@ -62,7 +62,7 @@ def new_step(
         check_optimizer(model, optimizer, changed=True)
         check_gradient_hooks(model.named_parameters())
         Naming.of(model, options.skip, options.rules)
-        mkor.rotation = rotation_of(model, options)
+        mkor.rotation, mkor.slots = rotation_of(model, options), slots_of(model, options)
 
     def check_arguments(args: tuple, kwargs: dict) -> None:
         check_call(model, loss_fn is not None, args, kwargs)
@@ -73,12 +73,12 @@ def new_step(
 
     try_optimizers(Optimizers.of(optimizer))
     mkor = FactorState(model, every, expect=possible_states(options.rules))
-    mkor.rotation = rotation_of(model, options)
+    mkor.rotation, mkor.slots = rotation_of(model, options), slots_of(model, options)
     if options.hybrid is not None:
         mkor.switch = Switch(options.hybrid)
     keepers = keepers_of(options.placement, 1 if ranks is None else ranks.size)
     maker = StepMaker(
-        pick, build, check, check_arguments, clock.derive, clock.derive_every, clock.numbers, keepers, part_of,
+        pick, build, check, check_arguments, clock.derive, clock.derive_every, clock.moving, clock.numbers, keepers, part_of,
         options.accumulate, options.ema, options.communication.speeds,
     )  # fmt: skip
     return CompiledStep(model, optimizer, mkor, maker, ranks, options.communication.check_replicas_every)
@@ -111,7 +111,8 @@ def write_whole_step(
         coverage.trained_by(step.optimizers, step.model.named_parameters())
         trace_artifact("mkor_fx_coverage", coverage.to_json)
         owners = owners_of(whole, options, group, step.mkor.owners) if options.rules else {}
-        coverage.owners, coverage.local = owners, options.placement == "local" and group is not None and group.row is not None
+        coverage.owners = owners
+        coverage.local = options.placement == "local" and group is not None and group.row is not None
         layouts = {index: Layout.of(site) for index, site in whole.sites.items()}
         place = 0 if group is None else group.place
         here = [i for i, site in whole.sites.items() if owners.get(site.parameter.name) in (None, place)]

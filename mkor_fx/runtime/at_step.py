@@ -13,13 +13,13 @@ from torch.optim import Optimizer
 
 from .base_step import base_step_of
 from .derivations import Derivations
-from .factors import FactorState, state_of
+from .factors import FactorState
 from .followed import Followed, Maker
 from .given import Given, WeightTensors
 from .known import Known
 from .loss_scale import loss_scales
 from .optimizer_state import OptimizerNumbers, groups_of, place_of_rate
-from .ranks import Ranks, Replicas
+from .ranks import Ranks, Replicas, state_of
 from .steps import Step
 from .switch import part_of_the_way
 
@@ -39,7 +39,7 @@ class AtStep(Followed):
         replicas = Replicas(ranks, mkor, check_replicas_every, lambda: state_of(model, mkor))
         super().__init__(mkor, refresh_every, maker, ranks, replicas)
         shares = 0 if ranks is None or maker.speeds is None else ranks.size
-        self._derivations = Derivations(mkor, maker.derive, maker.derive_every, shares, maker.speeds)
+        self._derivations = Derivations(mkor, maker.derive, maker.derive_every, maker.moving, shares, maker.speeds)
         self.known: dict[int, Known] = {}
         self._placed: dict[str, Any] = {}
         self._rates: weakref.WeakKeyDictionary[Optimizer, OptimizerNumbers] = weakref.WeakKeyDictionary()
@@ -127,7 +127,7 @@ class AtStep(Followed):
         taken = self._run(step, iteration, sites, refreshed, others)
         self._take_note(sites, begins)
         self._refreshes.done(refreshed, iteration, self.refresh_every)
-        self._derivations.run(filter(self._is_here, sites), iteration, taken)
+        self._derivations.run([*filter(self._is_here, sites)], iteration, taken)
 
     def _place(self, sites: dict[str, Known]) -> None:
         """Where weights have owners: find one for each, and make the factors that are this rank's."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,7 @@ class Maker:
     ``build(kind, jobs, given)`` makes a program: ``"update"`` gives directions, ``"apply"`` takes the steps that are their
     own directions, ``"refresh"`` gives new state. ``job(name, layout, refresh, places, base, owner)`` describes a weight to it;
     ``merge(layout, other, bias)`` joins what two graphs say of one. ``derive(step, recipe, state, taken)`` makes state of
-    state, every ``derive_every(recipe)`` steps; ``numbers(step, device)`` are those of the rules. ``left_alone(name)``:
+    state, every ``derive_every(recipe)`` steps, and ``moving(recipe)`` names what changes otherwise; ``numbers(step, device)`` are those of the rules. ``left_alone(name)``:
     whether the user wants a parameter to be left alone. ``part(bias, weight)`` declines a bias that is stepped apart.
     ``stepped(optimizer)`` takes note of whose step has come. With ``speeds`` ranks share what is derived. ``owners(weights,
     known)`` are the ranks that keep the factors of weights, by name; None: every rank keeps all.
@@ -42,6 +42,7 @@ class Maker:
     merge: Callable[[Any, Any, bool], Any]
     derive: Callable[..., dict[str, Tensor]]
     derive_every: Callable[[Any], int | None]
+    moving: Callable[[Any], Collection[str]]
     numbers: Callable[[int, torch.device], Tensor | None]
     left_alone: Callable[[str], bool]
     part: Callable[[str, str], None]

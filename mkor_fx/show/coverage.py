@@ -220,7 +220,7 @@ class Coverage:
     def __str__(self) -> str:
         rows = []
         for e in self:
-            numbers = [e.uses or "", f"{e.state_bytes:,}" if e.state_bytes else "", f"{sent:,}" if (sent := self.sent(e)) else ""]
+            numbers = [e.uses or "", *(f"{number:,}" if number else "" for number in (e.state_bytes, self.sent(e)))]
             op = "declined" if e.declined is not None else e.op
             trainer = [self.trainers.get(e.name, "nobody: no optimizer holds it")] if self.trainers else []
             rows.append([e.name, times(e.shape) or "scalar", op, *numbers, *trainer, e.note])

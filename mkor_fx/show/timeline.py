@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..passes.order.estimate import EFFICIENCY, Device
+from .bubbles import FilledPipeline
 from .costs import aligned, short
 from .page import write_page
 
@@ -43,8 +44,9 @@ class Event:
 
 
 class Inversion(NamedTuple):
-    """What is derived of one weight's state outside of the step's program: ``rows`` of the matrices that are inverted or decomposed,
-    every so many steps, on one ``rank``, which sends the results, or on all (None). Estimated milliseconds of both."""
+    """What is derived of one weight's state outside of the step's program: ``rows`` of the matrices that are inverted or
+    decomposed, every so many steps, on one ``rank``, which sends the results, or on all (None). Estimated milliseconds of
+    both."""
 
     name: str
     rows: tuple[int, ...]
@@ -57,7 +59,8 @@ class Inversion(NamedTuple):
 @dataclass(frozen=True)
 class Simulation:
     """One step's estimated schedule: ``events`` in the order of the program, on a compute and a communication lane;
-    ``inversions`` are what runs behind some of the steps.
+    ``inversions`` are what runs behind some of the steps; ``filled`` is the step cut into the stages of a pipeline, where
+    one was given.
 
     No number in it was measured. ``print`` gives a table.
     """
@@ -67,6 +70,7 @@ class Simulation:
     device: Device
     events: tuple[Event, ...]
     inversions: tuple[Inversion, ...] = ()
+    filled: FilledPipeline | None = None
 
     @property
     def note(self) -> str:
@@ -137,12 +141,14 @@ class Simulation:
         parts = [self.summary(), phases, sent]
         if self.inversions:
             rows = [
-                [one.name, ", ".join(map(str, one.rows)), f"every {one.every}", "every rank" if one.rank is None else f"rank {one.rank}",
-                 _ms(one.derive_ms), _ms(one.send_ms)]
+                [one.name, ", ".join(map(str, one.rows)), f"every {one.every}",
+                 "every rank" if one.rank is None else f"rank {one.rank}", _ms(one.derive_ms), _ms(one.send_ms)]
                 for one in self.inversions
             ]  # fmt: skip
             headers = ["derived outside of the program (estimated)", "rows", "steps", "by", "derive ms", "send ms"]
             parts.append(aligned(rows, headers, "lrrlrr"))
+        if self.filled is not None:
+            parts.append(self.filled.table())
         if everything:
             rows = [[e.lane, e.op, e.label, short(e.bytes, "B"), _ms(e.start), _ms(e.duration)] for e in self.events]
             headers = ["lane", "op", "label", "bytes", "start ms", "duration ms"]
