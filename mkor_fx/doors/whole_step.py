@@ -172,7 +172,7 @@ class StepProgram:
         with shown(f"compiling the {self.variant.name} program of {type(step.model).__name__}"):
             written = write_whole_step(step, self.variant, options, group, gm, inputs)
             with plain_tracing():
-                passes = closing(written.draft.owners(), group, options.without)
+                passes = closing(written.draft, group, options.without)
                 compiled = compile_graph(written.whole.module, options.compiler, written.graphs.code, *passes)
         if written.draft.update is not None:
             step.follow_branches(written.draft.update.branches)

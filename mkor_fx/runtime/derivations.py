@@ -57,7 +57,7 @@ class Derivations:
         """Derive, behind ``step``, of the state that it has used, what is due; not where it was not ``taken`` (0-dim). Weights with a
         slot later in their window are put by, and those derived whose slot has come."""
         tasks: dict[str, Task] = {}
-        here = self.mkor.names()
+        here = {*self.mkor.names()}
         for name in dict.fromkeys([*names, *(name for name in self.mkor.put_by if name in here)]):
             every, waits = self._every(self.mkor.recipe(name)), name in self.mkor.put_by
             if every is None:

@@ -28,8 +28,9 @@ WAIT = c10d.wait_tensor.default
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes at which a bucket is full, and the dtype in which statistics travel (None: as they are). Where ``speeds`` are known,
-    they decide which statistics travel together. ``compress``: how directions of owners travel (None: as they are)."""
+    """Bytes at which a bucket is full, and the dtype in which statistics travel (None: as they are). Where ``speeds`` are
+    known, they decide which statistics travel together. ``compress``: how directions of owners travel (None: as they
+    are)."""
 
     statistics: int = 128 << 10
     gradients: int = 25 << 20
@@ -42,8 +43,8 @@ class Sizes:
 class Group:
     """A process group as graphs know it: its name, how many ranks it has, the size of buckets, and which rank this is.
 
-    Where weights have owners, ranks stand in a grid: those of a ``row`` keep all weights among them, each its own, and those of a
-    ``column`` keep the same ones. A row of all ranks has columns of one, None.
+    Where weights have owners, ranks stand in a grid: those of a ``row`` keep all weights among them, each its own, and those
+    of a ``column`` keep the same ones. A row of all ranks has columns of one, None.
     """
 
     name: str
@@ -88,19 +89,21 @@ def starts(graph: fx.Graph) -> list[fx.Node]:
     return [node for node in graph.nodes if is_start(node)]
 
 
-def in_line(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
-    """Each collective's predecessor, in a graph that is not the same on all ranks: there it must stay behind it.
+def in_line(graph: fx.Graph, divided: bool = False) -> dict[fx.Node, fx.Node]:
+    """Each collective's predecessor, in a graph that is not the same on all ranks, as is known or to be seen: there it must
+    stay behind it.
 
     Where weights have owners, ranks compute different things from what they receive, and an order derived from the graph
     would be each rank's own.
     """
     issued = starts(graph)
-    return {b: a for a, b in pairwise(issued)} if any(map(divides, issued)) else {}
+    return {b: a for a, b in pairwise(issued)} if divided or any(map(divides, issued)) else {}
 
 
 def divides(start: fx.Node) -> bool:
     """Whether ranks differ in what they compute around this collective."""
-    return start.target in DIVIDING or start.meta["mkor_messages"][0].kind == "direction"
+    messages = start.meta.get("mkor_messages")  # Inductor keeps none
+    return start.target in DIVIDING or (messages is not None and messages[0].kind == "direction")
 
 
 def wait_of(start: fx.Node) -> fx.Node:
