@@ -8,6 +8,7 @@ from .doors.explain import explain
 from .doors.simulate import simulate
 from .ops import op_rule
 from .options import Communication
+from .passes.order.compression import Compression
 from .rules import (
     CGFAC,
     EKFAC,
@@ -25,6 +26,8 @@ from .rules import (
     ThermodynamicKFAC,
 )
 from .rules.choice import NO_RULES
+from .runtime.speeds import Speeds
+from .show.bubbles import Pipeline
 from .show.progress import progress
 
 __all__ = [
@@ -37,11 +40,14 @@ __all__ = [
     "SOAP",
     "AdaFisher",
     "Communication",
+    "Compression",
     "Eva",
     "HyLo",
     "Hybrid",
+    "Pipeline",
     "Rule",
     "Shampoo",
+    "Speeds",
     "ThermodynamicKFAC",
     "compile",
     "compile_step",

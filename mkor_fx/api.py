@@ -12,21 +12,18 @@ from torch.optim import Optimizer
 
 from .doors.agreement import check_gathering, find_ranks
 from .doors.checks import (
-    check_cuda_graphs,
-    check_drop_in,
     check_gradient_hooks,
-    check_late,
     check_loss,
     check_materialised,
     check_model,
     check_not_compiled,
-    check_placement,
     check_sharding,
     without_ddp,
 )
 from .doors.drop_in import DropIn
 from .doors.handle import inside_ddp, plain_model
 from .doors.optimizer_checks import check_optimizer
+from .doors.option_checks import check_cuda_graphs, check_drop_in, check_late, check_placement, check_spread
 from .doors.whole_step import new_step
 from .options import Communication, Options
 from .passes.naming import Naming
@@ -40,9 +37,11 @@ def compile(
     *,
     refresh_every: int = 1,
     refresh_phases: int = 1,
+    derive: Literal["together", "spread"] = "together",
     skip: Sequence[str] = (),
     precondition: Literal["step", "backward"] = "step",
     process_group: ProcessGroup | None = None,
+    placement: Literal["replicated", "local"] = "replicated",
     communication: Communication = Communication(),  # noqa: B008  (frozen)
     backend: str = "inductor",
     dynamic: bool | None = None,
@@ -74,6 +73,12 @@ def compile(
             ``step + k * refresh_every // p`` is a multiple of ``refresh_every``, and all at the first step; what is derived
             likewise. Phases cost about the same, counted from the shapes of their weights. Each has an update program of
             its own, compiled at its first turn.
+        derive: when rules derive what they do outside of the step's program, inverses and decompositions, every
+            ``derive_every`` steps:
+            ``"together"``, all behind the first step of a window; ``"spread"``, over the steps of the window, about as much
+            behind each (PipeFisher, Osawa, Li and Hoefler, 2023, arXiv 2211.14133). Results are the same, of the state at
+            the window's first step, which is put by and saved with the factors; each weight's is used once it is there.
+            Those of step 0 are made at once.
         skip: glob patterns of parameter names that keep their raw gradient.
         precondition: ``"step"``: at the optimizer's step, on gradients that are accumulated, averaged and clipped.
             ``"backward"``: inside the backward, so that ``.grad`` arrives preconditioned; for loops without a torch
@@ -82,6 +87,9 @@ def compile(
         process_group: ranks that train together; None is the world where torch.distributed is initialised, or that of the
             DistributedDataParallel. Gradients are the wrapper's business (inside or outside of ``compile``) or yours;
             statistics are summed once an optimizer step, whatever number of micro-batches it has.
+        placement: ``"replicated"``: every rank keeps all factors. ``"local"``: as in :func:`compile_step`, where each
+            weight's owner broadcasts its direction at the optimizer's step; every rank's backward still takes all
+            statistics.
         communication: buckets and checks; ``average`` must be as the gradients', the mean over ranks. What concerns
             gradients is refused.
         backend: ``"inductor"``, or ``"eager"`` to run the rewritten graphs uncompiled.
@@ -94,9 +102,11 @@ def compile(
         rule=rule,
         refresh_every=refresh_every,
         refresh_phases=refresh_phases,
+        derive=derive,
         skip=skip,
         precondition=precondition,
         process_group=process_group,
+        placement=placement,
         communication=communication,
         backend=backend,
         dynamic=dynamic,
@@ -131,13 +141,14 @@ def compile_step(
     *,
     refresh_every: int = 1,
     refresh_phases: int = 1,
+    derive: Literal["together", "spread"] = "together",
     skip: Sequence[str] = (),
     accumulate: int = 1,
     clip_norm: float | None = None,
     ema: float | None = None,
     skip_nonfinite: bool = True,
     process_group: ProcessGroup | None = None,
-    placement: Literal["replicated", "owner"] | float = "replicated",
+    placement: Literal["replicated", "owner", "local"] | float = "replicated",
     stale: Literal[0, 1] = 0,
     communication: Communication = Communication(),  # noqa: B008  (frozen)
     return_outputs: bool = False,
@@ -167,6 +178,7 @@ def compile_step(
         refresh_phases: as in :func:`compile`. Each phase is a program of the whole step, compiled at its first turn: with
             ``p`` of them ``p + 1`` in place of two (``p + 2`` where ``p < refresh_every``), which compile as much longer.
             With ``placement="owner"`` phases are even over all weights, not over each owner's.
+        derive: as in :func:`compile`.
         skip: glob patterns of parameter names that keep their raw gradient.
         accumulate: parts in which each batch is run, for its memory: all arguments with as many rows as the target are cut
             along their first dimension, the last part may be smaller, and the step is that of the whole batch with the mean
@@ -183,8 +195,10 @@ def compile_step(
             which gets its gradient and sends its direction back; memory and work of the factors are divided by the number
             of ranks. A share of the ranks, as 0.5: each weight's factors live on as many, and directions travel within a row
             of ranks in which every weight has one; KAISA's COMM-OPT, MEM-OPT and HYBRID (Pauloski et al., 2021,
-            arXiv 2107.01739), all at the volume of an all-reduce. ``step.mkor.owners`` says whose is what,
-            ``step.mkor.state_dict()`` has this rank's part.
+            arXiv 2107.01739), all at the volume of an all-reduce. ``"local"``: as ``"owner"``, and the owner takes a
+            weight's statistics from its own rank's rows alone, so that no statistic crosses the network (DP-KFAC, Zhang, Shi
+            and Li, 2022, arXiv 2206.15143): factors of ``1 / R`` of the rows. One process has nothing to divide.
+            ``step.mkor.owners`` says whose is what, ``step.mkor.state_dict()`` has this rank's part.
         stale: 0: a step's statistics refresh the factors that it uses. 1: those that the next step uses, so that their
             sum over ranks has a whole step to arrive. Not for rules that also read the gradient.
         communication: buckets, averaging, checks.
@@ -200,6 +214,7 @@ def compile_step(
         rule=rule,
         refresh_every=refresh_every,
         refresh_phases=refresh_phases,
+        derive=derive,
         skip=skip,
         accumulate=accumulate,
         clip_norm=clip_norm,
@@ -231,6 +246,7 @@ def compiled_step(
     check_cuda_graphs(options)
     check_late(options)
     check_placement(options)
+    check_spread(options)
     model, process_group = without_ddp(plain_model(model), options.process_group)
     check_sharding(model, "step", whole_step=True)
     check_materialised(model)

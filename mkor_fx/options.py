@@ -11,9 +11,11 @@ import torch
 from torch.distributed import ProcessGroup
 
 from .passes.order.collectives import Sizes
+from .passes.order.compression import Compression
 from .passes.pipeline import check_left_out
 from .passes.torch_api.backend import BACKENDS, Compiler, inductor_options
 from .rules import MKOR, Hybrid, RuleChoice, Rules
+from .runtime.speeds import Speeds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,12 @@ class Communication:
             batches differ in size.
         padding: with owners, how many bytes of gradients may be padding, as a part of all gradients of preconditioned
             weights. A weight that would need more (one that is larger than a rank's share) stays on every rank.
+        speeds: measured ones of ranks and network. Then statistics travel together where that is cheaper by them than a
+            start-up each (``statistics_bytes`` is of no meaning), and what costs less to derive than to broadcast is derived
+            on every rank, the rest where the least time is spent on it (SPD-KFAC, Shi, Zhang and Li, 2021, arXiv
+            2107.06533).
+        compress: with owners, how their directions travel: in few bits, with a bound on each element's error. None: as they
+        are.
         check_replicas_every: steps between checks that parameters, buffers, factors and optimizer state are bitwise equal
             on all ranks; 0 is never.
 
@@ -41,6 +49,8 @@ class Communication:
     statistics_dtype: torch.dtype | None = None
     average: Literal["ranks", "rows"] = "ranks"
     padding: float = 0.15
+    speeds: Speeds | None = None
+    compress: Compression | None = None
     check_replicas_every: int = 0
     sizes: Sizes = field(init=False, repr=False, compare=False)
 
@@ -55,7 +65,13 @@ class Communication:
             raise ValueError(f"Communication(average={self.average!r}): must be 'ranks' or 'rows'")
         if self.statistics_dtype is not None and not self.statistics_dtype.is_floating_point:
             raise ValueError(f"Communication(statistics_dtype={self.statistics_dtype}): must be a floating-point dtype")
-        sizes = Sizes(self.statistics_bytes, self.gradient_bytes, self.statistics_dtype)
+        if self.speeds is not None and not isinstance(self.speeds, Speeds):
+            raise ValueError(f"Communication(speeds={self.speeds!r}): must be a mkor_fx.Speeds, or None")
+        if self.speeds is not None and "statistics_bytes" in self.changed():
+            raise ValueError("Communication(statistics_bytes, speeds): speeds decide what travels together: give one")
+        if self.compress is not None and not isinstance(self.compress, Compression):
+            raise ValueError(f"Communication(compress={self.compress!r}): must be a mkor_fx.Compression, or None")
+        sizes = Sizes(self.statistics_bytes, self.gradient_bytes, self.statistics_dtype, self.speeds, self.compress)
         object.__setattr__(self, "sizes", sizes)
 
     def changed(self) -> list[str]:
@@ -74,6 +90,7 @@ class Options:
     rule: RuleChoice = MKOR()  # noqa: RUF009  (frozen)
     refresh_every: int = 1
     refresh_phases: int = 1
+    derive: str = "together"
     skip: Sequence[str] = ()
     precondition: str = "step"
     accumulate: int = 1
@@ -111,13 +128,17 @@ class Options:
                 f"refresh_phases={phases} with stale=1: statistics of all weights travel together to the next step. Leave "
                 "one of the two out"
             )
+        if self.derive not in ("together", "spread"):
+            raise ValueError(
+                f"derive={self.derive!r}: must be 'together' (at the first step of each window) or 'spread' (over its steps)"
+            )
         if self.precondition not in ("step", "backward"):
             raise ValueError(f"precondition={self.precondition!r}: must be 'step' or 'backward'")
         share = isinstance(self.placement, int | float) and not isinstance(self.placement, bool) and 0 < self.placement <= 1
-        if not share and self.placement not in ("replicated", "owner"):
+        if not share and self.placement not in ("replicated", "owner", "local"):
             raise ValueError(
-                f"placement={self.placement!r}: must be 'replicated', 'owner', or the share of ranks that keep each "
-                "weight's factors, in (0, 1], e.g. 0.5"
+                f"placement={self.placement!r}: must be 'replicated', 'owner', 'local', or the share of ranks that keep "
+                "each weight's factors, in (0, 1], e.g. 0.5"
             )
         if not isinstance(self.accumulate, int) or isinstance(self.accumulate, bool) or self.accumulate < 1:
             raise ValueError(f"accumulate={self.accumulate!r}: must be an integer of at least 1, parts of a batch")
@@ -159,7 +180,7 @@ class Options:
     @property
     def about(self) -> str:
         """What all ranks must have alike, and what programs depend on."""
-        names = ("refresh_every", "refresh_phases", "skip", "backend", "without", "accumulate", "clip_norm", "ema",
-                 "skip_nonfinite", "stale", "communication")  # fmt: skip
+        names = ("refresh_every", "refresh_phases", "derive", "skip", "backend", "without", "accumulate", "clip_norm", "ema",
+                 "skip_nonfinite", "placement", "stale", "communication")  # fmt: skip
         hybrid = "" if self.hybrid is None else f", hybrid {self.hybrid.about}"
         return ", ".join(f"{name} {getattr(self, name)}" for name in names) + hybrid

@@ -19,7 +19,7 @@ import mkor_fx
 from mkor_fx import KFAC, MKOR
 from mkor_fx.api import compiled_model
 from mkor_fx.doors.drop_in import CompiledGraph
-from mkor_fx.doors.whole_step import Run
+from mkor_fx.doors.run import Run
 from mkor_fx.options import Options
 from mkor_fx.passes import sources
 from mkor_fx.passes.joint_pass import StatisticsPass

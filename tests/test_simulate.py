@@ -74,7 +74,7 @@ def written(*program):
             wait = graph.call_function(torch.ops._c10d_functional.wait_tensor.default, (start,))
             wait.meta["val"] = start.meta["val"]
     graph.output(last)
-    return list(lay_out(graph, 2, H100, {}))
+    return list(lay_out(graph, {"g": 2}, H100, {}))
 
 
 @pytest.mark.parametrize(

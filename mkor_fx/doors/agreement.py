@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
-from ..ir import Site, StepGraph, fake_value
+from ..ir import StepGraph, fake_value
 from ..options import Options
 from ..passes.match.layout import Layout
 from ..passes.order.collectives import Group, describe
 from ..passes.torch_api.dynamo import dynamo_tensors
-from ..passes.write.placement import Load, assign
+from ..passes.write.placement import Load, apart, assign
 from ..passes.write.update_draft import Job
 from ..rules.results import too_few_slots
 from ..runtime.optimizer_state import numbers_of, read_number, tensor_state
@@ -78,7 +79,7 @@ def keepers_of(placement: str | float, size: int) -> int:
     if size == 1:
         return 1
     if isinstance(placement, str):
-        return {"replicated": size, "owner": 1}[placement]
+        return {"replicated": size, "owner": 1, "local": 1}[placement]
     keepers = round(placement * size)
     if keepers < 1 or abs(keepers - placement * size) > 1e-6 * size or size % keepers:
         possible = ", ".join(f"{n}/{size}" for n in range(1, size + 1) if size % n == 0)
@@ -93,19 +94,37 @@ def owners_of(
     step: StepGraph, options: Options, group: Group | None, known: Mapping[str, int | None]
 ) -> dict[str, int | None]:
     """The place in each row that keeps a weight's factors, by name; None: every rank. Owners that are ``known`` stay."""
-    names = {site.parameter.name: site for site in step.sites.values()}
+    loads = loads_of(step)
     if group is None or group.row is None:
-        return dict.fromkeys(names)
-    return assign({name: _load(site) for name, site in names.items()}, group.row.size, options.communication.padding, known)
+        return dict.fromkeys(loads)
+    padding = math.inf if options.placement == "local" else options.communication.padding
+    return assign(loads, group.row.size, padding, known)
 
 
-def _load(site: Site) -> Load:
-    value, layout = fake_value(site.parameter.node), Layout.of(site)
+def apart_of(
+    step: StepGraph, options: Options, group: Group | None, owners: Mapping[str, int | None]
+) -> frozenset[str]:
+    """The weights that every rank gets the gradient of though one keeps their factors, by name."""
+    if options.placement != "local" or group is None or group.row is None:
+        return frozenset()
+    owned = {name: owner for name, owner in owners.items() if owner is not None}
+    return frozenset(apart(loads_of(step), owned, group.size, options.communication.padding))
+
+
+def loads_of(step: StepGraph) -> dict[str, Load]:
+    """What owning each weight means, by name."""
+    loads = {}
+    for site in step.sites.values():
+        bias = None if site.bias is None else fake_value(site.bias.node)
+        loads[site.parameter.name] = load_of(Layout.of(site), fake_value(site.parameter.node), bias)
+    return loads
+
+
+def load_of(layout: Layout, weight: Tensor, bias: Tensor | None) -> Load:
     state = layout.fresh_state(torch.device("meta"))
     factors = [state[name] for name in layout.sides if name] or [t for t in state.values() if t.dim()]
-    sides = [factor.shape[-1] for factor in factors]
-    bias = 0 if site.bias is None else fake_value(site.bias.node).numel()
-    return Load(value.numel() * sum(sides), (value.numel() + bias) * value.element_size())
+    numbers = weight.numel() + (0 if bias is None else bias.numel())
+    return Load(weight.numel() * sum(factor.shape[-1] for factor in factors), numbers * weight.element_size())
 
 
 def buffer_names(gm: fx.GraphModule, model: nn.Module) -> dict[int, str]:
@@ -126,7 +145,7 @@ def present_numbers(optimizer: Optimizers) -> str:
 def plan_of_update(kind: str, jobs: Sequence[Job], options: Options, graphs: Recording) -> str:
     """As ``plan_of``, of a program that runs at the optimizer's step."""
     lines = [*_chosen(options), kind]
-    lines += [f"{job.name}: {describe_layout(job.layout)}, refresh {job.refresh}" for job in jobs]
+    lines += [f"{job.name}: {describe_layout(job.layout)}, refresh {job.refresh}, owner {job.owner}" for job in jobs]
     return "\n".join([*lines, *describe(graphs["schedule"].graph)])
 
 

@@ -1,4 +1,4 @@
-"""What a model, its wrapper and its optimizer must be like, checked before anything is changed."""
+"""What a model, its wrapper and its loss must be like, checked before anything is changed."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from ..options import Options
-from ..passes.torch_api.backend import CUDA_GRAPHS
 from ..runtime.census import hooked
 
 
@@ -118,78 +116,6 @@ def check_call(model: nn.Module, has_target: bool, args: tuple, kwargs: dict) ->
             f"the step was called with {len(args)} positional arguments{named}: {target}{type(model).__name__}.forward "
             f"cannot take the rest ({error})"
         ) from None
-
-
-def check_cuda_graphs(options: Options) -> None:
-    """A whole step writes to its weights and state, which Inductor's CUDA graphs take for inputs of one call."""
-    if options.compiler.options.get(CUDA_GRAPHS):
-        asked = f"mode={options.mode!r}" if options.mode is not None else f"options={{{CUDA_GRAPHS!r}: True}}"
-        raise ValueError(
-            f"compile_step with {asked}: asks for CUDA graphs, which Inductor leaves out, in silence, where a program "
-            "changes its inputs in place, as a step does its weights. Use mode=None or 'max-autotune-no-cudagraphs'; "
-            "mkor_fx.compile takes it, for forward and backward"
-        )
-
-
-def check_late(options: Options) -> None:
-    """Raises ValueError for what cannot be one step late."""
-    if not options.stale:
-        return
-    for rule in options.rules:
-        if rule.reads_gradient:
-            raise ValueError(
-                f"stale=1 delays what crosses the network, but {rule} also refreshes from the gradient of its own step: use "
-                "stale=0, or a rule of statistics alone"
-            )
-    if options.communication.statistics_dtype is not None:
-        raise ValueError("stale=1 hides the statistics' transfer: leave Communication(statistics_dtype) at None")
-
-
-def check_placement(options: Options) -> None:
-    """Raises ValueError for rules whose statistics need state that only some ranks have."""
-    for rule in options.rules:
-        if options.placement not in ("replicated", 1) and rule.reads_state:
-            raise ValueError(
-                f"placement={options.placement!r} keeps a weight's state on some ranks, and {type(rule).__name__} reads it "
-                "for the statistics of every rank (reads_state): use placement='replicated'"
-            )
-
-
-def check_in_backward(options: Options) -> None:
-    """Raises ValueError for rules that cannot make their direction before the gradient is whole."""
-    for rule in options.rules:
-        reasons = {
-            "reads the gradient at its refresh (reads_gradient)": rule.reads_gradient,
-            "keeps moments of the whole gradient (advance)": rule.overrides("advance"),
-            "keeps moments of its directions (normalize)": rule.overrides("normalize"),
-            "makes steps of its own (applies='update')": rule.applies == "update",
-            "sizes each direction by itself (graft='rms')": rule.graft == "rms",
-            "sizes all directions together (kl_clip)": rule.kl_clip is not None,
-        }
-        for what, there in reasons.items():
-            if there:
-                raise ValueError(
-                    f"{type(rule).__name__} {what}, and cannot precondition in the backward, where gradients come in parts "
-                    "and the refresh comes later: use precondition='step', or a rule that only multiplies, such as "
-                    "MKOR.published()"
-                )
-
-
-def check_drop_in(options: Options) -> None:
-    """Raises ValueError for options that ``compile`` cannot honour, or that would do nothing there."""
-    if options.hybrid is not None and options.precondition == "backward":
-        raise ValueError("Hybrid leaves its rule between two steps of an optimizer: use precondition='step' or compile_step")
-    communication = options.communication
-    if communication.average != "ranks":
-        raise ValueError("Communication(average='rows') needs compile_step: here the gradients are averaged elsewhere")
-    idle = {"gradient_bytes", "padding", "statistics_dtype"} & {*communication.changed()}
-    if idle:
-        raise ValueError(
-            f"Communication({', '.join(sorted(idle))}) would do nothing here, where gradients are the wrapper's or yours to "
-            "average and statistics travel as they are: leave it out, or use mkor_fx.compile_step"
-        )
-    if options.precondition == "backward":
-        check_in_backward(options)
 
 
 def without_ddp(model: nn.Module, process_group: ProcessGroup | None) -> tuple[nn.Module, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +30,7 @@ from ..passes.torch_api.dynamo import (
     under_transform,
 )
 from ..passes.update_program import build_program
+from ..passes.write.placement import assign
 from ..passes.write.update_draft import Job
 from ..runtime.census import Census
 from ..runtime.compilations import Compilations
@@ -40,13 +42,13 @@ from ..runtime.switch import Switch
 from ..show.coverage import Coverage
 from ..show.graphs import Graphs
 from ..show.waiting import shown
-from .agreement import group_of, plan_of_update
+from .agreement import group_of, load_of, plan_of_update
 from .checks import check_sharding, check_still_alone
 from .compiled_graph import CompiledGraph, PlainGraph
 from .handle import compiled_handle
 from .modes import MODES
 from .rule_clock import RuleClock
-from .states import possible_states, rotation_of
+from .states import possible_states, rotation_of, slots_of
 
 #: of a weight that two graphs see as different matrices, or that one looks up and another multiplies
 DISAGREE = Decline(reasons.DISAGREE)
@@ -74,16 +76,26 @@ class DropIn:
         every = self.options.refresh_every
         mkor = FactorState(self.model, every, possible_states(self.rules, self.mode.sizes_later))
         self.coverage.rotation = mkor.rotation = rotation_of(self.model, self.options)
+        mkor.slots = slots_of(self.model, self.options)
         if self.options.hybrid is not None:
             self.coverage.switch = mkor.switch = Switch(self.options.hybrid)
             mkor.switch.listens = self._cost_of_base, self._mean_over_ranks
+        mkor.ranks, self.coverage.owners = self.ranks, mkor.owners
+        self.coverage.local = self.options.placement == "local" and self.ranks is not None and self.ranks.size > 1
         clock = self.clock
         maker = Maker(
-            self._build, Job, merge_layouts, clock.derive, clock.derive_every, clock.numbers, self._left_alone, self._part,
-            self._is_stepped_by,
+            self._build, Job, merge_layouts, clock.derive, clock.derive_every, clock.moving, clock.numbers, self._left_alone,
+            self._part, self._is_stepped_by, self.options.communication.speeds,
+            self._owners if self.coverage.local else None,
         )  # fmt: skip
         checked = self.options.communication.check_replicas_every
         return self.mode.runtime(self.model, mkor, every, maker, self.ranks, checked)
+
+    def _owners(self, weights: Mapping[str, tuple], known: Mapping[str, int | None]) -> dict[str, int | None]:
+        """The rank that keeps the factors of each weight, of which layout, parameter and bias are given. Known owners
+        stay."""
+        assert self.ranks is not None
+        return assign({name: load_of(*about) for name, about in weights.items()}, self.ranks.size, math.inf, known)
 
     def _left_alone(self, name: str) -> bool:
         return self.naming.excluded(name) is not None or self.rules.match(name) is None
@@ -155,6 +167,7 @@ class DropIn:
         self.naming, self._census, self._compilations = naming, Census(self.model), Compilations()
         self.coverage.forget(self.model)
         self.coverage.rotation = self.runtime.mkor.rotation = rotation_of(self.model, self.options)
+        self.runtime.mkor.slots = slots_of(self.model, self.options)
         self._optimizers.clear()
         self.runtime.forget_plan()
         self.runtime.mkor.forget_gone()

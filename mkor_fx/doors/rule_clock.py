@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..passes.match.layout import Layout
-from ..passes.write.derive import derive_one
+from ..passes.write.derive import derive_one, moving_state
 from ..passes.write.draft import changing_of
 from ..rules import Rule, Rules
 from ..rules.hyper import changing, value_at
@@ -53,6 +53,11 @@ class RuleClock:
         """Steps between two derivations of a weight's state; None for a rule that derives nothing."""
         rule = recipe.layout.rule
         return rule.derive_every if rule.overrides("derive") else None
+
+    @staticmethod
+    def moving(recipe: Any) -> frozenset[str]:
+        """The tensors of a weight's state that change otherwise than by being derived."""
+        return moving_state(recipe.layout.rule.at_first_step, recipe.layout.shape)
 
     def derive(self, step: int, recipe: Any, state: dict[str, Tensor], taken: Tensor | None = None) -> dict[str, Tensor]:
         """New state of the old, behind a step; as it was where the step was not ``taken`` (0-dim)."""

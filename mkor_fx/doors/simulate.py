@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -29,12 +29,18 @@ from ..passes.pipeline import VARIANTS
 from ..passes.torch_api.dynamo import dynamo_compile
 from ..rules import MKOR, RuleChoice
 from ..runtime.compiled_step import CompiledStep
+from ..show.bubbles import Pipeline
 from ..show.recorder import module_path, target_name
 from ..show.timeline import COMMUNICATION, COMPUTE, Event, Simulation
+from .agreement import keepers_of
 from .checks import check_model, check_sharding, without_ddp
+from .inversions import inversions
 from .loss_function import loss_function
 from .optimizer_checks import check_optimizer
-from .whole_step import Written, new_step, write_whole_step
+from .option_checks import check_placement
+from .run import Written
+from .stages import filled_pipeline
+from .whole_step import new_step, write_whole_step
 
 
 def simulate(
@@ -48,7 +54,9 @@ def simulate(
     refresh: bool = True,
     skip: Sequence[str] = (),
     skip_nonfinite: bool = True,
+    placement: Literal["replicated", "owner", "local"] | float = "replicated",
     communication: Communication = Communication(),  # noqa: B008  (frozen)
+    pipeline: Pipeline | None = None,
     **kwargs: Any,
 ) -> Simulation:
     """Estimate how one step of ``compile_step`` would spend its time on ``world_size`` GPUs, without any of them.
@@ -59,10 +67,14 @@ def simulate(
 
     Args:
         batch, kwargs: what one rank passes to its step.
-        loss_fn, optimizer, rule, skip, skip_nonfinite, communication: as in ``compile_step``.
+        loss_fn, optimizer, rule, skip, skip_nonfinite, placement, communication: as in ``compile_step``. With owners it is
+            rank 0 that is shown. What its rule derives outside of the program is listed with the rank that would do it.
         world_size: ranks, eight to a node.
         device: ``"a100"``, ``"h100"`` or ``"h200"``.
         refresh: a step that refreshes the factors, or one that reuses them.
+        pipeline: lay the step out on stages as well, each of ``world_size / stages`` ranks, with what refreshes the factors
+            in the bubbles (PipeFisher, Osawa, Li and Hoefler, 2023, arXiv 2211.14133): the batch is one micro-batch, and a
+            stage an equal part of the model. A schedule alone: no door trains in stages.
 
     Returns:
         Simulation: prints as a table; ``to_html(path)``, ``to_chrome_trace(path)``.
@@ -70,23 +82,38 @@ def simulate(
     Raises:
         ValueError: bad options, or a step that ``compile_step`` refuses.
     """
-    options = Options(rule=rule, skip=skip, skip_nonfinite=skip_nonfinite, communication=communication)
-    return simulate_step(model, batch, kwargs, loss_fn, optimizer, options, Machines(world_size, device, refresh))
+    options = Options(rule=rule, skip=skip, skip_nonfinite=skip_nonfinite, placement=placement,
+                      communication=communication)  # fmt: skip
+    return simulate_step(model, batch, kwargs, loss_fn, optimizer, options, Machines(world_size, device, refresh, pipeline))
 
 
 @dataclass(frozen=True)
 class Machines:
-    """Ranks that are not there, and whether their step refreshes."""
+    """Ranks that are not there, whether their step refreshes, and the stages that they stand in."""
 
     world_size: int
     device: str
     refresh: bool = True
+    pipeline: Pipeline | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.world_size, int) or isinstance(self.world_size, bool) or self.world_size < 1:
             raise ValueError(f"world_size={self.world_size!r}: must be an integer of at least 1, the number of ranks")
         if self.device not in DEVICES:
             raise ValueError(f"device={self.device!r}: must be one of {', '.join(map(repr, DEVICES))}")
+        if self.pipeline is None:
+            return
+        if not isinstance(self.pipeline, Pipeline):
+            raise ValueError(f"pipeline={self.pipeline!r}: must be a mkor_fx.Pipeline, or None")
+        if not self.refresh:
+            raise ValueError("refresh=False with a pipeline: a step that refreshes nothing has nothing to fill bubbles with")
+        if self.world_size % self.pipeline.stages:
+            raise ValueError(f"world_size={self.world_size}: must be a multiple of the {self.pipeline.stages} stages")
+
+    @property
+    def replicas(self) -> int:
+        """Ranks that train the same weights."""
+        return self.world_size if self.pipeline is None else self.world_size // self.pipeline.stages
 
 
 def simulate_step(
@@ -111,14 +138,37 @@ def simulate_step(
             "parameters are on the meta device, where some operators have no gradient: make the model and the batch inside "
             "torch._subclasses.fake_tensor.FakeTensorMode(), which takes no memory either"
         )
-    group = Group("simulated", machines.world_size, options.communication.sizes)
+    check_placement(options)
+    group = _simulated(machines.replicas, options)
     written = trace_step(model, batch, kwargs, loss_fn, optimizer, options, group, machines.refresh)
     graph = written.whole.graph
     if "schedule" not in options.without:
         order(graph)  # as Overlap does behind Inductor's own passes
     device = DEVICES[machines.device]
-    events = list(lay_out(graph, machines.world_size, device, _products(written)))
-    return Simulation(f"{type(model).__name__}: {written.variant.name} step", machines.world_size, device, tuple(events))
+    events = list(lay_out(graph, _sizes(group), device, _products(written)))
+    title = f"{type(model).__name__}: {written.variant.name} step"
+    derived, filled = inversions(written, options, group, device), None
+    if machines.pipeline is not None:
+        filled = filled_pipeline(machines.pipeline, written, events, derived, options, group, device)
+    return Simulation(title, machines.world_size, device, tuple(events), derived, filled)
+
+
+def _simulated(size: int, options: Options) -> Group:
+    """As ``group_of``, seen by the first of ``size`` ranks."""
+    whole = Group("simulated", size, options.communication.sizes)
+    keepers = keepers_of(options.placement, size)
+    if keepers == size:
+        return whole
+    if keepers == 1:
+        return replace(whole, row=whole)
+    parts = ("simulated row", size // keepers), ("simulated column", keepers)
+    row, column = (replace(whole, name=name, size=n) for name, n in parts)
+    return replace(whole, row=row, column=column)
+
+
+def _sizes(group: Group) -> dict[str, int]:
+    """How many ranks take part in the collectives of each group, by name."""
+    return {part.name: part.size for part in (group, group.row, group.column) if part is not None}
 
 
 class _Captured(Exception):
@@ -165,11 +215,12 @@ class _Tracer:
 # ---- the schedule in time -------------------------------------------------------------------------------------------
 
 
-def lay_out(graph: fx.Graph, ranks: int, device: Device, products: dict[str, str]) -> Iterator[Event]:
+def lay_out(graph: fx.Graph, ranks: Mapping[str, int], device: Device, products: dict[str, str]) -> Iterator[Event]:
     """The graph's nodes in their order on two lanes: computing one after the other, collectives one after the other.
 
     Computing stands still where it waits for a collective that is under way. Cheap nodes between two products, starts or
-    waits count as one kernel; they are listed by label. ``products``: parameters by the node that makes their gradient.
+    waits count as one kernel; they are listed by label. ``ranks``: how many there are, by the name of a group. ``products``:
+    parameters by the node that makes their gradient.
     """
     now = free = 0.0
     arrives: dict[fx.Node, Event] = {}
@@ -187,7 +238,7 @@ def lay_out(graph: fx.Graph, ranks: int, device: Device, products: dict[str, str
             continue
         for node in members:
             if is_start(node):
-                begin, duration = max(now, free), collective_milliseconds(node, ranks, device)
+                begin, duration = max(now, free), collective_milliseconds(node, ranks[node.args[-1]], device)
                 messages = node.meta["mkor_messages"]
                 event = Event(COMMUNICATION, target_name(node).removeprefix("_c10d_functional."), _carried(messages),
                               messages[0].kind, begin, duration, tensor_bytes(node.args[0]), now,

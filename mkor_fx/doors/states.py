@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..options import Options
 from ..passes.naming import Naming
-from ..rules import Rules, Shape
+from ..rules import Rule, Rules, Shape
 from ..runtime.rotation import Rotation
 from ..show.costs import refresh_flops
 
@@ -30,15 +30,31 @@ def possible_states(rules: Rules, sized_later: bool = False) -> Callable[[str, n
     return expect
 
 
+def slots_of(model: nn.Module, options: Options) -> dict[str, int]:
+    """How many steps behind the first of its window each weight's state is derived, by names, shapes and rules alone; none
+    where all are derived at once."""
+    rotation, costs = rotation_of(model, options), dict[int, dict[str, int]]()
+    for name, param, rule in _weights(model, options) if options.derive == "spread" else ():
+        if rule.overrides("derive"):
+            state = rule.at_first_step.init(next(_shapes(param)), torch.device("meta"))
+            costs.setdefault(rule.derive_every, {})[name] = sum(t.shape[-1] ** 3 for t in state.values() if t.dim() > 1)
+    return {name: slot for every, own in costs.items() for name, slot in Rotation.slots(every, own, rotation.offset).items()}
+
+
+def _weights(model: nn.Module, options: Options) -> Iterator[tuple[str, nn.Parameter, Rule]]:
+    """The matrices that a rule may be for."""
+    naming = Naming.of(model, options.skip, options.rules)
+    for name, param in model.named_parameters():
+        entry = options.rules.match(name)
+        if param.dim() > 1 and entry is not None and entry[1] is not None and naming.excluded(name) is None:
+            yield name, param, entry[1]
+
+
 def rotation_of(model: nn.Module, options: Options) -> Rotation:
     """Which weights refresh when, by names, shapes and rules alone: the same on every rank and in every resumed run."""
     rules, phases = options.rules, options.refresh_phases if options.rules else 1
-    costs: dict[str, int] = {}
-    naming = Naming.of(model, options.skip, rules)
-    for name, param in model.named_parameters() if phases > 1 else ():
-        entry = rules.match(name)
-        if param.dim() > 1 and entry is not None and entry[1] is not None and naming.excluded(name) is None:
-            costs[name] = refresh_flops(entry[1].at_first_step, next(_shapes(param)))
+    weights = _weights(model, options) if phases > 1 else ()
+    costs = {name: refresh_flops(rule.at_first_step, next(_shapes(param))) for name, param, rule in weights}
     return Rotation.of(options.refresh_every if rules else 1, phases, costs)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,34 +17,27 @@ from ..passes.naming import Naming
 from ..passes.order.collectives import Group, Network
 from ..passes.pipeline import REWRITE, VARIANTS, Variant, analyse, choose, closing, part_of, refresh_of, synthesise
 from ..passes.torch_api.backend import FakeTensorMode, compile_graph, plain_tracing
-from ..passes.torch_api.capture import WholeStep, capture_whole_step, trace_artifact
+from ..passes.torch_api.capture import capture_whole_step, trace_artifact
 from ..passes.torch_api.dynamo import dynamo_compile, dynamo_parameters, held_weakly, recurrence
-from ..passes.write.late_statistics import buffers_of, nothing, refresh_now
+from ..passes.write.late_statistics import buffers_of
 from ..passes.write.step_draft import Plan, StepDraft
 from ..passes.write.try_optimizers import try_optimizers
 from ..runtime.compiled_step import CompiledStep
 from ..runtime.factors import FactorState
-from ..runtime.inputs import Call
 from ..runtime.optimizers import Optimizers
 from ..runtime.ranks import Ranks
-from ..runtime.silence import warn_of_fresh_factors
 from ..runtime.step_maker import StepMaker
 from ..runtime.switch import Switch
 from ..show.coverage import Coverage
 from ..show.graphs import Graphs
 from ..show.waiting import shown
-from .agreement import buffer_names, group_of, keepers_of, owners_of, plan_of, present_numbers
-from .checks import (
-    check_call,
-    check_gradient_hooks,
-    check_memory,
-    check_model,
-    check_still_alone,
-)
+from .agreement import apart_of, buffer_names, group_of, keepers_of, owners_of, plan_of
+from .checks import check_call, check_gradient_hooks, check_model, check_still_alone
 from .loss_function import loss_function
-from .optimizer_checks import check_optimizer, check_step_hooks
+from .optimizer_checks import check_optimizer
 from .rule_clock import RuleClock
-from .states import possible_states, rotation_of
+from .run import Run, Written
+from .states import possible_states, rotation_of, slots_of
 
 
 def new_step(
@@ -70,7 +62,7 @@ def new_step(
         check_optimizer(model, optimizer, changed=True)
         check_gradient_hooks(model.named_parameters())
         Naming.of(model, options.skip, options.rules)
-        mkor.rotation = rotation_of(model, options)
+        mkor.rotation, mkor.slots = rotation_of(model, options), slots_of(model, options)
 
     def check_arguments(args: tuple, kwargs: dict) -> None:
         check_call(model, loss_fn is not None, args, kwargs)
@@ -81,39 +73,15 @@ def new_step(
 
     try_optimizers(Optimizers.of(optimizer))
     mkor = FactorState(model, every, expect=possible_states(options.rules))
-    mkor.rotation = rotation_of(model, options)
+    mkor.rotation, mkor.slots = rotation_of(model, options), slots_of(model, options)
     if options.hybrid is not None:
         mkor.switch = Switch(options.hybrid)
     keepers = keepers_of(options.placement, 1 if ranks is None else ranks.size)
     maker = StepMaker(
-        pick, build, check, check_arguments, clock.derive, clock.derive_every, clock.numbers, keepers, part_of,
-        options.accumulate, options.ema,
+        pick, build, check, check_arguments, clock.derive, clock.derive_every, clock.moving, clock.numbers, keepers, part_of,
+        options.accumulate, options.ema, options.communication.speeds,
     )  # fmt: skip
     return CompiledStep(model, optimizer, mkor, maker, ranks, options.communication.check_replicas_every)
-
-
-@dataclass(frozen=True)
-class Written:
-    """One variant of the whole step as a lowered graph, not yet compiled. ``params``: by input position; ``layouts`` of the
-    sites, ``here`` those whose factors are on this rank, which is at ``place`` in its row."""
-
-    draft: StepDraft
-    variant: Variant
-    graphs: Graphs
-    coverage: Coverage
-    params: dict[int, nn.Parameter]
-    layouts: dict[int, Layout]
-    here: list[int]
-    place: int
-
-    @property
-    def whole(self) -> WholeStep:
-        return self.draft.step
-
-    @property
-    def trained(self) -> list[nn.Parameter]:
-        """Those that the base optimizer steps."""
-        return [self.params[i] for i in self.draft.plan.trained if i not in self.draft.final]
 
 
 def write_whole_step(
@@ -143,6 +111,8 @@ def write_whole_step(
         coverage.trained_by(step.optimizers, step.model.named_parameters())
         trace_artifact("mkor_fx_coverage", coverage.to_json)
         owners = owners_of(whole, options, group, step.mkor.owners) if options.rules else {}
+        coverage.owners = owners
+        coverage.local = options.placement == "local" and group is not None and group.row is not None
         layouts = {index: Layout.of(site) for index, site in whole.sites.items()}
         place = 0 if group is None else group.place
         here = [i for i, site in whole.sites.items() if owners.get(site.parameter.name) in (None, place)]
@@ -157,6 +127,8 @@ def write_whole_step(
             states={i: on_device(layouts[i].fresh_state(meta), params[i].device) for i in here} if uses_state else {},
             buffers=buffer_names(gm, step.model),
             owners=owners,
+            local=coverage.local,
+            apart=apart_of(whole, options, group, owners),
             late=buffers_of(whole) if options.stale and options.rules else (),
             sends=variant.has("send"),
             due=variant.due,
@@ -200,7 +172,7 @@ class StepProgram:
         with shown(f"compiling the {self.variant.name} program of {type(step.model).__name__}"):
             written = write_whole_step(step, self.variant, options, group, gm, inputs)
             with plain_tracing():
-                passes = closing(written.draft.owners(), group, options.without)
+                passes = closing(written.draft, group, options.without)
                 compiled = compile_graph(written.whole.module, options.compiler, written.graphs.code, *passes)
         if written.draft.update is not None:
             step.follow_branches(written.draft.update.branches)
@@ -215,81 +187,6 @@ class StepProgram:
             plan = plan_of(written.whole, step.optimizers, written.trained, options, **about)
         self._owned.append(Run(step, self.clock, written, compiled, plan))
         return held_weakly(self._owned[-1])
-
-
-class Run:
-    """What Dynamo calls in the place of its graph: a program, and what it is passed behind Dynamo's inputs."""
-
-    def __init__(
-        self, step: CompiledStep, clock: RuleClock, written: Written, compiled: Callable[..., Any], plan: str
-    ) -> None:
-        draft = written.draft
-        self._step, self._clock, self._compiled, self._plan = weakref.ref(step), clock, compiled, plan
-        self._variant, self._inputs, self._results = written.variant, list(draft.inputs), draft.results
-        self._device, self._late, self._owners = draft.device, draft.plan.late, dict(draft.plan.owners)
-        self._layouts, self._here, self._place = written.layouts, written.here, written.place
-        self._coverage = written.coverage
-        self._keeps = written.variant.has("precondition") or bool(draft.plan.states)
-        self._trained = [i for i in draft.plan.trained if i not in draft.final]
-        self._names = {index: written.whole.parameters[index].name for index in draft.plan.trained}
-        self._trains = frozenset(self._names.values())
-        self._memory: list[int] = []
-        self._ready = False
-
-    def __call__(self, *args: Any) -> list[Any]:
-        step = self._step()
-        assert step is not None
-        self._check_anew(step, args)
-        names = {step.mkor.name(args[index]): index in self._here for index in self._layouts}
-        step.uses(self._variant, names)
-        step.begin(self._variant.name, self._plan, present_numbers)
-        if not self._ready:
-            self._commit(step, args)
-        step.coverage = self._coverage
-        if step.ema is not None and self._variant.has("average_weights"):
-            step.ema.trains(self._trains)
-        receives, sends = self._variant.has("arrive"), self._variant.has("send")
-        with plain_tracing():
-            waiting = step.late.take(self._late, lambda: nothing(self._late, self._device)) if receives else []
-            call = Call(step, args, self._device, waiting)
-            outputs = self._compiled(*args, *(source.fetch(call) for source in self._inputs))
-        if self._late:
-            step.late.clear()
-        if sends:
-            outputs, sent = outputs[: self._results], list(outputs[self._results :])
-            layouts = {step.mkor.name(args[index]): self._layouts[index] for index in self._here}
-            step.late.put(sent, self._late, lambda tensors: self._settle(step, layouts, tensors))
-        return outputs
-
-    def _check_anew(self, step: CompiledStep, args: Sequence[Any]) -> None:
-        """What can have happened since the last step without a parameter's being replaced."""
-        check_step_hooks(step.optimizers)
-        check_gradient_hooks((name, args[index]) for index, name in self._names.items())
-        memory = [args[index].data_ptr() for index in self._names]
-        if memory != self._memory:
-            check_memory((name, args[index]) for index, name in self._names.items())
-            self._memory = memory
-
-    def _commit(self, step: CompiledStep, args: Sequence[Any]) -> None:
-        """Make what the program changes: factors, and the optimizer's state. Nothing was, before all that can fail."""
-        if self._keeps:
-            states = [step.optimizers.state_of(args[index]) for index in self._names]
-            warn_of_fresh_factors(step.mkor, states, step.optimizers.names)
-            step.mkor.place(self._owners, {args[index]: layout for index, layout in self._layouts.items()}, self._place)
-        if self._variant.has("optimize"):
-            step.prepare_optimizer([args[index] for index in self._trained])
-        self._ready = True
-
-    def _settle(self, step: CompiledStep, layouts: dict[str, Layout], tensors: list[Tensor]) -> dict[str, Tensor]:
-        """The factors as the next refresh will make them of what is on its way."""
-        taken, *buffers = tensors
-        if not taken:
-            return {}
-        count = step.mkor.step - 1
-        numbers = {name: self._clock.of(layout.rule, count) for name, layout in layouts.items()}
-        states = {name: step.mkor.state(name) for name in layouts}
-        new = refresh_now(layouts, numbers, self._late, buffers, states, count)
-        return {f"{name}.{key}": t for name, state in new.items() for key, t in state.items()}
 
 
 def on_device(state: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:

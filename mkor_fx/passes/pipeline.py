@@ -25,7 +25,7 @@ from .match.drop_detach import drop_detach
 from .match.find_sites import find_sites
 from .match.spell_transposes import spell_transposes
 from .order.bucket import bucket
-from .order.collectives import Group
+from .order.collectives import Group, in_line
 from .order.issue_alike import issue_alike
 from .order.pin import Overlap
 from .order.recompute_checkpoints import recompute_checkpoints
@@ -53,7 +53,9 @@ from .write.seed import seed
 from .write.send import send
 from .write.spread_directions import spread_directions
 from .write.statistics import statistics
+from .write.step_draft import StepDraft
 from .write.take_directions import take_directions
+from .write.update_draft import UpdateDraft
 from .write.write_back import write_back
 
 log = logging.getLogger("mkor_fx")
@@ -67,7 +69,7 @@ REWRITE = [
 #: of the drop-in door: its graphs in both modes, and the programs that run at the optimizer's step and behind the backward
 CARRY = [statistics, carry]
 CARRY_DIRECTIONS = [statistics, precondition_in_backward, carry]
-UPDATE = [receive, refresh, precondition, clip_divergence, write_back]
+UPDATE = [receive, refresh, precondition, clip_divergence, spread_directions, write_back]
 APPLY = [take_directions, optimize, write_back]
 REFRESH = [receive, refresh, resize, return_state]
 COLLECTIVES = [bucket, issue_alike]
@@ -193,7 +195,8 @@ def synthesise(
     run_passes(draft.step, lowering if partitioned else [*lowering, *kept([store_scalars])], "lower", graphs)
 
 
-def closing(owners: Sequence[Any], group: Group | None, without: Collection[str]) -> list[PostGradPass]:
-    """The passes that run behind all of Inductor's own over a graph; ``owners`` as ``EqualUpdates`` wants them."""
-    pinned: list[PostGradPass] = [] if group is None or "pin" in without else [Overlap()]
+def closing(draft: StepDraft | UpdateDraft, group: Group | None, without: Collection[str]) -> list[PostGradPass]:
+    """The passes that run behind all of Inductor's own over the graph of a draft that is written."""
+    divided, owners = bool(in_line(draft.graph)), draft.owners()
+    pinned: list[PostGradPass] = [] if group is None or "pin" in without else [Overlap(divided)]
     return [*pinned, *([] if "outline" in without else [EqualUpdates(owners)])]

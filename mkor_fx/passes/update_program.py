@@ -34,7 +34,7 @@ def build_program(
     with plain_tracing():
         draft = UpdateDraft(jobs, rules, given, group)
         synthesise(draft, rewrite, graphs, group=group, without=without, inductor=compiler.backend == "inductor")
-        passes = closing(draft.owners(), group, without)
+        passes = closing(draft, group, without)
         compiled = compile_graph(draft.step.module, compiler, graphs.code, *passes)
 
     def run(given: Given) -> list[Tensor]:

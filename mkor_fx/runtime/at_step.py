@@ -12,47 +12,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .base_step import base_step_of
-from .factors import FactorState, state_of
+from .derivations import Derivations
+from .factors import FactorState
 from .followed import Followed, Maker
 from .given import Given, WeightTensors
+from .known import Known
 from .loss_scale import loss_scales
 from .optimizer_state import OptimizerNumbers, groups_of, place_of_rate
-from .ranks import Ranks, Replicas
+from .ranks import Ranks, Replicas, state_of
 from .steps import Step
 from .switch import part_of_the_way
-
-
-class Known:
-    """What the graphs so far say about one parameter: its layout and bias, or that it is declined."""
-
-    def __init__(self, param: nn.Parameter) -> None:
-        self.ref = weakref.ref(param)
-        self.layout: Any = None
-        self.bias: weakref.ref[nn.Parameter] | None = None
-        #: without a bias: what was frozen in every graph that has shown the weight, its bias maybe
-        self.frozen: frozenset[int] = frozenset()
-        self.declined = False
-
-    @property
-    def param(self) -> nn.Parameter:
-        param = self.ref()
-        assert param is not None
-        return param
-
-    def join(self, layout: Any, bias: nn.Parameter | None, frozen: frozenset[int], merge: Any) -> None:
-        """Take over what another graph says. A bias that was frozen there is not one that the weight is used without."""
-        own = None if self.bias is None else self.bias()
-        if own is None and bias is not None and id(bias) in self.frozen:
-            self.bias = weakref.ref(bias)
-        elif own is not bias and not (bias is None and id(own) in frozen):
-            self.bias = None
-        self.frozen = self.frozen & frozen if bias is None and own is None else frozenset()
-        self.layout = merge(self.layout, layout, self.bias is not None)
-
-    def bias_with_gradient(self, step: Step) -> nn.Parameter | None:
-        """Its bias, if that has a gradient that nobody has seen to."""
-        bias = self.bias() if self.bias is not None and self.layout.bias else None
-        return None if bias is None or bias.grad is None or id(bias) in step.handled else bias
 
 
 class AtStep(Followed):
@@ -69,7 +38,10 @@ class AtStep(Followed):
     ) -> None:
         replicas = Replicas(ranks, mkor, check_replicas_every, lambda: state_of(model, mkor))
         super().__init__(mkor, refresh_every, maker, ranks, replicas)
+        shares = 0 if ranks is None or maker.speeds is None else ranks.size
+        self._derivations = Derivations(mkor, maker.derive, maker.derive_every, maker.moving, shares, maker.speeds)
         self.known: dict[int, Known] = {}
+        self._placed: dict[str, Any] = {}
         self._rates: weakref.WeakKeyDictionary[Optimizer, OptimizerNumbers] = weakref.WeakKeyDictionary()
         self._iteration = 0
         self._stepped: set[str] = set()
@@ -100,6 +72,7 @@ class AtStep(Followed):
     def forget_plan(self) -> None:
         """The model has changed: graphs will say anew what its parameters are."""
         self.known.clear()
+        self._placed.clear()
 
     def inputs(self, param: nn.Parameter, recipe: Any, shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
         """What a graph is passed for one site: its carrier, and its state if its statistics depend on it."""
@@ -145,19 +118,31 @@ class AtStep(Followed):
         begins = self._begins(sites)
         if begins:
             self._replicas.check()
+        self._place(sites)
         iteration = self.mkor.step if begins else self._iteration
         refreshed = self._refreshes.due(sites, iteration, self.refresh_every)
         others = [other for other in others if other is not self]
-        self.check_slots(((sites[name].param, sites[name].layout) for name in refreshed), others)
+        used = filter(self._is_here, refreshed)
+        self.check_slots(((sites[name].param, sites[name].layout) for name in used), others)
         taken = self._run(step, iteration, sites, refreshed, others)
         self._take_note(sites, begins)
         self._refreshes.done(refreshed, iteration, self.refresh_every)
-        derived = self.derived(sites, iteration, {name: self.mkor.state(name) for name in sites}, taken)
-        for name, new in derived.items():
-            for key, tensor in self.mkor.state(name).items():
-                if new[key] is not tensor:
-                    tensor.copy_(new[key])
-        self.have_derived(derived, iteration)
+        self._derivations.run([*filter(self._is_here, sites)], iteration, taken)
+
+    def _place(self, sites: dict[str, Known]) -> None:
+        """Where weights have owners: find one for each, and make the factors that are this rank's."""
+        shown = {name: known.layout for name, known in sites.items()}
+        if self.maker.owners is None or self.ranks is None or shown.items() <= self._placed.items():
+            return
+        about = {name: (known.layout, known.param, known.bias and known.bias()) for name, known in sites.items()}
+        owners = self.maker.owners(about, self.mkor.owners)
+        self.mkor.place(owners, {known.param: known.layout for known in sites.values()}, self.ranks.rank)
+        self._placed |= shown
+
+    def _is_here(self, name: str) -> bool:
+        """Whether this rank keeps the factors of a weight."""
+        owner = self.mkor.owners.get(name)
+        return owner is None or self.ranks is None or owner == self.ranks.rank
 
     def _begins(self, sites: dict[str, Known]) -> bool:
         """Whether this is another iteration, and not a further optimizer's part of the one before."""
@@ -218,14 +203,15 @@ class AtStep(Followed):
             group = groups[id(known.param)]
             base = base_step_of(step.optimizer, group)
             biases.append(bias := self._bias_to_take(name, known, step))
-            job = self.maker.job(name, known.layout, name in refreshed, base=base)
+            owner, here = self.mkor.owners.get(name), self._is_here(name)
+            job = self.maker.job(name, known.layout, name in refreshed, base=base, owner=owner)
             if job.needs_rates:
                 held = (group, None if bias is None else groups[id(bias)])
                 places = tuple(None if at is None else place_of_rate(step.optimizer, at) for at in held)
-                job = self.maker.job(name, known.layout, name in refreshed, places, base)
+                job = self.maker.job(name, known.layout, name in refreshed, places, base, owner)
             jobs.append(job)
-            carrier = self._statistics(known, others) if name in refreshed else None
-            state = self.mkor.create(known.param, known.layout)
+            carrier = self._statistics(known, others) if here and name in refreshed else None
+            state = self.mkor.create(known.param, known.layout) if here else {}
             grad = None if biases[-1] is None else biases[-1].grad
             weight = known.param.detach() if job.bounded else None
             weights.append(WeightTensors(state, known.param.grad, grad, carrier, weight=weight))

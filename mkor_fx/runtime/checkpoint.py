@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from .distributed_checkpoint import read_entry
 
+#: in front of the name of a weight whose state waits to be derived from
+PUT_BY = "put_by:"
 #: state tensors of one weight, by name
 Group = dict[str, Tensor]
 
@@ -31,6 +33,7 @@ class Saved:
     _factors: dict[str, Group]
     _elsewhere: dict[str, Group]
     _pending: dict[str, Group]
+    put_by: dict[str, Group]
     _afresh: dict[str, str]
     _strict: bool
     _step: int
@@ -58,12 +61,14 @@ class Saved:
 
     def state_dict(self, *, full: bool = False) -> dict[str, Tensor]:
         """``{"<parameter>.L": [O, O], "<parameter>.R": [I, I], ..., "step": []}``, copies; plain tensors only. Under a
-        ``Hybrid`` also ``"switch"``, where it stands.
+        ``Hybrid`` also ``"switch"``, where it stands; with ``derive="spread"`` what states were that wait to be derived from, as
+        ``"put_by:<parameter>.L"``.
 
         With owners it is this rank's part: what ``torch.distributed.checkpoint`` saves of all ranks together is the whole.
         ``full=True`` fetches the rest, for ``torch.save``: every rank must call it, and gets the same.
         """
         live = {**self.tensors(), **self.newer(), **flat(self._pending)}
+        waiting = flat({f"{PUT_BY}{name}": group for name, group in self.put_by.items()})
         state = {key: tensor.clone() for key, tensor in live.items()}
         if full:
             everywhere = {**flat(self._elsewhere), **state}
@@ -71,8 +76,9 @@ class Saved:
             if owners:
                 device = next(self._model.parameters()).device
                 state |= self.ranks.from_owners(everywhere, owners, device)
+                waiting = self.ranks.united(waiting)
         switch = {} if self.switch is None else {"switch": self.switch.state()}
-        return {**state, **switch, "step": torch.tensor(self.step)}
+        return {**state, **{key: tensor.clone() for key, tensor in waiting.items()}, **switch, "step": torch.tensor(self.step)}
 
     def _owner(self, key: str) -> int | None:
         return self.owners.get(key.rpartition(".")[0])
@@ -95,15 +101,18 @@ class Saved:
         switch = loaded.get("", {}).pop("switch", None)
         if loaded.get("") == {}:
             del loaded[""]
+        waiting = {name: loaded.pop(name) for name in [*loaded] if name.startswith(PUT_BY)}
         if not loaded and step == 0:
             self.reset()
             return []
         misfits = {name: why for name, group in loaded.items() if (why := self._misfit(name, group))}
+        misfits |= {name: why for name, group in waiting.items() if (why := _unlike_its_state(name, group, loaded))}
         if misfits and strict:
             raise ValueError(
                 f"the state is another model's: {some(list(misfits.values()))}. With strict=False what fits is loaded"
             )
-        left = [f"{name}.{key}" for name in misfits for key in loaded.pop(name)]
+        left = [f"{name}.{key}" for name in misfits for key in {**loaded, **waiting}[name]]
+        loaded, waiting = ({n: group for n, group in one.items() if n not in misfits} for one in (loaded, waiting))
         if left:
             warnings.warn(f"mkor_fx: of the loaded state {some(list(misfits.values()))} was left out", stacklevel=2)
         if self.switch is not None:
@@ -120,6 +129,12 @@ class Saved:
                 self._pending[name] = {key: tensor.clone() for key, tensor in group.items()}
         for name in self._afresh:
             self._start_afresh(name)
+        held = {name.removeprefix(PUT_BY): group for name, group in waiting.items()}
+        self.put_by = {
+            name: {key: tensor.clone() for key, tensor in group.items()}
+            for name, group in held.items()
+            if name in loaded and name not in self._elsewhere
+        }
         return left
 
     def _misfit(self, name: str, group: Group) -> str | None:
@@ -146,7 +161,8 @@ class Saved:
             ValueError: the checkpoint has no such entry, or it is another model's.
         """
         own = {*self.tensors(), "step", "switch"} if self.tensors() else None
-        return self.load_state_dict(read_entry(path, entry, own), strict=strict)
+        is_own = lambda key: own is None or key in own or key.removeprefix(PUT_BY).rpartition(".")[0] in self._factors
+        return self.load_state_dict(read_entry(path, entry, is_own), strict=strict)
 
     def _set_step(self, step: int) -> None:
         self._step = self.loaded_step = step
@@ -182,6 +198,15 @@ def by_weight(state: Mapping[str, Tensor]) -> tuple[dict[str, Group], int]:
 
 def same_shapes(one: Group, other: Group) -> bool:
     return one.keys() == other.keys() and all(t.shape == other[key].shape for key, t in one.items())
+
+
+def _unlike_its_state(name: str, waiting: Group, loaded: Mapping[str, Group]) -> str | None:
+    """Why what waits to be derived from cannot be what a loaded state was."""
+    state = loaded.get(name.removeprefix(PUT_BY))
+    if state is None:
+        return f"{_keys(name, waiting)} without the state of that weight"
+    odd = [key for key, t in waiting.items() if t.dim() and (key not in state or t.shape != state[key].shape)]
+    return f"{', '.join(f'{name}.{key}' for key in odd)} is not shaped as its state" if odd else None
 
 
 def _is_batch_of(one: Group, many: Group) -> bool:

@@ -14,14 +14,14 @@ from .averages import Averages
 from .census import Census
 from .compilations import Compilations
 from .derivations import Derivations
-from .factors import FactorState, state_of
+from .factors import FactorState
 from .gauges import Gauges
 from .in_flight import Late
 from .optimizer_state import OptimizerNumbers, counted, initialise_state, structure_of, tensor_state
 from .optimizers import Optimizers
 from .parts import BatchPart, Sums, cut
 from .programs import Programs
-from .ranks import Ranks, Replicas
+from .ranks import Ranks, Replicas, state_of
 from .step_maker import StepMaker
 from .whole_state import WholeState
 from .windows import Windows
@@ -64,7 +64,7 @@ class CompiledStep(WholeState):
         self._maker = maker
         self._census, self.noted = Census(model), Compilations()
         self._refreshes = Windows(mkor)
-        self._derivations = Derivations(mkor, maker.derive, maker.derive_every, maker.keepers)
+        self._derivations = Derivations(mkor, maker.derive, maker.derive_every, maker.moving, maker.keepers, maker.speeds)
         self._used: list[str] = []
         self._programs = Programs()
         self._ran = False

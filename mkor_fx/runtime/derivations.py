@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -11,7 +11,20 @@ from torch import Tensor
 
 from .factors import FactorState
 from .ranks import Ranks
+from .speeds import Derived, Speeds, workers
 from .windows import Windows
+
+
+#: beside the tensors of a state that is put by: whether its step was taken, and which that was
+TAKEN, OPENED = "taken", "opened"
+
+
+class Task(NamedTuple):
+    """A state to derive from, as it was behind a ``step``, and whether that was ``taken``, 0-dim (None: it was)."""
+
+    state: dict[str, Tensor]
+    step: int
+    taken: Tensor | None
 
 
 class Derivations:
@@ -19,61 +32,108 @@ class Derivations:
     al., 2021, arXiv 2107.01739). What of a state is derived is seen at the first time, which every rank does for itself.
 
     ``derive(step, recipe, state, taken)`` and ``every(recipe)`` are those of the rules, ``keepers`` the number of ranks that keep
-    what has an owner.
+    what has an owner; 0: nothing is shared. ``speeds`` say what is worth sending. ``moving(recipe)`` names what changes in a state
+    otherwise than by being derived.
+
+    Weights with a slot (``FactorState.slots``) are derived so many steps later, from what their state was, which is put by until
+    then (``FactorState.put_by``), and saved with it (PipeFisher, Osawa, Li and Hoefler, 2023, arXiv 2211.14133).
     """
 
     def __init__(
-        self, mkor: FactorState, derive: Callable[..., dict[str, Tensor]], every: Callable[[Any], int | None], keepers: int
+        self,
+        mkor: FactorState,
+        derive: Callable[..., dict[str, Tensor]],
+        every: Callable[[Any], int | None],
+        moving: Callable[[Any], Collection[str]],
+        keepers: int,
+        speeds: Speeds | None = None,
     ) -> None:
-        self.mkor, self._derive, self._every, self._keepers = mkor, derive, every, keepers
+        self.mkor, self._derive, self._every, self._moving = mkor, derive, every, moving
+        self._keepers, self._speeds = keepers, speeds
         self._windows = Windows(mkor)
         self._derived: dict[str, tuple[Any, list[str]]] = {}  # the recipe that it is true of, names in the state
 
     def run(self, names: Iterable[str], step: int, taken: Tensor | None) -> None:
-        """Derive, behind ``step``, of the state that it has used, what is due; not where it was not ``taken`` (0-dim)."""
-        due = {}
-        for name in names:
-            every = self._every(self.mkor.recipe(name))
-            if every is not None and self._windows.due([name], step, every):
-                due[name] = every
-        if not due:
+        """Derive, behind ``step``, of the state that it has used, what is due; not where it was not ``taken`` (0-dim). Weights with a
+        slot later in their window are put by, and those derived whose slot has come."""
+        tasks: dict[str, Task] = {}
+        here = {*self.mkor.names()}
+        for name in dict.fromkeys([*names, *(name for name in self.mkor.put_by if name in here)]):
+            every, waits = self._every(self.mkor.recipe(name)), name in self.mkor.put_by
+            if every is None:
+                self.mkor.put_by.pop(name, None)
+                continue
+            now = step == 0 or self._windows.place(name, step, every) >= self.mkor.slots.get(name, 0)
+            due = name in names and bool(self._windows.due([name], step, every))
+            if waits and (now or due):
+                tasks[name] = self._fetch(name)
+            if due and now:
+                tasks[name] = Task(self.mkor.state(name), step, taken)
+            elif due:
+                self._put_by(name, step, taken)
+            if due:
+                self._windows.done([name], step, every)
+        self._work(tasks)
+
+    def _put_by(self, name: str, step: int, taken: Tensor | None) -> None:
+        """Keep what a weight's state is now, of all that moves before its slot comes."""
+        state = self.mkor.state(name)
+        kept = {key: state[key].clone() for key in self._moving(self.mkor.recipe(name))}
+        device = next(iter(state.values())).device
+        kept[TAKEN] = torch.ones((), dtype=torch.bool, device=device) if taken is None else taken.clone()
+        self.mkor.put_by[name] = {**kept, OPENED: torch.tensor(step)}
+
+    def _fetch(self, name: str) -> Task:
+        state, kept = self.mkor.state(name), self.mkor.put_by.pop(name)
+        device = next(iter(state.values())).device
+        was = {key: tensor.to(device) for key, tensor in kept.items() if key in state}
+        return Task({**state, **was}, int(kept[OPENED]), kept[TAKEN].to(device))
+
+    def _work(self, tasks: Mapping[str, Task]) -> None:
+        if not tasks:
             return
-        shared = [name for name in due if self._derived.get(name, (None,))[0] == self.mkor.recipe(name)]
-        here, sent = set(due), list[tuple[Ranks, dict[str, int]]]()
+        shared = [name for name in tasks if self._derived.get(name, (None,))[0] == self.mkor.recipe(name)]
+        here, sent = set(tasks), list[tuple[Ranks, dict[str, int]]]()
         for ranks, has_owner in ((self.mkor.ranks, False), (self._column, True)):
-            if ranks is not None and not ranks.alone:
-                workers = self._divide([n for n in shared if (self.mkor.owners.get(n) is not None) == has_owner], ranks.size)
-                here -= {name for name, worker in workers.items() if worker != ranks.rank}
-                sent.append((ranks, workers))
-        for name in due:
+            if self._keepers and ranks is not None and not ranks.alone:
+                alike = [name for name in shared if (self.mkor.owners.get(name) is not None) == has_owner]
+                found = workers({name: self._about(name) for name in alike}, ranks.size, self._speeds)
+                at = {name: worker for name, worker in found.items() if worker is not None}
+                here -= {name for name, worker in at.items() if worker != ranks.rank}
+                sent.append((ranks, at))
+        for name, task in tasks.items():
             if name in here:
-                self._derive_here(name, step, taken)
-        for ranks, workers in sent:
-            spread(ranks, [(self.mkor.state(n)[key], at) for n, at in workers.items() for key in self._derived[n][1]])
-        for name, every in due.items():
-            self._windows.done([name], step, every)
+                self._derive_here(name, task)
+        for ranks, at in sent:
+            spread(ranks, [(self.mkor.state(name)[key], rank) for name, rank in at.items() for key in self._derived[name][1]])
 
     @property
     def _column(self) -> Ranks | None:
         ranks = self.mkor.ranks
-        return None if ranks is None or self._keepers in (1, ranks.size) else ranks.grid(self._keepers)[1]
+        return None if ranks is None or self._keepers in (0, 1, ranks.size) else ranks.grid(self._keepers)[1]
 
-    def _divide(self, names: Sequence[str], size: int) -> dict[str, int]:
-        """The rank that derives each weight's: longest processing time first, a matrix of d rows taking d^3."""
-        work = {name: sum(t.shape[-1] ** 3 for t in self.mkor.state(name).values() if t.dim() > 1) for name in names}
-        held, found = [0] * size, dict[str, int]()
-        for name in sorted(names, key=lambda name: -work[name]):  # stable
-            found[name] = held.index(min(held))
-            held[found[name]] += work[name]
-        return found
+    def _about(self, name: str) -> Derived:
+        return derived_of([self.mkor.state(name)[key] for key in self._derived[name][1]])
 
-    def _derive_here(self, name: str, step: int, taken: Tensor | None) -> None:
-        new = self.mkor.derived(name, lambda recipe, state: self._derive(step, recipe, state, taken))
-        changed = [key for key, tensor in self.mkor.state(name).items() if new[key] is not tensor]
+    def _derive_here(self, name: str, task: Task) -> None:
+        derive = lambda recipe, state: self._derive(task.step, recipe, state, task.taken)
+        new = self.mkor.derived(name, derive, task.state)
+        changed = [key for key, tensor in task.state.items() if new[key] is not tensor]
         for key in changed:
             self.mkor.state(name)[key].copy_(new[key])
         if changed:
             self._derived[name] = (self.mkor.recipe(name), changed)
+
+
+def derived_of(tensors: Iterable[Tensor]) -> Derived:
+    """What it takes to make, and to send, what a rule has derived: a square tensor is a matrix that was inverted or decomposed,
+    or a batch of them."""
+    matrices, sizes = list[int](), list[int]()
+    for tensor in tensors:
+        sizes.append(tensor.numel() * tensor.element_size())
+        if tensor.dim() > 1 and tensor.shape[-1] == tensor.shape[-2] > 0:
+            matrices += [tensor.shape[-1]] * (tensor.numel() // tensor.shape[-1] ** 2)
+    return Derived(tuple(matrices), tuple(sizes))
 
 
 def spread(ranks: Ranks, tensors: Iterable[tuple[Tensor, int]]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from os import PathLike
 from typing import Any
@@ -15,14 +15,14 @@ from torch import Tensor
 Place = tuple[Any, ...]
 
 
-def read_entry(path: str | PathLike, entry: str, own: Collection[str] | None) -> dict[str, Tensor]:
-    """The tensors that were saved under ``{entry: {key: tensor}}``: of that, ``own`` keys, or all.
+def read_entry(path: str | PathLike, entry: str, is_own: Callable[[str], bool]) -> dict[str, Tensor]:
+    """The tensors that were saved under ``{entry: {key: tensor}}``: of that, those whose key ``is_own``.
 
     Raises:
         ValueError: there is no such entry; names those that there are.
     """
     places, stored = _metadata(path)
-    wanted = [key for key, place in places.items() if place[0] == entry and (own is None or place[1] in own)]
+    wanted = [key for key, place in places.items() if place[0] == entry and is_own(str(place[1]))]
     if not wanted:
         held = sorted({str(place[0]) for place in places.values()})
         raise ValueError(f"{path} holds no {entry!r}; it has {', '.join(held[:6]) or 'nothing'}")

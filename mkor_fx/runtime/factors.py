@@ -38,6 +38,9 @@ class FactorState(Saved):
         self._factors: dict[str, Group] = {}
         self._recipes: dict[str, Recipe] = {}
         self._pending: dict[str, Group] = {}
+        #: how many steps behind the first of its window a weight's state is derived, by name (0 of others), and states that wait
+        self.slots: Mapping[str, int] = {}
+        self.put_by: dict[str, Group] = {}
         self._strict = True
         self._afresh: dict[str, str] = {}
         self._step_tensors: dict[torch.device, Tensor] = {}
@@ -133,7 +136,7 @@ class FactorState(Saved):
         """Drop the factors of weights that the model does not have any more."""
         self.learn_names()
         there = {name for name, _ in self._model.named_parameters()}
-        for held in (self._factors, self._recipes, self._pending, self._elsewhere, self._afresh, self.owners):
+        for held in (self._factors, self._recipes, self._pending, self.put_by, self._elsewhere, self._afresh, self.owners):
             for name in [name for name in held if name not in there]:
                 del held[name]
 
@@ -186,6 +189,7 @@ class FactorState(Saved):
             loaded = self._pending.pop(name, None)
             if name in self._factors:
                 self._afresh[name] = "it is another weight than before"
+                self.put_by.pop(name, None)
             elif self.generation > 0 and self._step == self.loaded_step > 0 and (loaded is None or not same_shapes(loaded, factors)):
                 self._afresh[name] = "the loaded state has none that fit"
             self._factors[name] = factors
@@ -213,6 +217,7 @@ class FactorState(Saved):
             self._take(name, factors, here[name][1])
         for name in others:
             self._pending.pop(name, None)
+            self.put_by.pop(name, None)
         self._elsewhere |= others
         self.owners |= {name: owners.get(name) for name in named}
 
@@ -231,6 +236,7 @@ class FactorState(Saved):
     def reset(self) -> None:
         """Forget everything: fresh factors, step 0."""
         self._pending.clear()
+        self.put_by.clear()
         self._afresh.clear()
         if self.switch is not None:
             self.switch.reset()
@@ -289,9 +295,3 @@ class FactorState(Saved):
         else:
             found["second_order"] = float(not self.switch.first_order)
         return found | measure(self.tensors(), kinds, per_factor)
-
-
-def state_of(model: nn.Module, mkor: FactorState) -> dict[str, Tensor]:
-    """What all ranks have alike, by name: parameters, buffers, factors without an owner."""
-    factors = {f"factor {key}": tensor for key, tensor in mkor.replicated().items()}
-    return {**dict(model.named_parameters()), **dict(model.named_buffers()), **factors}

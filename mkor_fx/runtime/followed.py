@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from .factors import FactorState
 from .given import Given
 from .ranks import Ranks, Replicas
 from .silence import Seen, Silence, warn_of_fresh_factors
+from .speeds import Speeds
 from .steps import Step, follow
 from .windows import Windows
 
@@ -28,11 +29,12 @@ class Maker:
     """What the runtime is handed, which knows neither rules nor graphs.
 
     ``build(kind, jobs, given)`` makes a program: ``"update"`` gives directions, ``"apply"`` takes the steps that are their
-    own directions, ``"refresh"`` gives new state. ``job(name, layout, refresh, places, base)`` describes a weight to it;
+    own directions, ``"refresh"`` gives new state. ``job(name, layout, refresh, places, base, owner)`` describes a weight to it;
     ``merge(layout, other, bias)`` joins what two graphs say of one. ``derive(step, recipe, state, taken)`` makes state of
-    state, every ``derive_every(recipe)`` steps; ``numbers(step, device)`` are those of the rules. ``left_alone(name)``:
+    state, every ``derive_every(recipe)`` steps, and ``moving(recipe)`` names what changes otherwise; ``numbers(step, device)`` are those of the rules. ``left_alone(name)``:
     whether the user wants a parameter to be left alone. ``part(bias, weight)`` declines a bias that is stepped apart.
-    ``stepped(optimizer)`` takes note of whose step has come.
+    ``stepped(optimizer)`` takes note of whose step has come. With ``speeds`` ranks share what is derived. ``owners(weights,
+    known)`` are the ranks that keep the factors of weights, by name; None: every rank keeps all.
     """
 
     build: Callable[[str, Sequence[Any], Given], Program]
@@ -40,10 +42,13 @@ class Maker:
     merge: Callable[[Any, Any, bool], Any]
     derive: Callable[..., dict[str, Tensor]]
     derive_every: Callable[[Any], int | None]
+    moving: Callable[[Any], Collection[str]]
     numbers: Callable[[int, torch.device], Tensor | None]
     left_alone: Callable[[str], bool]
     part: Callable[[str, str], None]
     stepped: Callable[[Optimizer], None]
+    speeds: Speeds | None = None
+    owners: Callable[..., dict[str, int | None]] | None = None
 
 
 class Followed:
@@ -55,7 +60,7 @@ class Followed:
         self.mkor, self.refresh_every, self.maker, self.ranks = mkor, refresh_every, maker, ranks
         self.carriers, self.draws, self.seen = Carriers(), Draws(), Seen()
         self._replicas, self._silence = replicas, Silence()
-        self._refreshes, self._derives = Windows(mkor), Windows(mkor)
+        self._refreshes = Windows(mkor)
         self._programs: dict[tuple, Program] = {}
         self._met = False
         #: whether the forwards of this step ran without the rule, which a Hybrid has left
@@ -163,23 +168,6 @@ class Followed:
                 if self.ranks is not None:
                     self.ranks.failed(error)
                 raise error
-
-    def derived(self, names: Iterable[str], step: int, states: Mapping[str, Any], taken: Tensor | None = None) -> dict:
-        """What the rules derive behind a step from the ``states`` of those weights for which that is due, by name."""
-        found = {}
-        for name in names:
-            every = self.maker.derive_every(self.mkor.recipe(name))
-            if every is not None and self._derives.due([name], step, every):
-                derive = lambda recipe, state: self.maker.derive(step, recipe, state, taken)
-                found[name] = self.mkor.derived(name, derive, states[name])
-        return found
-
-    def have_derived(self, names: Iterable[str], step: int) -> None:
-        """Take note that ``derived`` has become the state of weights."""
-        for name in names:
-            every = self.maker.derive_every(self.mkor.recipe(name))
-            assert every is not None
-            self._derives.done([name], step, every)
 
     def program(self, kind: str, jobs: Sequence[Any], given: Given) -> Program:
         """The program for ``jobs`` over tensors like those ``given``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from .followed import Followed, Maker
 from .given import Given, WeightTensors
 from .ranks import Ranks, Replicas
 from .steps import Step
+from .windows import Windows
 
 
 class InBackward(Followed):
@@ -35,6 +36,7 @@ class InBackward(Followed):
     ) -> None:
         super().__init__(mkor, refresh_every, maker, ranks, Replicas(ranks, mkor, check_replicas_every, mkor.tensors))
         self._sites: dict[int, tuple[weakref.ref[nn.Parameter], Any]] = {}
+        self._derives = Windows(mkor)
         self._generation = mkor.generation
         mkor.newer, mkor.waits = self._newer, lambda: bool(self._pending())
 
@@ -73,7 +75,7 @@ class InBackward(Followed):
         for param, _ in pending:
             self.carriers.clear(param)
         self._refreshes.done(refreshed, step, self.refresh_every)
-        self.have_derived(derived, step)
+        self._have_derived(derived, step)
         self.mkor.advance()
 
     def _newer(self) -> dict[str, Tensor]:
@@ -116,7 +118,24 @@ class InBackward(Followed):
         given = Given(self.mkor.step_tensor(device), weights, numbers=self.maker.numbers(step, device))
         new = iter(self.program("refresh", jobs, given)(given))
         states = {name: {key: next(new) for key in state} for name, state in zip(names, held)}
-        return step, refreshed, states, self.derived(names, step, states)
+        return step, refreshed, states, self._derived(names, step, states)
+
+    def _derived(self, names: Iterable[str], step: int, states: Mapping[str, Any]) -> dict:
+        """What the rules derive behind a step from the ``states`` of those weights for which that is due, by name."""
+        found = {}
+        for name in names:
+            every = self.maker.derive_every(self.mkor.recipe(name))
+            if every is not None and self._derives.due([name], step, every):
+                derive = lambda recipe, state: self.maker.derive(step, recipe, state)
+                found[name] = self.mkor.derived(name, derive, states[name])
+        return found
+
+    def _have_derived(self, names: Iterable[str], step: int) -> None:
+        """Take note that ``_derived`` has become the state of weights."""
+        for name in names:
+            every = self.maker.derive_every(self.mkor.recipe(name))
+            assert every is not None
+            self._derives.done([name], step, every)
 
     # ---- the optimizer's side -----------------------------------------------------------------------------------------
 

@@ -6,10 +6,11 @@ import hashlib
 import time
 import weakref
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.distributed_c10d import _get_process_group_store
 
 from .factors import FactorState
@@ -135,6 +136,12 @@ class Ranks:
             dist.broadcast(fetched[key], group=self.group, group_src=owner)
         return fetched
 
+    def united(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Those of all ranks, by name; where several have one, the last rank's. On the host."""
+        held: list[Any] = [None] * self.size
+        dist.all_gather_object(held, {key: tensor.cpu() for key, tensor in tensors.items()}, group=self.group)
+        return {key: tensor for one in held for key, tensor in one.items()}
+
     def compare(self, tensors: dict[str, Tensor], when: str) -> None:
         """Check that ``tensors`` are bitwise equal on all ranks: one gather of a checksum each. Shards (DTensors) differ.
 
@@ -193,6 +200,12 @@ class Replicas:
         elif not self.every or step % self.every:
             return
         self.ranks.compare(self.state(), f"before step {step}")
+
+
+def state_of(model: nn.Module, mkor: FactorState) -> dict[str, Tensor]:
+    """What all ranks have alike, by name: parameters, buffers, factors without an owner."""
+    factors = {f"factor {key}": tensor for key, tensor in mkor.replicated().items()}
+    return {**dict(model.named_parameters()), **dict(model.named_buffers()), **factors}
 
 
 def checksum(tensor: Tensor) -> Tensor:

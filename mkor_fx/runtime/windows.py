@@ -25,6 +25,10 @@ class Windows:
         self._follow()
         self._last |= {name: self._window(name, step, every) for name in names}
 
+    def place(self, name: str, step: int, every: int) -> int:
+        """How many steps of its window a weight has behind it."""
+        return (step + self._mkor.rotation.offset(name)) % every
+
     def _window(self, name: str, step: int, every: int) -> int:
         return (step + self._mkor.rotation.offset(name)) // every
 

@@ -5,79 +5,24 @@ from __future__ import annotations
 import json
 import os
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
-from .. import reasons
-from ..ir import Decline, Site, StepGraph, product, source_line
+from ..ir import Decline, Site, StepGraph, source_line
 from ..passes.match.layout import Layout
 from ..passes.write.sizing import trainer_of
-from ..rules import Rule
+from ..runtime.checkpoint import some
 from ..runtime.optimizer_state import groups_of
 from ..runtime.optimizers import Groups
 from .costs import Costs, Work, aligned, cost_table, count_costs
+from .entries import UNSEEN, Entry, Fractions, share_of, shared_by_bias, times, unseen
 from .graphs import ModelGraphs
 from .recorder import module_path
-
-#: of a parameter that no captured graph has shown yet
-UNSEEN = Decline(reasons.UNSEEN)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One trainable parameter. ``factors`` are the shapes of its state; ``declined`` is None for what is covered. ``shares``
-    says of a bias what of its weight's state it uses.
-
-    ``sources`` are the user's lines that use it (``"model.py:12"``), ``modules`` the paths of the modules that they run in.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    op: str = ""
-    uses: int = 0
-    factors: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    state_bytes: int = 0
-    sent: int = 0
-    bias_of: str = ""
-    shares: str = ""
-    declined: Decline | None = None
-    sources: tuple[str, ...] = ()
-    modules: tuple[str, ...] = ()
-    work: Work | None = None
-    rule: Rule | None = None
-
-    @property
-    def elements(self) -> int:
-        return product(self.shape)
-
-    @property
-    def matrix(self) -> bool:
-        """Whether at least two of its dimensions are larger than one: what a Kronecker-factored rule is for."""
-        return sum(size > 1 for size in self.shape) >= 2
-
-    @property
-    def note(self) -> str:
-        """Its factors (the matrices of its state, where there are any), whose factor it shares, or why it has none."""
-        if self.declined is not None:
-            return str(self.declined)
-        if self.bias_of:
-            return f"{self.shares} of {self.bias_of}"
-        matrices = {k: s for k, s in self.factors.items() if len(s) > 1}
-        return ", ".join(f"{k} {times(s)}".strip() for k, s in (matrices or self.factors).items())
-
-
-class Fractions(NamedTuple):
-    """Covered fractions: of the trainable parameters, of their elements, and both of the matrix parameters alone."""
-
-    parameters: float
-    elements: float
-    matrix_parameters: float
-    matrix_elements: float
 
 
 class Coverage:
@@ -86,19 +31,22 @@ class Coverage:
     ``print(coverage)`` is a table, ``table(costs=True)`` what each weight costs, ``to_json()`` everything; ``covered`` and
     ``declined`` are lists of entries; ``graphs`` the programs seen so far and ``to_html(path)`` a page of it all.
     ``trainers`` says by name who trains a parameter, once an optimizer is known; ``switch`` what a
-    ``Hybrid`` does now; ``rotation`` which weights refresh when.
+    ``Hybrid`` does now; ``rotation`` which weights refresh when; ``owners`` which rank keeps the factors of which, and
+    ``local`` that it takes their statistics alone, so that none cross the network.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.graphs = ModelGraphs(self, type(model).__name__)
-        self._model, self._entries = weakref.ref(model), _unseen(model)
+        self._model, self._entries = weakref.ref(model), unseen(model)
         self.trainers: dict[str, str] = {}
         self.switch: Any = None
         self.rotation: Any = None
+        self.owners: Mapping[str, int | None] = {}
+        self.local = False
 
     def forget(self, model: nn.Module) -> None:
         """The model has changed: what its parameters are is to be seen anew."""
-        self._entries = _unseen(model)
+        self._entries = unseen(model)
         self.trainers.clear()
 
     def trained_by(self, optimizer: Groups, named: Iterable[tuple[str, nn.Parameter]]) -> None:
@@ -182,12 +130,16 @@ class Coverage:
 
     def share(self) -> tuple[float, float]:
         """Covered share of the trainable parameters and of their elements."""
-        return _share(list(self))
+        return share_of(list(self))
 
     @property
     def coverage(self) -> Fractions:
         """Covered fractions, of all trainable parameters and of those that are matrices."""
-        return Fractions(*self.share(), *_share([entry for entry in self if entry.matrix]))
+        return Fractions(*self.share(), *share_of([entry for entry in self if entry.matrix]))
+
+    def sent(self, *entries: Entry) -> int:
+        """Numbers of statistics that cross the network for these at a refresh."""
+        return 0 if self.local else sum(entry.sent for entry in entries)
 
     def costs(self, name: str) -> Costs | None:
         """What refreshing and preconditioning the weight ``name`` costs; None for a bias and for what is declined."""
@@ -220,7 +172,7 @@ class Coverage:
         return {
             "coverage": self.coverage._asdict(),
             "state_bytes": sum(e.state_bytes for e in self),
-            "sent": sum(e.sent for e in self),
+            "sent": self.sent(*self),
             "switch": None if self.switch is None else str(self.switch),
             "parameters": [self._entry_dict(entry) for entry in self],
         }
@@ -228,6 +180,7 @@ class Coverage:
     def _entry_dict(self, entry: Entry) -> dict[str, Any]:
         costs = self.costs(entry.name)
         plain = {key: value for key, value in vars(entry).items() if key not in ("work", "shares", "rule")}
+        plain["sent"], plain["owner"] = self.sent(entry), self.owners.get(entry.bias_of or entry.name)
         plain["declined"] = entry.declined and asdict(entry.declined)
         own = {"elements": entry.elements, "matrix": entry.matrix, "note": entry.note}
         own["trained_by"] = self.trainers.get(entry.name)
@@ -255,10 +208,19 @@ class Coverage:
             return str(self)
         return cost_table({e.name: counted for e in self if (counted := self.costs(e.name)) is not None})
 
+    def _placement(self) -> str:
+        """A line for each rank, or column of ranks, that owns weights."""
+        held: dict[int, list[str]] = {}
+        for name, owner in self.owners.items():
+            if owner is not None:
+                held.setdefault(owner, []).append(name)
+        how = "\nstatistics are those of the owner's rows alone" if self.local and held else ""
+        return how + "".join(f"\n  owner {rank}: {some(held[rank])}" for rank in sorted(held))
+
     def __str__(self) -> str:
         rows = []
         for e in self:
-            numbers = [e.uses or "", f"{e.state_bytes:,}" if e.state_bytes else "", f"{e.sent:,}" if e.sent else ""]
+            numbers = [e.uses or "", *(f"{number:,}" if number else "" for number in (e.state_bytes, self.sent(e)))]
             op = "declined" if e.declined is not None else e.op
             trainer = [self.trainers.get(e.name, "nobody: no optimizer holds it")] if self.trainers else []
             rows.append([e.name, times(e.shape) or "scalar", op, *numbers, *trainer, e.note])
@@ -270,31 +232,7 @@ class Coverage:
             + f"\n{len(self.covered)} of {len([*self])} trainable parameters preconditioned, "
             f"{sum(e.declined is None for e in matrices)} of {len(matrices)} matrices, "
             f"{self.share()[1]:.1%} of all elements;\n"
-            f"state {sum(e.state_bytes for e in self):,} bytes, {sum(e.sent for e in self):,} "
-            "numbers of statistics a refresh" + ("" if self.rotation is None else self.rotation.table())
+            f"state {sum(e.state_bytes for e in self):,} bytes, {self.sent(*self):,} "
+            "numbers of statistics a refresh" + self._placement() + ("" if self.rotation is None else self.rotation.table())
             + (f"\nnow {self.switch}" if self.switch is not None else "")
         )
-
-
-def _unseen(model: nn.Module) -> dict[str, Entry]:
-    named = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
-    return {name: Entry(name, tuple(p.shape), declined=UNSEEN) for name, p in named}
-
-
-def shared_by_bias(layout: Layout) -> str:
-    """What of its weight's state a bias is preconditioned with, by name: the left side, both where they are one matrix."""
-    left, right = layout.sides
-    names = [left, right] if layout.rule.joint_bias else [left]
-    return ", ".join(dict.fromkeys(name or "the state" for name in names if name is not None)) or "the state"
-
-
-def times(shape: Sequence[int]) -> str:
-    """``(3, 4) -> "3x4"``"""
-    return "x".join(map(str, shape))
-
-
-def _share(entries: list[Entry]) -> tuple[float, float]:
-    """Covered fraction of entries and of their elements; of nothing, all is covered."""
-    covered = [entry for entry in entries if entry.declined is None]
-    elements, total = (sum(entry.elements for entry in some) for some in (covered, entries))
-    return len(covered) / len(entries) if entries else 1.0, elements / total if total else 1.0

@@ -7,8 +7,10 @@ import os
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 from ..passes.order.estimate import EFFICIENCY, Device
+from .bubbles import FilledPipeline
 from .costs import aligned, short
 from .page import write_page
 
@@ -41,9 +43,24 @@ class Event:
         return self.start + self.duration
 
 
+class Inversion(NamedTuple):
+    """What is derived of one weight's state outside of the step's program: ``rows`` of the matrices that are inverted or
+    decomposed, every so many steps, on one ``rank``, which sends the results, or on all (None). Estimated milliseconds of
+    both."""
+
+    name: str
+    rows: tuple[int, ...]
+    every: int
+    rank: int | None
+    derive_ms: float
+    send_ms: float
+
+
 @dataclass(frozen=True)
 class Simulation:
-    """One step's estimated schedule: ``events`` in the order of the program, on a compute and a communication lane.
+    """One step's estimated schedule: ``events`` in the order of the program, on a compute and a communication lane;
+    ``inversions`` are what runs behind some of the steps; ``filled`` is the step cut into the stages of a pipeline, where
+    one was given.
 
     No number in it was measured. ``print`` gives a table.
     """
@@ -52,6 +69,8 @@ class Simulation:
     world_size: int
     device: Device
     events: tuple[Event, ...]
+    inversions: tuple[Inversion, ...] = ()
+    filled: FilledPipeline | None = None
 
     @property
     def note(self) -> str:
@@ -95,6 +114,14 @@ class Simulation:
                 found[event.phase] = found.get(event.phase, 0.0) + event.duration
         return found
 
+    def inversion_ms(self) -> dict[int, float]:
+        """Estimated milliseconds of deriving by rank, of all weights once; what every rank derives counts for each."""
+        found = dict.fromkeys(range(self.world_size), 0.0)
+        for one in self.inversions:
+            for rank in found if one.rank is None else [one.rank]:
+                found[rank] += one.derive_ms
+        return found
+
     def table(self, everything: bool = False) -> str:
         """Summary, time by phase, and a line for each collective; with ``everything`` for each event."""
         phases = aligned(
@@ -112,6 +139,16 @@ class Simulation:
             "llrrrrrr",
         )  # fmt: skip
         parts = [self.summary(), phases, sent]
+        if self.inversions:
+            rows = [
+                [one.name, ", ".join(map(str, one.rows)), f"every {one.every}",
+                 "every rank" if one.rank is None else f"rank {one.rank}", _ms(one.derive_ms), _ms(one.send_ms)]
+                for one in self.inversions
+            ]  # fmt: skip
+            headers = ["derived outside of the program (estimated)", "rows", "steps", "by", "derive ms", "send ms"]
+            parts.append(aligned(rows, headers, "lrrlrr"))
+        if self.filled is not None:
+            parts.append(self.filled.table())
         if everything:
             rows = [[e.lane, e.op, e.label, short(e.bytes, "B"), _ms(e.start), _ms(e.duration)] for e in self.events]
             headers = ["lane", "op", "label", "bytes", "start ms", "duration ms"]

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx
 
 from ...ir import StepGraph
-from .collectives import Group, Message, Sizes, c10d, copy_of_first_rank, is_wait, starts, sum_over_ranks, wait_of
+from .collectives import Group, Message, Sizes, c10d, copy_of_rank, divides, is_wait, starts, sum_over_ranks, wait_of
 from ..core import graph_pass
 from ..match.find_sites import downstream
 from .dependencies import readiness, sort_by_dependencies
+from .fusion import Arrival, arrivals, fuse, product_seconds
 from ..torch_api.tracing import insert
 
 aten = torch.ops.aten
@@ -45,23 +47,45 @@ class Bucket:
 def bucket(step: StepGraph, *, group: Group) -> None:
     """Concatenate all-reduces and broadcasts in the order in which their operands get ready.
 
-    Sums over fewer ranks than all stay as they are. Statistics, gradients and buffers travel apart, and what the forward has made does not wait for the backward: a
+    Sums over fewer ranks than all stay as they are, and so do directions. Statistics, gradients and buffers travel apart, and what the forward has made does not wait for the backward: a
     statistics vector that is a ``cat`` is taken apart, so that the part about the layer's inputs leaves early. A tensor
-    that fills a bucket by itself is sent as it is, and so is what another step waits for. The order depends on the graph
-    alone.
+    that fills a bucket by itself is sent as it is, and so is what another step waits for. Where speeds are known, statistics are
+    in groups by these (:func:`~mkor_fx.passes.order.fusion.fuse`). The order depends on the graph alone.
     """
     graph, sizes = step.graph, group.buckets
     merged = (c10d.all_reduce.default, c10d.broadcast.default)
     over_all = [s for s in starts(graph) if s.target in merged and _group_of(s) == group.name]
-    collectives = [s for s in over_all if all(map(is_wait, s.users))]
+    collectives = [s for s in over_all if all(map(is_wait, s.users)) and not divides(s)]
     if not collectives:
         return
     ready, position = readiness(graph), {node: i for i, node in enumerate(graph.nodes)}
+    passed = None if sizes.speeds is None else product_seconds(graph, sizes.speeds)
     pieces = [piece for start in collectives for piece in _pieces(graph, start, sizes)]
     backward = downstream(step.seeds)
     for node in graph.nodes:  # those that _pieces has made
         ready.setdefault(node, max((ready[arg] for arg in node.all_input_nodes), default=0))
     pieces.sort(key=lambda p: (ready[p.node], position[p.start], p.at))
+    kind_of = lambda piece: _kind(piece, backward)
+    full: list[Bucket] = []
+    if sizes.speeds is not None and passed is not None:
+        timed = [piece for piece in pieces if piece.message.kind == "statistics"]
+        there = arrivals([p.node for p in timed], [passed[ready[p.node]] for p in timed], sizes.speeds)
+        groups = fuse([Arrival(at, p.bytes, kind_of(p)) for at, p in zip(there, timed, strict=True)], sizes.speeds)
+        full += [Bucket([timed[at] for at in group]) for group in groups]
+        pieces = [piece for piece in pieces if piece.message.kind != "statistics"]
+    _write(graph, [*full, *_filled(pieces, sizes, kind_of)])
+    sort_by_dependencies(graph)
+    graph.eliminate_dead_code()
+
+
+def _kind(piece: Parcel, backward: Collection[fx.Node]) -> tuple:
+    """What only pieces that have it in common may share a bucket by."""
+    together = "statistics" if piece.message.kind == "loss" else piece.message.kind
+    return (piece.start.target, together, piece.dtype, piece.node.meta["val"].device, piece.node in backward)
+
+
+def _filled(pieces: Sequence[Parcel], sizes: Sizes, kind_of: Callable[[Parcel], tuple]) -> list[Bucket]:
+    """Buckets in the order in which they are full, by bytes; last those that are not."""
     full: list[Bucket] = []
     filling: dict[tuple, Bucket] = {}
     for piece in pieces:
@@ -70,16 +94,11 @@ def bucket(step: StepGraph, *, group: Group) -> None:
         if piece.bytes >= limit or kind in ("rows", "norms", "squares", "products"):
             full.append(Bucket([piece]))
             continue
-        device = piece.node.meta["val"].device
-        together = "statistics" if kind == "loss" else kind
-        key = (piece.start.target, together, piece.dtype, device, piece.node in backward)
-        current = filling.setdefault(key, Bucket())
+        current = filling.setdefault(kind_of(piece), Bucket())
         current.pieces.append(piece)
         if current.bytes >= limit:
-            full.append(filling.pop(key))
-    _write(graph, [*full, *filling.values()])
-    sort_by_dependencies(graph)
-    graph.eliminate_dead_code()
+            full.append(filling.pop(kind_of(piece)))
+    return [*full, *filling.values()]
 
 
 def _pieces(graph: fx.Graph, start: fx.Node, sizes: Sizes) -> list[Parcel]:
@@ -127,11 +146,12 @@ def _write(graph: fx.Graph, buckets: list[Bucket]) -> None:
         for one in buckets:
             first, nodes = one.pieces[0], [piece.node for piece in one.pieces]
             label = f"bucket of {len(nodes)}: {first.message.kind} over ranks"
-            collective = sum_over_ranks if first.start.target is c10d.all_reduce.default else copy_of_first_rank
+            reduces = first.start.target is c10d.all_reduce.default
             flat = insert(graph, _concatenated, nodes, first.dtype, label=label) if len(nodes) > 1 else nodes[0]
             if flat.meta["val"].dtype != first.dtype:
                 flat = insert(graph, torch.Tensor.to, flat, first.dtype, label=label)
-            start, done = insert(graph, collective, flat, _group_of(first.start), label=label)
+            collective, rest = (sum_over_ranks, ()) if reduces else (copy_of_rank, (first.start.args[1],))
+            start, done = insert(graph, collective, flat, *rest, _group_of(first.start), label=label)
             start.meta["mkor_messages"] = [piece.message for piece in one.pieces]
             values = [node.meta["val"] for node in nodes]
             parts = insert(graph, _split, done, [v.numel() for v in values], [v.dtype for v in values], label=label)

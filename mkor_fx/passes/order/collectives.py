@@ -9,7 +9,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor, fx
 
+from ...runtime.speeds import Speeds
 from ..torch_api.tracing import insert
+from .compression import Compression
 
 c10d = torch.ops._c10d_functional
 #: ops that start a collective over one tensor; what they return is valid behind ``wait_tensor`` alone
@@ -26,19 +28,23 @@ WAIT = c10d.wait_tensor.default
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes at which a bucket is full, and the dtype in which statistics travel (None: as they are)."""
+    """Bytes at which a bucket is full, and the dtype in which statistics travel (None: as they are). Where ``speeds`` are
+    known, they decide which statistics travel together. ``compress``: how directions of owners travel (None: as they
+    are)."""
 
     statistics: int = 128 << 10
     gradients: int = 25 << 20
     dtype: torch.dtype | None = None
+    speeds: Speeds | None = None
+    compress: Compression | None = None
 
 
 @dataclass(frozen=True)
 class Group:
     """A process group as graphs know it: its name, how many ranks it has, the size of buckets, and which rank this is.
 
-    Where weights have owners, ranks stand in a grid: those of a ``row`` keep all weights among them, each its own, and those of a
-    ``column`` keep the same ones. A row of all ranks has columns of one, None.
+    Where weights have owners, ranks stand in a grid: those of a ``row`` keep all weights among them, each its own, and those
+    of a ``column`` keep the same ones. A row of all ranks has columns of one, None.
     """
 
     name: str
@@ -83,14 +89,21 @@ def starts(graph: fx.Graph) -> list[fx.Node]:
     return [node for node in graph.nodes if is_start(node)]
 
 
-def in_line(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
-    """Each collective's predecessor, in a graph that is not the same on all ranks: there it must stay behind it.
+def in_line(graph: fx.Graph, divided: bool = False) -> dict[fx.Node, fx.Node]:
+    """Each collective's predecessor, in a graph that is not the same on all ranks, as is known or to be seen: there it must
+    stay behind it.
 
     Where weights have owners, ranks compute different things from what they receive, and an order derived from the graph
     would be each rank's own.
     """
     issued = starts(graph)
-    return {b: a for a, b in pairwise(issued)} if any(s.target in DIVIDING for s in issued) else {}
+    return {b: a for a, b in pairwise(issued)} if divided or any(map(divides, issued)) else {}
+
+
+def divides(start: fx.Node) -> bool:
+    """Whether ranks differ in what they compute around this collective."""
+    messages = start.meta.get("mkor_messages")  # Inductor keeps none
+    return start.target in DIVIDING or (messages is not None and messages[0].kind == "direction")
 
 
 def wait_of(start: fx.Node) -> fx.Node:
@@ -109,9 +122,9 @@ def start_sum_over_ranks(x: Tensor, group: str) -> Tensor:
     return c10d.all_reduce(x, "sum", group)
 
 
-def copy_of_first_rank(x: Tensor, group: str) -> tuple[Tensor, Tensor]:
-    """The collective and rank 0's ``x``."""
-    start = c10d.broadcast(x.contiguous().reshape(-1), 0, group)
+def copy_of_rank(x: Tensor, rank: int, group: str) -> tuple[Tensor, Tensor]:
+    """The collective and the ``x`` of one ``rank``."""
+    start = c10d.broadcast(x.contiguous().reshape(-1), rank, group)
     return start, c10d.wait_tensor(start).reshape(x.shape)
 
 
@@ -142,8 +155,9 @@ class Network:
         """The sum of ``node`` over all ranks, bitwise the same on each."""
         return self._one(sum_over_ranks, node, kind, name)
 
-    def of_first_rank(self, node: fx.Node, kind: str, name: str) -> fx.Node:
-        return self._one(copy_of_first_rank, node, kind, name)
+    def copy_of(self, rank: int, node: fx.Node, kind: str, name: str) -> fx.Node:
+        """What ``node`` is on one ``rank``."""
+        return self._one(copy_of_rank, node, kind, name, rank)
 
     def scatter(self, node: fx.Node, messages: list[Message]) -> fx.Node:
         """This rank's part of the sum over ranks."""
@@ -166,8 +180,8 @@ class Network:
     def wait(self, node: fx.Node) -> fx.Node:
         return insert(self.graph, WAIT, node, label="statistics over ranks")
 
-    def _one(self, collective: Callable, node: fx.Node, kind: str, name: str) -> fx.Node:
-        return self._write(collective, node, [Message(kind, name, node.meta["val"].numel())])
+    def _one(self, collective: Callable, node: fx.Node, kind: str, name: str, *args: int) -> fx.Node:
+        return self._write(collective, node, [Message(kind, name, node.meta["val"].numel())], *args)
 
     def _write(self, collective: Callable, node: fx.Node, messages: list[Message], *args: int) -> fx.Node:
         name = messages[0].name + (f" to {messages[-1].name}" if len(messages) > 1 else "")

@@ -70,13 +70,17 @@ def collective_milliseconds(start: fx.Node, ranks: int, device: Device) -> float
 def product_milliseconds(node: fx.Node, device: Device) -> float:
     """A product, convolution or attention: its flops or its operands' bytes, whichever takes longer."""
     moved = sum(map(tensor_bytes, {*node.all_input_nodes, node}))
-    formula = flop_registry.get(node.target.overloadpacket)
-    flops = 0
-    if formula is not None:
-        args, kwargs = fx.map_arg((node.args, node.kwargs), fake_value)
-        flops = formula(*args, **kwargs, out_val=fake_value(node))
     dtype = next(leaf.dtype for leaf in pytree.tree_leaves(fake_value(node)) if isinstance(leaf, Tensor))
-    return max(1e3 * flops / (EFFICIENCY * device.peak(dtype)), transfer_milliseconds(moved, device))
+    return max(1e3 * flops_of(node) / (EFFICIENCY * device.peak(dtype)), transfer_milliseconds(moved, device))
+
+
+def flops_of(node: fx.Node) -> int:
+    """Of a product, a convolution or an attention; 0 of anything else."""
+    formula = flop_registry.get(getattr(node.target, "overloadpacket", None))
+    if formula is None:
+        return 0
+    args, kwargs = fx.map_arg((node.args, node.kwargs), fake_value)
+    return formula(*args, **kwargs, out_val=fake_value(node))
 
 
 def transfer_milliseconds(size: float, device: Device) -> float:

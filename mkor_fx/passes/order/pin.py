@@ -28,11 +28,15 @@ def pin(graph: fx.Graph) -> None:
 
 
 class Overlap(PostGradPass):
-    """Behind Inductor's own graph passes, which sort for locality: schedule again, then pin."""
+    """Behind Inductor's own graph passes, which sort for locality: schedule again, then pin. ``divided``: whether ranks have
+    graphs of their own."""
+
+    def __init__(self, divided: bool = False) -> None:
+        self.divided = divided
 
     def __call__(self, graph: fx.Graph) -> None:
-        order(graph)
+        order(graph, self.divided)
         pin(graph)
 
     def uuid(self) -> bytes:
-        return library_sources()
+        return library_sources() + (b" divided" if self.divided else b"")

@@ -30,9 +30,9 @@ def is_heavy(node: fx.Node) -> bool:
     return packet in flop_registry or "attention" in str(packet)
 
 
-def order(graph: fx.Graph) -> None:
+def order(graph: fx.Graph, divided: bool = False) -> None:
     """Sort a graph with collectives; the order depends on the graph alone, so it is the same on every rank. Where graphs
-    are not (``in_line``), collectives keep the order that they have.
+    are not (``in_line``), or are known to be ``divided``, collectives keep the order that they have.
 
     A node's *level* is the number of waits in a row that it needs. Levels follow each other: all work that does not need
     a result goes before all that does. Inside a level, what needs results goes in the order in which these were asked for
@@ -42,7 +42,7 @@ def order(graph: fx.Graph) -> None:
     nodes = list(graph.nodes)
     if not any(map(is_start, nodes)):
         return
-    behind = in_line(graph)
+    behind = in_line(graph, divided)
     number = {node: i for i, node in enumerate(nodes)}
     levels: dict[fx.Node, int] = {}
     for node in nodes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -69,6 +69,8 @@ class Draft:
     sends_late = False
     #: the weights whose statistics are taken, by name; None: all
     due: frozenset[str] | None = None
+    #: sites whose statistics are another rank's to take, by input position
+    elsewhere: Collection[int] = ()
 
     def __init__(self, step: StepGraph, rules: Sequence[Rule], network: Network | None = None) -> None:
         self.step, self.rules, self.network = step, rules, network
@@ -107,6 +109,10 @@ class Draft:
     def packed_numbers(self) -> fx.Node:
         """The present values of everything that changes over time in the rules, in the order of :func:`changing_of`."""
         raise NotImplementedError
+
+    def scales_of_statistics(self) -> Scales | None:
+        """What statistics and gradients have to be divided by for a refresh."""
+        return self.scales
 
     def refreshed(self, item: Item, new: Mapping[str, fx.Node]) -> None:
         """Take over the state that statistics have made."""

@@ -46,6 +46,19 @@ def assign(
         everywhere.add(max(movable, key=lambda name: loads[name].bytes))
 
 
+def apart(loads: Mapping[str, Load], owners: Mapping[str, int], size: int, padding: float) -> set[str]:
+    """Weights whose gradients had better be summed on every rank and whose directions their owners broadcast: as few as it takes,
+    the largest of the fullest rank first, for padding to be no more than ``padding`` times all bytes."""
+    found, total = set[str](), sum(load.bytes for load in loads.values())
+    while True:
+        own = [[n for n in loads if owners[n] == rank and n not in found] for rank in range(size)]
+        sizes = [sum(loads[name].bytes for name in names) for names in own]
+        fullest = own[sizes.index(max(sizes))]
+        if size * max(sizes) - sum(sizes) <= padding * total or not fullest:
+            return found
+        found.add(max(fullest, key=lambda name: loads[name].bytes))
+
+
 class Part(NamedTuple):
     """Elements ``start`` to ``stop`` of tensor ``key``, flat."""
 

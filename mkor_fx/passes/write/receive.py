@@ -9,8 +9,8 @@ from .update_draft import UpdateDraft
 
 @graph_pass(stage="rewrite")
 def receive(draft: UpdateDraft) -> None:
-    """The statistics vectors of each weight that refreshes, of all ranks together."""
-    network = draft.network
+    """The statistics vectors of each weight that refreshes, of all ranks together; where weights have owners, of this rank alone."""
+    network = None if draft.local else draft.network
     with draft.graph.inserting_before(draft.step.output):
         for key, carrier in draft.carriers.items():
             item, whole = draft.items[key], carrier.meta["val"].shape[0] > 2

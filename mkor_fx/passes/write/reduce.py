@@ -12,12 +12,12 @@ from .step_draft import StepDraft
 
 @graph_pass(stage="rewrite")
 def reduce(draft: StepDraft) -> None:
-    """Gradients of all ranks together, to their owners where they have one; statistics, but for those that travel late; the mean
-    loss, and rank 0's buffers."""
+    """Gradients of all ranks together, to their owners where they have one; statistics, but for those that travel late or stay where
+    they are; the mean loss, and rank 0's buffers."""
     graph, network, delivery, step = draft.graph, draft.network, draft.delivery, draft.step
     if network is None:
         return
-    over_ranks = {} if draft.sends_late else draft.statistics
+    over_ranks = {} if draft.sends_late or draft.plan.local else draft.statistics
     with graph.inserting_before(step.output):
         owned = {} if delivery is None else delivery.owner
         gradients: dict[int, fx.Node] = {}
@@ -34,6 +34,6 @@ def reduce(draft: StepDraft) -> None:
         for index, name in draft.plan.buffers.items():
             target = step.inputs[index]
             if target in draft.writes:
-                draft.writes[target] = network.of_first_rank(draft.writes[target], "buffer", name)
+                draft.writes[target] = network.copy_of(0, draft.writes[target], "buffer", name)
     draft.gradients = gradients
     draft.hand_out()

@@ -31,7 +31,7 @@ def refresh(draft: Draft) -> None:
             item.bias,
             item.state,
             draft.clock(item.label),
-            draft.scales,
+            draft.scales_of_statistics(),
             label=item.label,
         )
         draft.refreshed(item, new)

@@ -10,12 +10,13 @@ from .vectors import write_vectors
 
 @graph_pass(stage="rewrite")
 def statistics(draft: Draft) -> None:
-    """A statistics vector for each orientation in which a site's weight is used."""
+    """A statistics vector for each orientation in which a site's weight is used; none of weights whose statistics another rank takes
+    alone."""
     graph = draft.graph
     for index, site in draft.step.sites.items():
         assert site.rule is not None
         dtype, name = accumulation_dtype(site.parameter.node.meta["val"].dtype), site.parameter.name
-        if draft.due is not None and name not in draft.due:
+        if index in draft.elsewhere or (draft.due is not None and name not in draft.due):
             continue
         numbers = draft.numbers(site.rule)
         state = draft.items[index].state if index in draft.items else {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ from .late_statistics import Buffer
 from ..match.layout import Layout
 from .sizing import Sizing
 from .traced_optimizer import Update, trace_update
+from .vectors import Scales, of_share
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class Plan:
     steps; ``states`` examples of the factors that are kept on this rank, by position. ``buffers`` are the names of the inputs
     that rank 0 decides; ``owners`` the ranks that keep a weight's factors, by name (None: every rank); ``late`` the buffers
     of statistics that are used one step late, if this step ``sends`` its own; ``due`` the weights whose state is refreshed
-    (None: all). ``parts``: the batch is one part of several. ``base_rate`` is a ``Hybrid``'s share of the rate. ``refreshes``
+    (None: all). ``local``: a weight's statistics are its owner's own ones, and not summed; ``apart`` are weights whose gradients every
+    rank has, and whose directions their owners broadcast. ``parts``: the batch is one part of several. ``base_rate`` is a ``Hybrid``'s share of the rate. ``refreshes``
     only labels.
     """
 
@@ -46,6 +48,8 @@ class Plan:
     states: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
     buffers: Mapping[int, str] = field(default_factory=dict)
     owners: Mapping[str, int | None] = field(default_factory=dict)
+    local: bool = False
+    apart: Collection[str] = ()
     late: tuple[Buffer, ...] = ()
     sends: bool = False
     due: frozenset[str] | None = None
@@ -75,7 +79,10 @@ class StepDraft(Draft):
         self._nodes: dict[inputs.Input, fx.Node] = {self.inputs[0]: step.seeds[0]}
         self.delivery = None
         if network is not None and plan.owners and (row := network.of(network.grid.row)) is not None:
-            self.delivery = Delivery(step, row, network.of(network.grid.column), plan.owners)
+            self.delivery = Delivery(step, row, network.of(network.grid.column), plan.owners, plan.apart)
+            if plan.local:
+                sites = step.sites.items()
+                self.elsewhere = {i for i, site in sites if plan.owners[site.parameter.name] != row.rank}
         self.share: float | fx.Node = 1.0
         self.gradients = {i: step.parameters[i].grad for i in plan.trained}
         self.outputs: list[fx.Node] = [step.returned(position) for position in step.results]
@@ -154,6 +161,12 @@ class StepDraft(Draft):
 
     # ---- state --------------------------------------------------------------------------------------------------------
 
+    def scales_of_statistics(self) -> Scales | None:
+        """A rank differentiates its share of the loss; statistics of its rows alone are those of its own loss."""
+        if self.delivery is None or not self.plan.local:
+            return self.scales
+        return self.insert(of_share, self.share, self.outputs[0], label="share of the batch")
+
     def refreshed(self, item: Item, new: Mapping[str, fx.Node]) -> None:
         if self.taken is None:
             return self.advanced(item, new)
@@ -198,17 +211,20 @@ class StepDraft(Draft):
     def over_owners(self, parts: Mapping[Any, fx.Node], kind: str, *, label: str) -> list[fx.Node]:
         if self.delivery is None:
             return [*parts.values()]
-        own = [part for key, part in parts.items() if key in self.delivery.owner]
+        owned = {*self.delivery.owner, *(self.delivery.apart if kind == "products" else ())}
+        own = [part for key, part in parts.items() if key in owned]
         dtype = torch.float64 if torch.float64 in self.delivery.dtypes else torch.float32
         whole = self.insert(total, own, self.outputs[0], dtype, label=label)
         with self.graph.inserting_before(self.step.output):
             summed = self.delivery.row.sum(whole, kind, "gradients")
-        return [*(part for key, part in parts.items() if key not in self.delivery.owner), summed]
+        return [*(part for key, part in parts.items() if key not in owned), summed]
 
     def spread_directions(self) -> None:
         if self.delivery is None:
             return
-        self.directions |= self.delivery.from_owners(self.directions)
+        compressed = self.delivery.row.buckets.compress is not None
+        clock = self.scalar(inputs.Steps(), torch.int64) if compressed else None
+        self.directions |= self.delivery.from_owners(self.directions, clock)
         for index, site in self.step.sites.items():
             if site.rule is not None and self._sizing(index).final:
                 self.final |= {index, *([] if site.bias is None else [site.bias.index])}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,9 @@ from ...runtime.given import Given
 from ..order.collectives import Group, Network
 from ..torch_api.backend import new_fake_mode
 from ..torch_api.tracing import add_input
+from .delivery import from_owner
 from .draft import Draft, Item, Rate
+from .finite import total
 from ..match.layout import Layout
 from .sizing import Sizing
 from .vectors import Scales
@@ -30,7 +32,7 @@ Place = tuple[int, int | None, float]
 class Job:
     """One weight in an update program: its layout, and whether its state is refreshed. ``places`` are those of the weight's
     and its bias's rates, where their direction is the step itself or depends on them; ``base`` is what the optimizer
-    would do with its gradient.
+    would do with its gradient. ``owner`` is the rank that refreshes and preconditions it for all; None: every rank does.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Job:
     refresh: bool
     places: tuple[Place | None, Place | None] = (None, None)
     base: BaseStep | None = None
+    owner: int | None = None
 
     @property
     def sizing(self) -> Sizing:
@@ -63,7 +66,8 @@ class UpdateDraft(Draft):
     """A program whose inputs are the leaves of ``given``: gradients, carriers, state and what all weights share.
 
     With a ``group`` statistics are summed over its ranks, on each of which they belong to that rank's own loss, while
-    gradients are the mean's already. ``carriers`` are by item, ``refreshes`` the items whose state is refreshed.
+    gradients are the mean's already. Where weights have owners (``local``) statistics are those of the owner's rows alone, and only
+    its own weights are items. ``carriers`` are by item, ``refreshes`` the items whose state is refreshed.
     """
 
     def __init__(self, jobs: Sequence[Job], rules: Sequence[Rule], given: Given, group: Group | None) -> None:
@@ -82,10 +86,13 @@ class UpdateDraft(Draft):
         self.refreshes: set[Any] = set()
         self.takes_steps = False
         scales = None if self.given.scales is None else Scales(*self.given.scales)
-        if group is not None:
+        self.local = group is not None and any(job.owner is not None for job in jobs)
+        if group is not None and not self.local:
             scales = self.insert(over_ranks, scales, self.given.clock, group.size, label="mean over ranks")
         self.scales = scales
         for i, (job, own) in enumerate(zip(jobs, self.given.weights)):
+            if self.local and group is not None and job.owner not in (None, group.rank):
+                continue
             bias = None if own.bias is None else ("bias", i)
             item = Item(job.name, job.layout, f"{job.name}: update", ("weight", i), bias, own.grad, own.bias)
             item.state, item.scale = dict(own.state), own.scale
@@ -116,6 +123,26 @@ class UpdateDraft(Draft):
     def optimizer_numbers(self) -> fx.Node:
         return self.given.rates
 
+    def over_owners(self, parts: Mapping[Any, fx.Node], kind: str, *, label: str) -> list[fx.Node]:
+        if not self.local or self.network is None:
+            return [*parts.values()]
+        like = self.given.weights[0].grad
+        whole = self.insert(total, [*parts.values()], like, torch.float64 if _is_double(like) else torch.float32, label=label)
+        with self.graph.inserting_before(self.step.output):
+            return [self.network.sum(whole, kind, "gradients")]
+
+    def spread_directions(self) -> None:
+        """Each from its owner."""
+        if not self.local or self.network is None:
+            return
+        with self.graph.inserting_before(self.step.output):
+            for i, (job, own) in enumerate(zip(self.jobs, self.given.weights)):
+                for part, grad in (("weight", own.grad), ("bias", own.bias)):
+                    if grad is not None and job.owner is not None:
+                        here = self.directions.get((part, i), grad) if job.owner == self.network.rank else None
+                        given = (job.owner, here, grad, self.given.clock, f"{part} of {job.name}")
+                        self.directions[part, i] = from_owner(self.network, *given)
+
     def guard(self) -> fx.Node | None:
         """Where a scaler has found an inf, a direction that is the step itself is no step."""
         if not self.takes_steps or self.scales is None:
@@ -136,10 +163,14 @@ class UpdateDraft(Draft):
         self.graph.eliminate_dead_code()
 
     def _directions(self) -> Iterator[fx.Node]:
-        for item in self.items.values():
-            yield self.directions.get(item.key, item.grad)
-            if item.bias is not None:
-                yield self.directions.get(item.bias_key, item.bias)
+        for i, own in enumerate(self.given.weights):
+            yield self.directions.get(("weight", i), own.grad)
+            if own.bias is not None:
+                yield self.directions.get(("bias", i), own.bias)
+
+
+def _is_double(node: fx.Node) -> bool:
+    return node.meta["val"].dtype == torch.float64
 
 
 def _names(given: Given) -> list[str]:

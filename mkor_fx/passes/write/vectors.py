@@ -29,6 +29,12 @@ class Scales(NamedTuple):
     gradient: Tensor
 
 
+def of_share(share: Tensor | float, like: Tensor) -> Scales:
+    """Of statistics of rows whose loss counts for a ``share`` of the whole; gradients are whole."""
+    one = torch.ones((), dtype=torch.float32, device=like.device)
+    return Scales(one * share, one)
+
+
 def write_vectors(
     graph: fx.Graph,
     site: Site,
