@@ -5,6 +5,7 @@ import torch
 import zoo
 from joint import capture, program
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.checkpoint import CheckpointPolicy
 
 import mkor_fx
@@ -20,6 +21,7 @@ from mkor_fx.passes.match.spell_transposes import spell_transposes
 from mkor_fx.passes.order.recompute_checkpoints import recompute_checkpoints
 from mkor_fx.passes.order.update_when_ready import update_when_ready
 from mkor_fx.passes.pipeline import CANONICALIZE, SCHEDULE
+from mkor_fx.passes.torch_api.tracing import add_input, insert
 from mkor_fx.show.graphs import Graphs
 
 aten = torch.ops.aten
@@ -282,3 +284,21 @@ def test_graphs_keep_every_stage_as_it_was(capsys):
         graphs["lower"]
     with pytest.raises(KeyError, match="not run yet"):
         Graphs("nothing")["capture"]
+
+
+def test_a_trace_of_one_operand_twice_is_none_of_two():
+    with FakeTensorMode() as mode:
+        values = [torch.empty(3), torch.empty(3)]
+    graph = fx.Graph()
+    x, y = (add_input(graph, name, value, mode) for name, value in zip("xy", values, strict=True))
+    dot = lambda a, b: (a * b).sum()
+    graph.output((insert(graph, dot, x, x), insert(graph, dot, x, y)))
+    x, y = torch.randn(3), torch.randn(3)
+    assert fx.GraphModule({}, graph)(x, y) == (x.dot(x), x.dot(y))
+
+
+def test_a_function_of_no_tensor_makes_a_fake_one():
+    graph = fx.Graph()
+    add_input(graph, "x", torch.zeros(3), FakeTensorMode())
+    made = insert(graph, lambda: torch.zeros(4))
+    assert isinstance(made.meta["val"], FakeTensor)

@@ -48,11 +48,13 @@ def _key(leaves: list[Any]) -> tuple | None:
     """What a trace depends on, or None where a size is symbolic (such traces are not kept). An argument may say so itself,
     by its ``trace_key``."""
     key: list[Any] = []
-    for leaf in leaves:
+    first: dict[int, int] = {}  # a trace of f(x, x) is none of f(x, y)
+    for place, leaf in enumerate(leaves):
         if isinstance(leaf, torch.Tensor):
             if not all(isinstance(size, int) for size in (*leaf.shape, *leaf.stride())):
                 return None
-            key.append((tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.device))
+            same = first.setdefault(id(leaf), place)
+            key.append((tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.device, same))
         elif isinstance(leaf, torch.SymInt | torch.SymFloat):
             return None
         else:

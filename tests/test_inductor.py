@@ -1,4 +1,5 @@
-"""On a GPU: both doors go the way they go on the host, and nothing in a step waits for the device."""
+"""Behind Inductor, on a GPU where there is one: both doors go the way of graphs that are not compiled, and nothing in a step
+waits for the device."""
 
 import copy
 
@@ -10,15 +11,20 @@ from stepping import stepper
 import mkor_fx
 from mkor_fx import EKFAC, KFAC, MKOR, SINGD, SOAP, Eva, Shampoo
 
-
-DEVICE, BACKEND = torch.device("cuda" if torch.cuda.is_available() else "cpu"), "inductor"
+GPU = torch.cuda.is_available()
+DEVICE, BACKEND = torch.device("cuda" if GPU else "cpu"), "inductor"
 DOORS = ("compile_step", "compile")
 RULES = {"mkor": MKOR, "published": MKOR.published, "kfac": KFAC, "eva": Eva, "ekfac": EKFAC, "singd": SINGD, "soap": SOAP,
-         "shampoo": Shampoo, "none": lambda: None}  # fmt: skip
+         "shampoo": Shampoo, "newton": lambda: KFAC(inverse="newton"), "none": lambda: None}  # fmt: skip
+#: two devices need not agree on vectors of nearly equal eigenvalues
+BASES = ("ekfac", "soap", "shampoo")
 CASES = [
     *((door, "mlp", rule) for rule in RULES for door in DOORS if (door, rule) != ("compile", "none")),
     *((door, model, "mkor") for model in ("cnn", "gpt") for door in DOORS),
 ]
+EVERY_RUN = (("compile_step", "mlp", "eva"), ("compile_step", "gpt", "mkor"))
+nightly = pytest.mark.nightly
+on_a_gpu = pytest.mark.skipif(not GPU, reason="no GPU")
 
 
 def adamw(model, **options):
@@ -29,8 +35,12 @@ def on_gpu(model, batches):
     return copy.deepcopy(model).to(DEVICE), [tuple(t.to(DEVICE) for t in batch) for batch in batches]
 
 
-@pytest.mark.parametrize("door, model, rule", CASES)
+@pytest.mark.parametrize(
+    "door, model, rule", [pytest.param(*case, marks=() if GPU or case in EVERY_RUN else nightly) for case in CASES]
+)
 def test_it_goes_the_way_of_the_host(door, model, rule):
+    if GPU and rule in BASES:
+        pytest.skip("bases differ between devices")
     here, loss_fn, batches = zoo.build(model, dtype=torch.float64, steps=5)
     there, sent = on_gpu(here, batches)
     for where, data, backend in ((here, batches, "eager"), (there, sent, BACKEND)):
@@ -38,10 +48,11 @@ def test_it_goes_the_way_of_the_host(door, model, rule):
         for batch in data:
             step(*batch)
     for (name, ours), theirs in zip(here.named_parameters(), there.parameters(), strict=True):
-        torch.testing.assert_close(theirs.cpu(), ours, rtol=1e-6, atol=1e-8, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(theirs.cpu(), ours, rtol=1e-5, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("rule", ["mkor", "published", "kfac", "soap"])
+@on_a_gpu
+@pytest.mark.parametrize("rule", ["mkor", "published", "newton", "eva"])
 @pytest.mark.parametrize("door", DOORS)
 def test_no_step_waits_for_the_device(door, rule):
     model, loss_fn, batches = zoo.build("mlp", steps=24)
@@ -60,7 +71,8 @@ def test_no_step_waits_for_the_device(door, rule):
         torch.cuda.set_sync_debug_mode(before)
 
 
-@pytest.mark.parametrize("options", [{}, {"fused": True}, {"capturable": True}, {"foreach": True}], ids=str)
+@on_a_gpu
+@pytest.mark.parametrize("options", [{"fused": True}, {"capturable": True}, {"foreach": True}], ids=str)
 @pytest.mark.parametrize("door", DOORS)
 def test_every_form_of_the_optimizer(door, options):
     start, loss_fn, batches = zoo.build("mlp", steps=5)
@@ -74,6 +86,7 @@ def test_every_form_of_the_optimizer(door, options):
     torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-5)
 
 
+@on_a_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_and_a_loss_scaler(dtype):
     model, loss_fn, batches = zoo.build("mlp", steps=8)
@@ -93,6 +106,7 @@ def test_autocast_and_a_loss_scaler(dtype):
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
+@on_a_gpu
 def test_a_checkpoint_made_on_a_gpu_goes_on_on_the_host():
     start, loss_fn, batches = zoo.build("mlp", dtype=torch.float64, steps=6)
     there, sent = on_gpu(start, batches)
