@@ -302,3 +302,24 @@ def test_a_function_of_no_tensor_makes_a_fake_one():
     add_input(graph, "x", torch.zeros(3), FakeTensorMode())
     made = insert(graph, lambda: torch.zeros(4))
     assert isinstance(made.meta["val"], FakeTensor)
+
+
+@pytest.mark.parametrize("weights, calls", [(1, 1), (5, 1), (20, 2)])
+def test_small_matrices_of_several_weights_are_computed_in_few_calls(weights, calls):
+    """As for a GPU, here on the host: what is read and written stays what it was, also where it is read at once."""
+
+    def function(*factors):
+        made, visits = [], factors[0].new_full((), 3).long()
+        for at, factor in enumerate(factors):
+            block = factor[:2].sin() + at
+            new = torch.ops.mkor_fx.damped_update(factor, [block], visits, 0.9, 10.0, 2)
+            made += [new, new @ factor, block]
+        return tuple(made)
+
+    factors = [torch.eye(4 + at % 3) + 0.1 for at in range(weights)]
+    step = program(function, *factors)
+    expand(step, stacked=True)
+    step.graph.lint()
+    assert sum(node.target is aten.linalg_cholesky_ex.default for node in step.graph.nodes) == calls
+    results = fx.Interpreter(step.module).run(*factors)
+    torch.testing.assert_close(list(results), list(function(*factors)))
