@@ -150,7 +150,7 @@ def test_a_simulation_is_laid_out_on_stages():
 
 def test_what_cannot_be_laid_out_is_refused():
     with pytest.raises(ValueError, match=r"4 weights are preconditioned, fewer than 5 stages"):
-        simulated(pipeline=Pipeline(stages=5, micro_batches=4))
+        simulated(pipeline=Pipeline(stages=5, micro_batches=4), world_size=10)
     with pytest.raises(ValueError, match=r"pipeline=3: must be a mkor_fx\.Pipeline"):
         simulated(pipeline=3)
     with pytest.raises(ValueError, match=r"refresh=False"):

@@ -9,14 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .checkpoint import OPENED, TAKEN
 from .factors import FactorState
 from .ranks import Ranks
 from .speeds import Derived, Speeds, workers
 from .windows import Windows
-
-
-#: beside the tensors of a state that is put by: whether its step was taken, and which that was
-TAKEN, OPENED = "taken", "opened"
 
 
 class Task(NamedTuple):
@@ -56,7 +53,7 @@ class Derivations:
     def run(self, names: Iterable[str], step: int, taken: Tensor | None) -> None:
         """Derive, behind ``step``, of the state that it has used, what is due; not where it was not ``taken`` (0-dim). Weights with a
         slot later in their window are put by, and those derived whose slot has come."""
-        tasks: dict[str, Task] = {}
+        tasks, done = dict[str, Task](), dict[str, int]()
         here = {*self.mkor.names()}
         for name in dict.fromkeys([*names, *(name for name in self.mkor.put_by if name in here)]):
             every, waits = self._every(self.mkor.recipe(name)), name in self.mkor.put_by
@@ -72,8 +69,10 @@ class Derivations:
             elif due:
                 self._put_by(name, step, taken)
             if due:
-                self._windows.done([name], step, every)
+                done[name] = every
         self._work(tasks)
+        for name, every in done.items():
+            self._windows.done([name], step, every)
 
     def _put_by(self, name: str, step: int, taken: Tensor | None) -> None:
         """Keep what a weight's state is now, of all that moves before its slot comes."""
