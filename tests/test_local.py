@@ -157,15 +157,19 @@ CASES = {
 }
 
 
+def train_alike(rank, size, door, case):
+    return train(rank, size, door, CASES[case][0], 4, alike=True, refresh_every=2)
+
+
 @pytest.mark.parametrize(("case", "door"), [(case, door) for case, (_, doors) in CASES.items() for door in doors])
 def test_where_ranks_have_the_same_rows_it_is_one_process(case, door):
     """With as many rows as one process: refreshes, moments, clips and skips."""
-    rule, _ = CASES[case]
-    ranks = processes.values(train, 2, door, rule, 4, alike=True, refresh_every=2)
+    ranks = processes.values(train_alike, 2, door, case)
     assert_bitwise([state for state, *_ in ranks])
-    alone, owners, _ = train(0, 1, door, rule, 4, alike=True, refresh_every=2)
+    alone, owners, _ = train_alike(0, 1, door, case)
     assert set(owners.values()) <= {None}  # nothing to divide
-    assert_close(ranks[0][0], alone, 2e-5)
+    names = network().state_dict() if case == "by rows" else alone  # bases of equal eigenvalues are any
+    assert_close({name: ranks[0][0][name] for name in names}, {name: alone[name] for name in names}, 2e-5)
 
 
 def resumed(rank, size, door):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,7 +15,7 @@ from ..options import Options
 from ..passes.match.layout import Layout
 from ..passes.order.collectives import Group, describe
 from ..passes.torch_api.dynamo import dynamo_tensors
-from ..passes.write.placement import Load, apart, assign
+from ..passes.write.placement import Load, apart, assign, assign_all
 from ..passes.write.update_draft import Job
 from ..rules.results import too_few_slots
 from ..runtime.optimizer_state import numbers_of, read_number, tensor_state
@@ -97,8 +96,8 @@ def owners_of(
     loads = loads_of(step)
     if group is None or group.row is None:
         return dict.fromkeys(loads)
-    padding = math.inf if options.placement == "local" else options.communication.padding
-    return assign(loads, group.row.size, padding, known)
+    given = (loads, group.row.size, options.communication.padding, known)
+    return assign_all(*given) if options.placement == "local" else assign(*given)
 
 
 def apart_of(

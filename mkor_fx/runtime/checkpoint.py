@@ -14,6 +14,8 @@ from .distributed_checkpoint import read_entry
 
 #: in front of the name of a weight whose state waits to be derived from
 PUT_BY = "put_by:"
+#: beside the tensors of such a state: whether its step was taken, and which that was. No rule's names, which may be any without dots
+TAKEN, OPENED = ":taken", ":opened"
 #: state tensors of one weight, by name
 Group = dict[str, Tensor]
 
@@ -205,8 +207,11 @@ def _unlike_its_state(name: str, waiting: Group, loaded: Mapping[str, Group]) ->
     state = loaded.get(name.removeprefix(PUT_BY))
     if state is None:
         return f"{_keys(name, waiting)} without the state of that weight"
-    odd = [key for key, t in waiting.items() if t.dim() and (key not in state or t.shape != state[key].shape)]
-    return f"{', '.join(f'{name}.{key}' for key in odd)} is not shaped as its state" if odd else None
+    if not {TAKEN, OPENED} <= waiting.keys():
+        return f"{_keys(name, waiting)} without the step that it is of"
+    own = {key: t for key, t in waiting.items() if key not in (TAKEN, OPENED)}
+    odd = {key: t for key, t in own.items() if key not in state or t.shape != state[key].shape}
+    return f"{_keys(name, odd)} not shaped as its state" if odd else None
 
 
 def _is_batch_of(one: Group, many: Group) -> bool:

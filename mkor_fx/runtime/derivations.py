@@ -9,14 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .checkpoint import OPENED, TAKEN
 from .factors import FactorState
 from .ranks import Ranks
-from .speeds import Derived, Speeds, workers
+from .speeds import DerivedSizes, Speeds, workers
 from .windows import Windows
-
-
-#: beside the tensors of a state that is put by: whether its step was taken, and which that was
-TAKEN, OPENED = "taken", "opened"
 
 
 class Task(NamedTuple):
@@ -56,7 +53,7 @@ class Derivations:
     def run(self, names: Iterable[str], step: int, taken: Tensor | None) -> None:
         """Derive, behind ``step``, of the state that it has used, what is due; not where it was not ``taken`` (0-dim). Weights with a
         slot later in their window are put by, and those derived whose slot has come."""
-        tasks: dict[str, Task] = {}
+        tasks, done = dict[str, Task](), dict[str, int]()
         here = {*self.mkor.names()}
         for name in dict.fromkeys([*names, *(name for name in self.mkor.put_by if name in here)]):
             every, waits = self._every(self.mkor.recipe(name)), name in self.mkor.put_by
@@ -72,8 +69,10 @@ class Derivations:
             elif due:
                 self._put_by(name, step, taken)
             if due:
-                self._windows.done([name], step, every)
+                done[name] = every
         self._work(tasks)
+        for name, every in done.items():
+            self._windows.done([name], step, every)
 
     def _put_by(self, name: str, step: int, taken: Tensor | None) -> None:
         """Keep what a weight's state is now, of all that moves before its slot comes."""
@@ -112,7 +111,7 @@ class Derivations:
         ranks = self.mkor.ranks
         return None if ranks is None or self._keepers in (0, 1, ranks.size) else ranks.grid(self._keepers)[1]
 
-    def _about(self, name: str) -> Derived:
+    def _about(self, name: str) -> DerivedSizes:
         return derived_of([self.mkor.state(name)[key] for key in self._derived[name][1]])
 
     def _derive_here(self, name: str, task: Task) -> None:
@@ -125,7 +124,7 @@ class Derivations:
             self._derived[name] = (self.mkor.recipe(name), changed)
 
 
-def derived_of(tensors: Iterable[Tensor]) -> Derived:
+def derived_of(tensors: Iterable[Tensor]) -> DerivedSizes:
     """What it takes to make, and to send, what a rule has derived: a square tensor is a matrix that was inverted or decomposed,
     or a batch of them."""
     matrices, sizes = list[int](), list[int]()
@@ -133,7 +132,7 @@ def derived_of(tensors: Iterable[Tensor]) -> Derived:
         sizes.append(tensor.numel() * tensor.element_size())
         if tensor.dim() > 1 and tensor.shape[-1] == tensor.shape[-2] > 0:
             matrices += [tensor.shape[-1]] * (tensor.numel() // tensor.shape[-1] ** 2)
-    return Derived(tuple(matrices), tuple(sizes))
+    return DerivedSizes(tuple(matrices), tuple(sizes))
 
 
 def spread(ranks: Ranks, tensors: Iterable[tuple[Tensor, int]]) -> None:

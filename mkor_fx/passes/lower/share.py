@@ -11,14 +11,18 @@ from torch import fx
 
 from ...ir import StepGraph
 from ..core import graph_pass
+from ..order.collectives import is_start, is_wait
 
 
 @graph_pass(stage="lower", exact=True)
 def share(step: StepGraph) -> None:
     """One node in the place of all that compute the same small thing: the hash behind random signs, which is that of every
-    weight of as many rows, and scalars. Inductor does not look for equal nodes in a graph that is not partitioned."""
+    weight of as many rows, and scalars. Two collectives stay two: what they are given may be equal on one rank alone.
+    Inductor does not look for equal nodes in a graph that is not partitioned."""
     first: dict[Hashable, fx.Node] = {}
     for node in list(step.graph.nodes):
+        if is_start(node) or is_wait(node):
+            continue
         if not node.all_input_nodes or "mkor_fx_alone" in node.meta or not _is_small(node):
             continue
         same = first.setdefault(_spelled(node), node)
@@ -42,8 +46,8 @@ def _is_float(value: Any) -> bool:
 
 
 def _spelled(node: fx.Node) -> tuple[Any, ...]:
-    """Equal for nodes of equal operator and arguments, whose types count. Constants go by what they hold: each reader has its
-    own, which costs nothing where it is written out."""
+    """Equal for nodes of equal operator and arguments, whose types count. Constants go by what they hold: each reader has
+    its own, which costs nothing where it is written out."""
     leaves, spec = pytree.tree_flatten((node.args, node.kwargs))
     constant = [isinstance(leaf, fx.Node) and leaf.op == "call_function" and not leaf.all_input_nodes for leaf in leaves]
     return (node.target, spec, node.meta.get("partitioner_tag")) + tuple(

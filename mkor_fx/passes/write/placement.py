@@ -46,6 +46,20 @@ def assign(
         everywhere.add(max(movable, key=lambda name: loads[name].bytes))
 
 
+def assign_all(
+    loads: Mapping[str, Load], size: int, padding: float, known: Mapping[str, int | None] | None = None
+) -> dict[str, int | None]:
+    """As :func:`assign`, with an owner for those weights as well that padding would keep on every rank: the one with the least work,
+    the costliest first."""
+    owners = assign(loads, size, padding, known)
+    held = [sum(load.work for name, load in loads.items() if owners[name] == rank) for rank in range(size)]
+    for name in sorted((name for name in loads if owners[name] is None), key=lambda name: -loads[name].work):  # stable
+        rank = held.index(min(held))
+        owners[name] = rank
+        held[rank] += loads[name].work
+    return owners
+
+
 def apart(loads: Mapping[str, Load], owners: Mapping[str, int], size: int, padding: float) -> set[str]:
     """Weights whose gradients had better be summed on every rank and whose directions their owners broadcast: as few as it takes,
     the largest of the fullest rank first, for padding to be no more than ``padding`` times all bytes."""
