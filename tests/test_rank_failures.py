@@ -142,6 +142,7 @@ def initialise_late(rank, size, path):
     step = prepare()
     store = torch.distributed.FileStore(path, size)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=size)
+    torch.distributed.barrier()  # else one rank's error can close what the other still connects to
     step(*BATCH)
 
 

@@ -13,7 +13,7 @@ import mkor_fx
 from mkor_fx import MKOR
 
 #: in the nightly run alone: more of a kind that another family here stands for
-MORE = ("Qwen2-MoE", "GPT-OSS", "Mixtral, batched_mm")
+MORE = ("Qwen2-MoE", "GPT-OSS", "Mixtral, batched_mm", "RoBERTa", "ALBERT", "nanoGPT", "nn.TransformerEncoder")
 NAMES = [pytest.param(name, marks=[pytest.mark.nightly] * (name in MORE)) for name in FAMILIES]
 TABLE = Path(__file__).parents[2] / "docs" / "families.md"
 
