@@ -23,6 +23,10 @@ class Case(NamedTuple):
     batch: tuple[torch.Tensor, torch.Tensor]
     attention: int = 0
 
+    def on(self, device: torch.device) -> "Case":
+        x, y = self.batch
+        return self._replace(model=lambda: self.model().to(device), batch=(x.to(device), y.to(device)))
+
 
 def gpt(width: int, depth: int, batch: int = 16, heads: int = 4) -> Case:
     text = torch.randint(VOCABULARY, (batch, CONTEXT + 1), generator=torch.Generator().manual_seed(0))

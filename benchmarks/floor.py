@@ -1,5 +1,5 @@
 """What MKOR has to add to a step at least: its products at the rate at which torch multiplies matrices of that shape and
-dtype, its bytes at that of a copy, both measured here and now."""
+dtype, its bytes at that of a copy, both measured here and now: CPU seconds, on a GPU the seconds that it is busy."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from torch import nn
 import mkor_fx
 from benchmarks.cases import Case, hidden
 from mkor_fx.rules.direction import multiplies_bfloat16
+
+CPU = torch.device("cpu")
 
 
 class Layer(NamedTuple):
@@ -78,7 +80,7 @@ def counts(case: Case) -> str:
 
 
 class Floor(NamedTuple):
-    """CPU seconds that a step of MKOR adds at least."""
+    """Seconds that a step of MKOR adds at least."""
 
     products: float  #: of the two sides with the momentum
     updates: float  #: of the factors, their low-rank products
@@ -97,35 +99,35 @@ def floor(case: Case, rule: Any = None) -> Floor:
     """Of ``rule``, an MKOR, refreshed at every step, behind an optimizer that is free. The momentum is read and written
     once, a factor read twice and written once; statistics are free, as if made where the rows are read anyway."""
     rule = mkor_fx.MKOR() if rule is None else rule
-    wide = torch.float32
-    product = torch.bfloat16 if rule.product_dtype == "fast" and multiplies_bfloat16(torch.device("cpu")) else wide
+    wide, device = torch.float32, case.batch[0].device
+    product = torch.bfloat16 if rule.product_dtype == "fast" and multiplies_bfloat16(device) else wide
     products = updates = 0.0
     moved = 0
     for layer in layers(case):
         o, i = layer.outputs, layer.inputs
-        products += multiplied(o, o, i, product) + multiplied(o, i, i, product)
+        products += multiplied(o, o, i, product, device) + multiplied(o, i, i, product, device)
         for size in (o, i):
             columns = rule.rank + rule.probes(size)
-            updates += multiplied(rule.rank, size, size, wide) + multiplied(size, columns, size, wide)
+            updates += multiplied(rule.rank, size, size, wide, device) + multiplied(size, columns, size, wide, device)
             moved += 3 * size * size * rule.factor_dtype.itemsize
         moved += 2 * o * i * wide.itemsize
-    return Floor(products, updates, moved * seconds_a_byte(moved))
+    return Floor(products, updates, moved * seconds_a_byte(moved, device))
 
 
 @functools.cache
-def multiplied(m: int, k: int, n: int, dtype: torch.dtype) -> float:
-    """CPU seconds of ``[m, k] @ [k, n]`` by torch."""
-    left, right = torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype)
-    out = torch.empty(m, n, dtype=dtype)
-    return _median(lambda: torch.mm(left, right, out=out), 2e8 / (m * k * n))
+def multiplied(m: int, k: int, n: int, dtype: torch.dtype, device: torch.device = CPU) -> float:
+    """Seconds of ``[m, k] @ [k, n]`` by torch."""
+    left, right = (torch.randn(*shape, device=device).to(dtype) for shape in ((m, k), (k, n)))
+    out = torch.empty(m, n, dtype=dtype, device=device)
+    return _median(lambda: torch.mm(left, right, out=out), 2e8 / (m * k * n), device)
 
 
 @functools.cache
-def seconds_a_byte(size: int) -> float:
+def seconds_a_byte(size: int, device: torch.device = CPU) -> float:
     """Of a copy between two arrays that together have so many bytes, of which it moves each once."""
     half = max(1 << 16, min(size, 1 << 28) // 2)
-    source, target = torch.ones(half, dtype=torch.uint8), torch.ones(half, dtype=torch.uint8)
-    return _median(lambda: target.copy_(source), 1e7 / half) / (2 * half)
+    source, target = (torch.ones(half, dtype=torch.uint8, device=device) for _ in range(2))
+    return _median(lambda: target.copy_(source), 1e7 / half, device) / (2 * half)
 
 
 @functools.cache
@@ -134,11 +136,15 @@ def seconds_an_element(operation: str) -> float:
     source = torch.rand(1 << 13) + 0.5
     function, out = getattr(torch, operation), torch.empty_like(source)
     arguments = (source, source) if operation == "mul" else (source,)
-    return _median(lambda: function(*arguments, out=out), 3e7 / source.numel()) / source.numel()
+    return _median(lambda: function(*arguments, out=out), 3e7 / source.numel(), CPU) / source.numel()
 
 
-def _median(call: Callable[[], Any], repeats: float, rounds: int = 7) -> float:
-    """CPU seconds of a call, median over rounds of so many."""
+def _median(call: Callable[[], Any], repeats: float, device: torch.device, rounds: int = 7) -> float:
+    """Seconds of a call, median over rounds of so many."""
+    if device.type == "cuda":
+        from triton.testing import do_bench
+
+        return do_bench(call, return_mode="median") / 1e3
     repeats, found = max(1, int(repeats)), list[float]()
     for _ in range(rounds + 1):
         began = time.process_time()

@@ -3,9 +3,11 @@
     python -m benchmarks.step_time --model gpt --width 256 --depth 4
     python -m benchmarks.step_time --model mlp --side SGD --side MKOR
     python -m benchmarks.step_time --all
+    python -m benchmarks.step_time --device cuda --width 1024 --depth 8 --batch 64
 
 Prints medians over rounds of CPU and wall milliseconds a step, their ratios to the first side, and for MKOR what the step
-cannot cost less than: that of the plain one and the floor of what MKOR adds. `compiled` sides are one program a step.
+cannot cost less than: that of the plain one and the floor of what MKOR adds, by CPU time, on a GPU by wall time.
+`compiled` sides are one program a step.
 """
 
 import argparse
@@ -58,16 +60,22 @@ def ratio(records: Sequence[Record], side: str, to: str, clock: int = 0) -> floa
 
 
 def cpu_seconds(records: Sequence[Record], side: str) -> float:
-    return statistics.median(record[side][0] for record in records)
+    return seconds(records, side, 0)
+
+
+def seconds(records: Sequence[Record], side: str, clock: int) -> float:
+    """Of CPU (0) or wall (1), median over rounds."""
+    return statistics.median(record[side][clock] for record in records)
 
 
 def timings(records: Sequence[Record], compiled_in: dict[str, float]) -> str:
     """Median milliseconds a step and the ratios to the first side."""
     baseline, rows = next(iter(records[0])), []
+    places = 1 if min(seconds(records, name, 1) for name in records[0]) > 0.01 else 2
     for name in records[0]:
         row = [name]
         for clock in (0, 1):
-            row.append(f"{1e3 * statistics.median(record[name][clock] for record in records):.1f}")
+            row.append(f"{1e3 * seconds(records, name, clock):.{places}f}")
             row.append(f"{ratio(records, name, baseline, clock):.3f}")
         rows.append((*row, f"{compiled_in[name]:.0f}"))
     headers = ("step", "CPU ms", "ratio", "wall ms", "ratio", "compile s")
@@ -76,24 +84,28 @@ def timings(records: Sequence[Record], compiled_in: dict[str, float]) -> str:
 
 def against_floor(case: Case, records: Sequence[Record]) -> str:
     """What the plain step costs and MKOR adds at least, and what MKOR's step costs over their sum."""
-    plain = "SGD" if "SGD" in records[0] else "AdamW"
+    plain, clock = "SGD" if "SGD" in records[0] else "AdamW", clock_of(case)
     lines = []
     for side, rule in (("MKOR", mkor_fx.MKOR()), ("MKOR, products in float32", mkor_fx.MKOR(product_dtype=None))):
         if side in records[0] and plain in records[0]:
             added = floor(case, rule)
-            least = cpu_seconds(records, plain) + added.total
+            own = seconds(records, plain, clock)
             lines.append(
-                f"{side}: {plain} {1e3 * cpu_seconds(records, plain):.1f} ms, floor of what is added {added}; "
-                f"measured over their sum {cpu_seconds(records, side) / least:.2f}"
+                f"{side}: {plain} {1e3 * own:.1f} ms, floor of what is added {added}; "
+                f"measured over their sum {seconds(records, side, clock) / (own + added.total):.2f}"
             )
     return "\n".join(lines)
 
 
-def shares(records: Sequence[Record]) -> str:
+def clock_of(case: Case) -> int:
+    return 0 if case.batch[0].device.type == "cpu" else 1
+
+
+def shares(case: Case, records: Sequence[Record]) -> str:
     """Of MKOR's step, by differences between sides."""
     if not all(side in records[0] for side in STAGES):
         return ""
-    plain, still, whole = (cpu_seconds(records, side) for side in STAGES)
+    plain, still, whole = (seconds(records, side, clock_of(case)) for side in STAGES)
     parts = {"forward, backward, AdamW": plain, "momentum, products, size": still - plain}
     parts["statistics, factors"] = whole - still
     return "Share of MKOR's step: " + ", ".join(f"{name} {part / whole:.0%}" for name, part in parts.items())
@@ -107,7 +119,7 @@ def run(case: Case, sides: Sequence[str], rounds: int, length: int, backend: str
         steps[name] = SIDES[name](case, backend)
         compiled_in[name] = compile_seconds(steps[name])
     records = measure(steps, rounds, length)
-    parts = timings(records, compiled_in), shares(records), against_floor(case, records)
+    parts = timings(records, compiled_in), shares(case, records), against_floor(case, records)
     print("\n\n".join(part for part in parts if part), flush=True)
     return records
 
@@ -123,13 +135,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--length", type=int, default=10, help="steps a side and round; a multiple of 10 is fair")
     parser.add_argument("--backend", default="inductor", choices=("inductor", "eager"))
+    parser.add_argument("--device", default="cpu", type=torch.device)
+    parser.add_argument("--float32", default="highest", choices=("highest", "high"), help="precision of its products")
     options = parser.parse_args()
+    torch.set_float32_matmul_precision(options.float32)
 
     build = {"gpt": lambda: cases.gpt(options.width, options.depth, options.batch), "mlp": cases.mlp, "cnn": cases.cnn}
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, seed {SEED}, "
-          f"{options.rounds} rounds of {options.length} steps, {options.backend}")  # fmt: skip
+    device = "" if options.device.type == "cpu" else f"{torch.cuda.get_device_name(options.device)}, "
+    print(f"torch {torch.__version__}, {device}{torch.get_num_threads()} threads, seed {SEED}, {options.rounds} rounds of "
+          f"{options.length} steps, {options.backend}, precision of float32 {options.float32}")  # fmt: skip
     sides = tuple(SIDES) if options.all else options.side or USUAL
-    run(build[options.model](), sides, options.rounds, options.length, options.backend)
+    run(build[options.model]().on(options.device), sides, options.rounds, options.length, options.backend)
 
 
 if __name__ == "__main__":

@@ -24,14 +24,19 @@ _library = torch.library.Library("mkor_fx", "DEF")
 BODIES: dict[torch._ops.OpOverload, Callable] = {}
 #: those whose expansion Inductor shall compile by itself, once for all operands that look alike
 ALONE: set[torch._ops.OpOverload] = set()
+#: of small matrices, of which a GPU shall compute many in one call
+STACKED: set[torch._ops.OpOverload] = set()
 
 
-def prim(schema: str, shared: Collection[int] = (), alone: bool = False) -> Callable[[Callable], torch._ops.OpOverload]:
+def prim(
+    schema: str, shared: Collection[int] = (), alone: bool = False, stacked: bool = False
+) -> Callable[[Callable], torch._ops.OpOverload]:
     """Define ``mkor_fx::<schema>`` with the decorated function as its body on every device.
 
     Bodies take any leading dimensions ``...``, so the operator under ``vmap`` is the same operator once more. Arguments at
     ``shared`` positions broadcast: what is alike for the whole of a batch is passed as it is. ``alone``: of several small
     kernels, which are not to be fused with what comes before and behind, so that they are the same for every weight.
+    ``stacked``: of one small matrix, and takes too little of a GPU to be called for each weight.
     """
 
     def register(body: Callable) -> torch._ops.OpOverload:
@@ -45,6 +50,8 @@ def prim(schema: str, shared: Collection[int] = (), alone: bool = False) -> Call
         BODIES[overload] = body
         if alone:
             ALONE.add(overload)
+        if stacked:
+            STACKED.add(overload)
 
         def batched(info: Any, in_dims: tuple, *args: Any) -> tuple[Tensor, int]:
             leaves, spec = pytree.tree_flatten(args)

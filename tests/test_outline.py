@@ -3,10 +3,13 @@
 import copy
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn.functional import mse_loss
 
 import mkor_fx
+from mkor_fx.passes.lower.outline import outline
+
+aten = torch.ops.aten
 
 
 class Cosine(torch.optim.Optimizer):
@@ -57,3 +60,21 @@ def test_equal_updates_are_one_function():
     step = beside_its_own_loop(nn.Sequential(*layers), lambda params: torch.optim.AdamW(params, lr=1e-2))
     (code,) = step.variants["plain"].code
     assert code.count("def outlined_") == 1 and code.count("= outlined_0(outlined_0_args)") == 3
+
+
+def test_what_is_used_in_its_own_midst_stays_where_it_is():
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    x.meta["val"] = torch.zeros(4)
+    nodes = []
+    for target in (aten.sin, aten.cos, aten.exp, aten.neg, aten.sin):
+        nodes.append(graph.call_function(target.default, (nodes[-1] if nodes else x,)))
+        nodes[-1].meta = {"val": torch.zeros(4)}
+    for node in (nodes[0], nodes[1], nodes[3], nodes[4]):  # a pass of Inductor's has put the third between them
+        node.meta["mkor_fx_alone"] = "op"
+    graph.output((nodes[2], nodes[4]))
+    module = fx.GraphModule(torch.nn.Module(), graph)
+    before, x = module(torch.ones(4)), torch.ones(4)
+    outline(graph, [None])
+    module.recompile()
+    assert torch.equal(module(x)[1], before[1])

@@ -5,6 +5,7 @@ import torch
 import zoo
 from joint import capture, program
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.checkpoint import CheckpointPolicy
 
 import mkor_fx
@@ -20,6 +21,7 @@ from mkor_fx.passes.match.spell_transposes import spell_transposes
 from mkor_fx.passes.order.recompute_checkpoints import recompute_checkpoints
 from mkor_fx.passes.order.update_when_ready import update_when_ready
 from mkor_fx.passes.pipeline import CANONICALIZE, SCHEDULE
+from mkor_fx.passes.torch_api.tracing import add_input, insert
 from mkor_fx.show.graphs import Graphs
 
 aten = torch.ops.aten
@@ -282,3 +284,42 @@ def test_graphs_keep_every_stage_as_it_was(capsys):
         graphs["lower"]
     with pytest.raises(KeyError, match="not run yet"):
         Graphs("nothing")["capture"]
+
+
+def test_a_trace_of_one_operand_twice_is_none_of_two():
+    with FakeTensorMode() as mode:
+        values = [torch.empty(3), torch.empty(3)]
+    graph = fx.Graph()
+    x, y = (add_input(graph, name, value, mode) for name, value in zip("xy", values, strict=True))
+    dot = lambda a, b: (a * b).sum()
+    graph.output((insert(graph, dot, x, x), insert(graph, dot, x, y)))
+    x, y = torch.randn(3), torch.randn(3)
+    assert fx.GraphModule({}, graph)(x, y) == (x.dot(x), x.dot(y))
+
+
+def test_a_function_of_no_tensor_makes_a_fake_one():
+    graph = fx.Graph()
+    add_input(graph, "x", torch.zeros(3), FakeTensorMode())
+    made = insert(graph, lambda: torch.zeros(4))
+    assert isinstance(made.meta["val"], FakeTensor)
+
+
+@pytest.mark.parametrize("weights, calls", [(1, 1), (5, 1), (20, 2)])
+def test_small_matrices_of_several_weights_are_computed_in_few_calls(weights, calls):
+    """As for a GPU, here on the host: what is read and written stays what it was, also where it is read at once."""
+
+    def function(*factors):
+        made, visits = [], factors[0].new_full((), 3).long()
+        for at, factor in enumerate(factors):
+            block = factor[:2].sin() + at
+            new = torch.ops.mkor_fx.damped_update(factor, [block], visits, 0.9, 10.0, 2)
+            made += [new, new @ factor, block]
+        return tuple(made)
+
+    factors = [torch.eye(4 + at % 3) + 0.1 for at in range(weights)]
+    step = program(function, *factors)
+    expand(step, stacked=True)
+    step.graph.lint()
+    assert sum(node.target is aten.linalg_cholesky_ex.default for node in step.graph.nodes) == calls
+    results = fx.Interpreter(step.module).run(*factors)
+    torch.testing.assert_close(list(results), list(function(*factors)))

@@ -52,8 +52,8 @@ def filled_pipeline(
         layers.setdefault(number * pipeline.stages // len(names), []).append(
             Factors(name, _split(curvature, side), _split(sync, side), _split(inverse, of_inputs))
         )
-    parts = (spent.get((phase, ""), 0.0) / pipeline.stages for phase in ("forward", "backward"))
-    return fill(pipeline, *parts, layers)
+    forward, backward = (spent.get((phase, ""), 0.0) / pipeline.stages for phase in ("forward", "backward"))
+    return fill(pipeline, forward, backward, layers)
 
 
 def _share_of_inputs(layout: Layout) -> float:

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
+from torch import fx
+
 from ..ir import StepGraph
 from ..rules import Rules
 from ..show.recorder import Recording
@@ -148,7 +151,7 @@ def check_left_out(names: Collection[str]) -> None:
     """Raises ValueError for the name of no pass that can be left out. What gives a program its results cannot."""
     known = [p.name for stage in (REWRITE, CARRY_DIRECTIONS, UPDATE, APPLY, REFRESH, COLLECTIVES, SCHEDULE) for p in stage]
     known.remove(return_state.name)
-    known += [schedule.name, "pin", "outline", *(p.name for p in LOWER if p is not expand)]
+    known += [schedule.name, "stack", "pin", "outline", *(p.name for p in LOWER if p is not expand)]
     for name in names:
         if name not in known:
             raise ValueError(f"without={name!r}: no such pass; there are {', '.join(dict.fromkeys(known))}")
@@ -191,8 +194,18 @@ def synthesise(
     if group is not None:
         ordering = [*kept([bucket], group=group), *kept([issue_alike]), *ordering, *kept([schedule])]
     run_passes(draft.step, ordering, "schedule", graphs)
-    lowering = [*kept([order_products, shortcut_row_sums]), partial(expand, inductor=inductor), *kept([unpack, share])]
+    stacked = group is None and _on_a_gpu(draft.step.graph) and "stack" not in without
+    lowering = [
+        *kept([order_products, shortcut_row_sums]),
+        partial(expand, inductor=inductor, stacked=stacked),
+        *kept([unpack, share]),
+    ]
     run_passes(draft.step, lowering if partitioned else [*lowering, *kept([store_scalars])], "lower", graphs)
+
+
+def _on_a_gpu(graph: fx.Graph) -> bool:
+    values = (node.meta.get("val") for node in graph.find_nodes(op="placeholder"))
+    return any(isinstance(value, torch.Tensor) and value.device.type == "cuda" for value in values)
 
 
 def closing(draft: StepDraft | UpdateDraft, group: Group | None, without: Collection[str]) -> list[PostGradPass]:

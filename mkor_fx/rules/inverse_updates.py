@@ -67,6 +67,15 @@ def _damped_update(factor_DD: Tensor, roots_KD: Tensor, gamma: float | Tensor) -
     return updated.to(factor_DD.dtype)
 
 
+@prim("inverse_root(Tensor gram) -> Tensor", stacked=True)
+def inverse_root(gram_KK: Tensor) -> Tensor:
+    """``T^-1`` of ``I + G = T T^T``, by Cholesky; zero where rounding has left no root."""
+    identity_KK = torch.eye(gram_KK.shape[-1], dtype=gram_KK.dtype, device=gram_KK.device)
+    root, info = torch.linalg.cholesky_ex((gram_KK + gram_KK.mT) / 2 + identity_KK)
+    inverse_KK = torch.linalg.solve_triangular(root, identity_KK, upper=False)
+    return torch.where((info == 0).unsqueeze(-1).unsqueeze(-1), inverse_KK, torch.zeros_like(inverse_KK))
+
+
 def _damped_roots(
     factor_DD: Tensor, blocks: list[Tensor], visits: Tensor, gamma: float | Tensor, kappa: float | Tensor, probes: int
 ) -> Tensor:
@@ -94,11 +103,7 @@ def _damped_roots(
     gram_KR = pushed_KD @ columns_RD.mT
     gram_KP = torch.take_along_dim(pushed_KD, index.unsqueeze(-2), -1) * length
     gram_KK = torch.cat([gram_KR, gram_KP], -1)
-    identity_KK = torch.eye(gram_KK.shape[-1], dtype=dtype, device=factor.device)
-    root, info = torch.linalg.cholesky_ex((gram_KK + gram_KK.mT) / 2 + identity_KK)
-    inverse_KK = torch.linalg.solve_triangular(root, identity_KK, upper=False)  # small: U itself would be copied to solve
-    inverse_KK = torch.where((info == 0).unsqueeze(-1).unsqueeze(-1), inverse_KK, torch.zeros_like(inverse_KK))
-    return inverse_KK @ pushed_KD
+    return inverse_root(gram_KK) @ pushed_KD  # U itself would be copied to solve
 
 
 @prim(

@@ -6,27 +6,28 @@ import functools
 from collections.abc import Callable, Collection
 from typing import Any
 
+import torch
 from torch import fx
 
 from ...ir import StepGraph
-from ...prims import ALONE, BODIES
+from ...prims import ALONE, BODIES, STACKED
 from ..core import graph_pass
 from ..torch_api.backend import inductor_decompositions
 from ..torch_api.tracing import Decompositions, insert
+from .stack import stack
 
 #: what a node's replacement takes over from it
 INHERITED = ("partitioner_tag", "stack_trace", "seq_nr", "nn_module_stack", "fwd_nn_module_stack", "recompute", "mkor_fx_alone")
 
 
 @functools.cache
-def lowering_table(inductor: bool, together: bool = False) -> Decompositions:
-    """The bodies of ``mkor_fx::`` operators, ``together`` but for those that stand alone; with ``inductor`` whatever Inductor
-    wants decomposed, too.
+def lowering_table(inductor: bool, kept: Collection[torch._ops.OpOverload] = frozenset()) -> Decompositions:
+    """The bodies of ``mkor_fx::`` operators but for those ``kept``; with ``inductor`` whatever Inductor wants decomposed, too.
 
     A graph that goes through AOTAutograd afterwards needs the bodies only. One that has been through it already must
     not show Inductor an operator of its decomposition table.
     """
-    bodies = {target: body for target, body in BODIES.items() if not (together and target in ALONE)}
+    bodies = {target: body for target, body in BODIES.items() if target not in kept}
     return {**(inductor_decompositions() if inductor else {}), **bodies}
 
 
@@ -35,11 +36,17 @@ def _call(target: Callable, args: tuple, kwargs: dict) -> Any:
 
 
 @graph_pass(stage="lower")
-def expand(step: StepGraph, *, inductor: bool = False) -> None:
-    """Replace each operator of the lowering table by its body, traced once per shape; last those that stay together."""
-    together = lowering_table(inductor, together=True)
+def expand(step: StepGraph, *, inductor: bool = False, stacked: bool = False) -> None:
+    """Replace each operator of the lowering table by its body, traced once per shape; last those that stay together.
+
+    ``stacked``: what such operators compute of small matrices is computed for several weights at once.
+    """
+    together = lowering_table(inductor, frozenset(ALONE | STACKED))
     _expand(step, together.keys(), together)
-    _expand(step, ALONE, lowering_table(inductor))
+    if stacked:
+        _expand(step, ALONE, lowering_table(inductor, frozenset(STACKED)))
+        stack(step.graph)
+    _expand(step, ALONE | STACKED, lowering_table(inductor))
     step.graph.eliminate_dead_code()
 
 
@@ -54,10 +61,13 @@ def _expand(step: StepGraph, targets: Collection[Any], table: Decompositions) ->
         written = between(before, node)
         if any(copy.target is node.target for copy in written):  # the table has it, but declines these operands
             continue
+        part = node.name if node.target in ALONE else None
         for copy in written:
             copy.meta = {**{k: v for k, v in node.meta.items() if k in INHERITED}, **copy.meta}
-            if node.target in ALONE:
-                copy.meta["mkor_fx_alone"] = node.name
+            if copy.target in STACKED:  # stands between two parts of the rest
+                part = f"{part}, behind {copy.name}"
+            elif part is not None:
+                copy.meta["mkor_fx_alone"] = part
         if isinstance(new, fx.Node):
             node.replace_all_uses_with(new)
         else:

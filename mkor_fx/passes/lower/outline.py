@@ -46,12 +46,18 @@ def outline(graph: fx.Graph, owners: Sequence[Hashable]) -> None:
 
 
 def _alone(graph: fx.Graph) -> Iterable[list[fx.Node]]:
-    """What each operator that stands alone was expanded to."""
+    """What each operator that stands alone was expanded to, unless Inductor has written users of it in its midst, as it does
+    where it pads products on a GPU."""
     groups: dict[str, list[fx.Node]] = defaultdict(list)
     for node in graph.nodes:
         if "mkor_fx_alone" in node.meta:
             groups[node.meta["mkor_fx_alone"]].append(node)
-    return groups.values()
+    place = {node: i for i, node in enumerate(graph.nodes)}
+    return [
+        nodes
+        for nodes in map(list, groups.values())
+        if all(place[user] > place[nodes[-1]] for node in nodes for user in node.users if user not in nodes)
+    ]
 
 
 def _owned(graph: fx.Graph, owner_of: dict[fx.Node, Hashable]) -> Iterable[list[fx.Node]]:
