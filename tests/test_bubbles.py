@@ -9,13 +9,13 @@ from torch.nn import functional
 
 import mkor_fx
 from mkor_fx import KFAC, Pipeline
-from mkor_fx.show.bubbles import Factors, fill, pipeline_step
+from mkor_fx.show.bubbles import LayerWork, fill, pipeline_step
 
 SHAPES = [(1, 1), (1, 5), (4, 1), (4, 4), (4, 9), (7, 3)]
 
 
 def layers_of(stages, count=2, curvature=(0.1, 0.2), sync=(0.05, 0.05), inverse=(0.3, 0.4)):
-    return {s: [Factors(f"{s}.{i}", curvature, sync, inverse) for i in range(count)] for s in range(stages)}
+    return {s: [LayerWork(f"{s}.{i}", curvature, sync, inverse) for i in range(count)] for s in range(stages)}
 
 
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
@@ -99,7 +99,7 @@ def test_two_directions_fill_alike():
 def test_a_gap_takes_what_fits_with_five_percent_to_spare(duration, steps, start):
     """Two stages, one micro-batch: the first waits from 1 to 4 for its backward, [4, 6]. Statistics take 1, their sum 0.5:
     1.5 is left in the first step, 3 in further ones, and what does not fit there either goes behind the first."""
-    layers = {0: [Factors("0", (1.0, 0.0), (0.5, 0.0), (duration, 0.0))]}
+    layers = {0: [LayerWork("0", (1.0, 0.0), (0.5, 0.0), (duration, 0.0))]}
     filled = fill(Pipeline(stages=2, micro_batches=1), 1.0, 2.0, layers)
     (inverse,) = (item for item in filled.items if item.kind == "inverse R")
     assert (filled.step, filled.steps, inverse.start) == (6.0, steps, start)
@@ -116,7 +116,7 @@ def test_without_bubbles_the_refresh_is_at_the_end_of_the_step():
 def test_small_pieces_fill_all_bubbles():
     """Up to the five percent, the last piece of a gap and what waits for a forward: of 4 stages and 4 micro-batches 43 % are
     bubbles."""
-    layers = {s: [Factors(f"{s}.{i}", (0.0, 0.0), (0.0, 0.0), (0.01, 0.0)) for i in range(3600)] for s in range(4)}
+    layers = {s: [LayerWork(f"{s}.{i}", (0.0, 0.0), (0.0, 0.0), (0.01, 0.0)) for i in range(3600)] for s in range(4)}
     filled = fill(Pipeline(stages=4, micro_batches=4), 1.0, 2.0, layers)
     assert filled.utilisation_without == pytest.approx(4 / 7)
     assert filled.steps == 5 and filled.appended == 0
@@ -138,7 +138,7 @@ def test_a_simulation_is_laid_out_on_stages():
     filled = seen.filled
     phases = seen.phases()
     assert filled.step == pytest.approx(5 * (phases["forward"] + phases["backward"]) / 2)
-    layers = {s: [Factors(f"{2 * i}.weight", (0, 0), (0, 0), (0, 0)) for i in (2 * s, 2 * s + 1)] for s in range(2)}
+    layers = {s: [LayerWork(f"{2 * i}.weight", (0, 0), (0, 0), (0, 0)) for i in (2 * s, 2 * s + 1)] for s in range(2)}
     assert_sound(filled, layers, 4)
     inversions = sum(i.duration for i in filled.items if i.kind.startswith("inverse"))
     assert inversions == pytest.approx(sum(one.derive_ms for one in seen.inversions))

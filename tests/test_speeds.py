@@ -14,7 +14,7 @@ from torch.nn import functional
 import mkor_fx
 from mkor_fx import KFAC, Communication, Speeds
 from mkor_fx.passes.order.fusion import Arrival, fuse
-from mkor_fx.runtime.speeds import Derived, workers
+from mkor_fx.runtime.speeds import DerivedSizes, workers
 from mkor_fx.show.timeline import COMMUNICATION
 
 
@@ -128,7 +128,7 @@ def test_the_schedule_follows_the_speeds():
 def test_what_is_cheaper_to_derive_than_to_send_is_never_sent():
     """d^3 at 1 flop/s against 1000 s a broadcast: up to 10 rows on every rank."""
     fast = speeds(1000.0, flops=1.0)
-    weights = {str(d): Derived((d,), (4 * d * d,)) for d in (2, 9, 10, 11, 30)}
+    weights = {str(d): DerivedSizes((d,), (4 * d * d,)) for d in (2, 9, 10, 11, 30)}
     found = workers(weights, 4, fast)
     assert {name for name, rank in found.items() if rank is None} == {"2", "9"}  # 10^3 s is not less
     assert found["30"] == 0 and {found["11"], found["10"]} == {1, 2}
@@ -139,7 +139,7 @@ def test_the_longest_goes_first_and_to_whoever_has_least():
     generator = torch.Generator().manual_seed(0)
     for _ in range(30):
         rows = torch.randint(2, 20, (7,), generator=generator).tolist()
-        weights = {str(i): Derived((d,), (1,)) for i, d in enumerate(rows)}
+        weights = {str(i): DerivedSizes((d,), (1,)) for i, d in enumerate(rows)}
         for given, cost in ((None, lambda d: d**3), (speeds(0.0, flops=1.0, inversion_latency=500.0), lambda d: 500 + d**3)):
             found = workers(weights, 3, given)
             work = [cost(d) for d in rows]

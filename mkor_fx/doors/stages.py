@@ -9,7 +9,7 @@ from ..passes.match.layout import Layout
 from ..passes.order.collectives import Group
 from ..passes.order.estimate import Device
 from ..prims import accumulation_dtype
-from ..show.bubbles import Factors, FilledPipeline, Pipeline, fill
+from ..show.bubbles import FilledPipeline, LayerWork, Pipeline, fill
 from ..show.timeline import COMPUTE, Event, Inversion
 from .inversions import estimated_speeds
 from .run import Written
@@ -40,7 +40,7 @@ def filled_pipeline(
             spent[at] = spent.get(at, 0.0) + event.duration
     speeds = options.communication.speeds or estimated_speeds(device, group.size)
     derived = {one.name: one for one in inverted}
-    layers: dict[int, list[Factors]] = {}
+    layers: dict[int, list[LayerWork]] = {}
     for number, (name, index) in enumerate(names.items()):
         layout, dtype = written.layouts[index], accumulation_dtype(written.params[index].dtype)
         curvature = spent.get(("statistics", f"{name}: statistics"), 0.0)
@@ -50,7 +50,7 @@ def filled_pipeline(
         side = _share_of_inputs(layout)
         of_inputs = _share_inverted(layout, derived[name]) if name in derived else 0.0
         layers.setdefault(number * pipeline.stages // len(names), []).append(
-            Factors(name, _split(curvature, side), _split(sync, side), _split(inverse, of_inputs))
+            LayerWork(name, _split(curvature, side), _split(sync, side), _split(inverse, of_inputs))
         )
     forward, backward = (spent.get((phase, ""), 0.0) / pipeline.stages for phase in ("forward", "backward"))
     return fill(pipeline, forward, backward, layers)

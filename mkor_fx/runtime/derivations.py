@@ -12,7 +12,7 @@ from torch import Tensor
 from .checkpoint import OPENED, TAKEN
 from .factors import FactorState
 from .ranks import Ranks
-from .speeds import Derived, Speeds, workers
+from .speeds import DerivedSizes, Speeds, workers
 from .windows import Windows
 
 
@@ -111,7 +111,7 @@ class Derivations:
         ranks = self.mkor.ranks
         return None if ranks is None or self._keepers in (0, 1, ranks.size) else ranks.grid(self._keepers)[1]
 
-    def _about(self, name: str) -> Derived:
+    def _about(self, name: str) -> DerivedSizes:
         return derived_of([self.mkor.state(name)[key] for key in self._derived[name][1]])
 
     def _derive_here(self, name: str, task: Task) -> None:
@@ -124,7 +124,7 @@ class Derivations:
             self._derived[name] = (self.mkor.recipe(name), changed)
 
 
-def derived_of(tensors: Iterable[Tensor]) -> Derived:
+def derived_of(tensors: Iterable[Tensor]) -> DerivedSizes:
     """What it takes to make, and to send, what a rule has derived: a square tensor is a matrix that was inverted or decomposed,
     or a batch of them."""
     matrices, sizes = list[int](), list[int]()
@@ -132,7 +132,7 @@ def derived_of(tensors: Iterable[Tensor]) -> Derived:
         sizes.append(tensor.numel() * tensor.element_size())
         if tensor.dim() > 1 and tensor.shape[-1] == tensor.shape[-2] > 0:
             matrices += [tensor.shape[-1]] * (tensor.numel() // tensor.shape[-1] ** 2)
-    return Derived(tuple(matrices), tuple(sizes))
+    return DerivedSizes(tuple(matrices), tuple(sizes))
 
 
 def spread(ranks: Ranks, tensors: Iterable[tuple[Tensor, int]]) -> None:

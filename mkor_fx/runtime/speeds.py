@@ -72,7 +72,7 @@ class Speeds:
         return max(0.0, time - slope * size), 1 / slope
 
 
-class Derived(NamedTuple):
+class DerivedSizes(NamedTuple):
     """What is derived of one weight's state: the rows of each matrix that is inverted or decomposed, and the bytes of each
     tensor that it makes."""
 
@@ -80,7 +80,7 @@ class Derived(NamedTuple):
     bytes: tuple[int, ...]
 
 
-def workers(weights: Mapping[str, Derived], size: int, speeds: Speeds | None = None) -> dict[str, int | None]:
+def workers(weights: Mapping[str, DerivedSizes], size: int, speeds: Speeds | None = None) -> dict[str, int | None]:
     """The rank among ``size`` that derives each weight's and broadcasts it; None: every rank does, and nothing is sent.
 
     Longest processing time first: the costliest to the rank with the least work so far. ``speeds`` None: a matrix of ``d`` rows

@@ -43,12 +43,11 @@ class Pipeline:
         if self.schedule == "chimera" and (self.stages % 2 or self.micro_batches != self.stages):
             raise ValueError(
                 f"Pipeline(stages={self.stages}, micro_batches={self.micro_batches}, schedule='chimera'): stages must be "
-                "even, half "
-                "of the micro-batches go each way, and there must be as many as stages: the unit that Chimera repeats"
+                "even and as many as micro-batches, of which half go each way: the unit that Chimera repeats"
             )
 
 
-class Item(NamedTuple):
+class Slot(NamedTuple):
     """A piece of work on one ``rank`` of the pipeline: ``kind`` says of what, ``of`` whose. Times in the unit that was
     given."""
 
@@ -64,7 +63,7 @@ class Item(NamedTuple):
         return self.start + self.duration
 
 
-class Factors(NamedTuple):
+class LayerWork(NamedTuple):
     """What refreshing one layer takes: of both factors, ``R`` of inputs and ``L`` of output gradients, the statistics of one
     micro-batch, their sum over ranks, the inversion."""
 
@@ -85,7 +84,7 @@ class FilledPipeline:
     pipeline: Pipeline
     step: float
     steps: int
-    items: tuple[Item, ...]
+    items: tuple[Slot, ...]
     appended: int
 
     @property
@@ -104,7 +103,7 @@ class FilledPipeline:
         own = sum(item.duration for item in self.items if item.kind in ("forward", "backward"))
         return own / (self.steps * self.step * self.pipeline.stages) if self.step else 1.0
 
-    def lane(self, rank: int) -> list[Item]:
+    def lane(self, rank: int) -> list[Slot]:
         """What one rank does, in order."""
         return sorted((item for item in self.items if item.rank == rank), key=lambda item: item.start)
 
@@ -118,16 +117,12 @@ class FilledPipeline:
         about = self.pipeline
         return (
             f"{about.schedule} of {about.stages} stages and {about.micro_batches} micro-batches (estimated): a refresh "
-            "takes "
-            f"{self.steps} step{'s' * (self.steps > 1)} of {self.step:.3f} ms, {self.appended} pieces behind the last; "
-            f"utilisation {self.utilisation_without:.1%} without it, {self.utilisation:.1%} with it\n"
+            f"takes {self.steps} step{'s' * (self.steps > 1)} of {self.step:.3f} ms, {self.appended} pieces behind the "
+            f"last; utilisation {self.utilisation_without:.1%} without it, {self.utilisation:.1%} with it\n"
         ) + aligned(rows, ["over a refresh", *(f"{kind} ms" for kind in kinds)], "l" + "r" * len(kinds))
 
 
-# ---- forwards and backwards -------------------------------------------------------------------------------------------
-
-
-def pipeline_step(pipeline: Pipeline, forward: float, backward: float) -> list[Item]:
+def pipeline_step(pipeline: Pipeline, forward: float, backward: float) -> list[Slot]:
     """Forwards and backwards of one step, each of a micro-batch on one stage as long as on any other.
 
     A forward follows that of the stage before, a backward that of the stage behind. ``"gpipe"`` and ``"1f1b"`` take
@@ -148,10 +143,10 @@ def pipeline_step(pipeline: Pipeline, forward: float, backward: float) -> list[I
     return _in_order(orders, forward, backward)
 
 
-def _in_order(orders: Sequence[Sequence[tuple[str, int]]], forward: float, backward: float) -> list[Item]:
+def _in_order(orders: Sequence[Sequence[tuple[str, int]]], forward: float, backward: float) -> list[Slot]:
     """Each stage does its own list as early as its neighbours let it."""
     S, ends = len(orders), dict[tuple[str, int, int], float]()
-    free, at, items = [0.0] * S, [0] * S, list[Item]()
+    free, at, items = [0.0] * S, [0] * S, list[Slot]()
     while any(at[s] < len(orders[s]) for s in range(S)):
         for stage, order in enumerate(orders):
             while at[stage] < len(order):
@@ -160,7 +155,7 @@ def _in_order(orders: Sequence[Sequence[tuple[str, int]]], forward: float, backw
                 if needs is not None and needs not in ends:
                     break
                 start = max(free[stage], 0.0 if needs is None else ends[needs])
-                item = Item(stage, kind, f"stage {stage}", start, forward if kind == "forward" else backward, m)
+                item = Slot(stage, kind, f"stage {stage}", start, forward if kind == "forward" else backward, m)
                 items.append(item)
                 free[stage] = ends[kind, stage, m] = item.end
                 at[stage] += 1
@@ -173,11 +168,11 @@ def _needs(kind: str, stage: int, m: int, S: int) -> tuple[str, int, int] | None
     return ("forward", stage, m) if stage == S - 1 else (kind, stage + 1, m)
 
 
-def _chimera(S: int, M: int, forward: float, backward: float) -> list[Item]:
+def _chimera(S: int, M: int, forward: float, backward: float) -> list[Slot]:
     """Half of the micro-batches go down, half up; stage ``s`` of the way up is on rank ``S - 1 - s``. A rank takes the
     backward that is ready, else the forward that came first."""
     ends: dict[tuple[str, int, int], float] = {}
-    free, items = [0.0] * S, list[Item]()
+    free, items = [0.0] * S, list[Slot]()
     rest = {(kind, stage, m) for kind in ("forward", "backward") for stage in range(S) for m in range(M)}
     rank_of = lambda stage, m: stage if m % 2 == 0 else S - 1 - stage  # even ones go down
     while rest:
@@ -189,18 +184,15 @@ def _chimera(S: int, M: int, forward: float, backward: float) -> list[Item]:
                 begins = max(free[rank], 0.0 if needs is None else ends[needs])
                 ready.append((begins, kind == "forward", m // 2, -stage, m, kind, stage, rank))
         begins, *_, m, kind, stage, rank = min(ready)
-        item = Item(rank, kind, f"stage {stage}", begins, forward if kind == "forward" else backward, m)
+        item = Slot(rank, kind, f"stage {stage}", begins, forward if kind == "forward" else backward, m)
         items.append(item)
         free[rank] = ends[kind, stage, m] = item.end
         rest.remove((kind, stage, m))
     return items
 
 
-# ---- what fills the gaps ----------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
-class _Piece:
+class _Untimed:
     """One item of the refresh before it has a time. ``after`` are others that have to be over; ``event`` the forward or
     backward."""
 
@@ -213,7 +205,7 @@ class _Piece:
 
 
 def fill(
-    pipeline: Pipeline, forward: float, backward: float, layers: Mapping[int, Sequence[Factors]], most: int = 64
+    pipeline: Pipeline, forward: float, backward: float, layers: Mapping[int, Sequence[LayerWork]], most: int = 64
 ) -> FilledPipeline:
     """The refresh of ``layers``, by stage, in the gaps of a step and of those behind it, greedily.
 
@@ -227,10 +219,10 @@ def fill(
     lanes = [sorted((i for i in base if i.rank == rank), key=lambda i: i.start) for rank in range(pipeline.stages)]
     waiting = [_pieces(pipeline, rank, layers) for rank in range(pipeline.stages)]
     ends: list[dict[int, float]] = [{} for _ in lanes]
-    items, step, appended = list[Item](), 0, 0
+    items, step, appended = list[Slot](), 0, 0
     done = {(rank, i.kind, i.of, i.micro_batch): i.end for rank, lane in enumerate(lanes) for i in lane}
     while step < most and (step == 0 or any(len(own) > len(over) for own, over in zip(waiting, ends))):
-        offset, filled = step * length, list[Item]()
+        offset, filled = step * length, list[Slot]()
         for rank, lane in enumerate(lanes):
             at = 0.0
             for start, stop in [*((i.start, i.end) for i in lane), (length, length)]:
@@ -245,13 +237,13 @@ def fill(
     return FilledPipeline(pipeline, length, step, tuple(items), appended)
 
 
-def _pieces(pipeline: Pipeline, rank: int, layers: Mapping[int, Sequence[Factors]]) -> list[_Piece]:
+def _pieces(pipeline: Pipeline, rank: int, layers: Mapping[int, Sequence[LayerWork]]) -> list[_Untimed]:
     """Those of a rank in the order of priority; what takes no time is left out."""
     stages = {rank: list(range(pipeline.micro_batches))}
     if pipeline.schedule == "chimera":  # a rank has two stages, each with half of the micro-batches; sums are over both
         stages = {rank: list(range(0, pipeline.micro_batches, 2))}
         stages[pipeline.stages - 1 - rank] = list(range(1, pipeline.micro_batches, 2))
-    found: list[_Piece] = []
+    found: list[_Untimed] = []
     curvature: dict[tuple[int, str, int], tuple[int, ...]] = {}
     for side, event in ((0, "forward"), (1, "backward")):
         for stage, batches in stages.items():
@@ -259,7 +251,8 @@ def _pieces(pipeline: Pipeline, rank: int, layers: Mapping[int, Sequence[Factors
                 own = []
                 for m in batches if layer.curvature[side] else ():
                     own.append(len(found))
-                    found.append(_Piece(f"curvature {'RL'[side]}", layer.name, layer.curvature[side], (), (event, m), stage))
+                    kind = f"curvature {'RL'[side]}"
+                    found.append(_Untimed(kind, layer.name, layer.curvature[side], (), (event, m), stage))
                 curvature[stage, layer.name, side] = tuple(own)
     for kind, take in (("sync", lambda layer: layer.sync), ("inverse", lambda layer: layer.inverse)):
         for side in range(2):
@@ -268,7 +261,7 @@ def _pieces(pipeline: Pipeline, rank: int, layers: Mapping[int, Sequence[Factors
                     if take(layer)[side]:
                         needs = curvature[stage, layer.name, side]
                         curvature[stage, layer.name, side] = (len(found),)
-                        found.append(_Piece(f"{kind} {'RL'[side]}", layer.name, take(layer)[side], needs, None, stage))
+                        found.append(_Untimed(f"{kind} {'RL'[side]}", layer.name, take(layer)[side], needs, None, stage))
     return found
 
 
@@ -276,10 +269,10 @@ def _fill_gap(
     rank: int,
     start: float,
     stop: float,
-    pieces: Sequence[_Piece],
+    pieces: Sequence[_Untimed],
     ends: dict[int, float],
     done: Mapping[tuple, float],
-    items: list[Item],
+    items: list[Slot],
 ) -> None:
     """As many pieces as fit between ``start`` and ``stop``."""
     while True:
@@ -289,19 +282,19 @@ def _fill_gap(
             if piece.event is not None and done[rank, piece.event[0], f"stage {piece.stage}", piece.event[1]] > start:
                 continue
             if all(ends.get(other, stop) <= start for other in piece.after):
-                items.append(Item(rank, piece.kind, piece.of, start, piece.duration, piece.event and piece.event[1]))
+                items.append(Slot(rank, piece.kind, piece.of, start, piece.duration, piece.event and piece.event[1]))
                 start = ends[at] = items[-1].end
                 break
         else:
             return
 
 
-def _append(rank: int, start: float, pieces: Sequence[_Piece], ends: dict[int, float], items: list[Item]) -> int:
+def _append(rank: int, start: float, pieces: Sequence[_Untimed], ends: dict[int, float], items: list[Slot]) -> int:
     """The rest, one behind the other; pieces stand behind those that they need."""
     count = 0
     for at, piece in enumerate(pieces):
         if at not in ends:
-            items.append(Item(rank, piece.kind, piece.of, start, piece.duration, piece.event and piece.event[1]))
+            items.append(Slot(rank, piece.kind, piece.of, start, piece.duration, piece.event and piece.event[1]))
             start = ends[at] = items[-1].end
             count += 1
     return count

@@ -62,9 +62,11 @@ def _key(leaves: list[Any]) -> tuple | None:
     return tuple(key)
 
 
-def trace(function: Callable, args: tuple, decompositions: Decompositions | None = None) -> Traced:
+def trace(
+    function: Callable, args: tuple, decompositions: Decompositions | None = None, mode: FakeTensorMode | None = None
+) -> Traced:
     """Graph of ``function(*args)`` over the leaves of ``args`` that are fake tensors or symbolic floats; outputs as one flat
-    list."""
+    list. ``mode`` is that of a function without tensors."""
     leaves, spec = pytree.tree_flatten(args)
     positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor | torch.SymFloat)]
     structure: list[pytree.TreeSpec] = []
@@ -77,23 +79,25 @@ def trace(function: Callable, args: tuple, decompositions: Decompositions | None
         structure.append(output_spec)
         return outputs
 
-    with _literally(leaves):
+    with _literally(leaves, mode):
         module = make_fx(flat, decomposition_table=decompositions)(*[leaves[i] for i in positions])
     module.graph.eliminate_dead_code()
     return Traced(module, structure[-1])
 
 
-def _traced_once(function: Callable, args: tuple, decompositions: Decompositions | None) -> Traced:
+def _traced_once(
+    function: Callable, args: tuple, decompositions: Decompositions | None, mode: FakeTensorMode | None
+) -> Traced:
     """As ``trace``, once for arguments that look alike."""
     leaves, spec = pytree.tree_flatten(args)
     key = _key(leaves)
     if key is None:
-        return trace(function, args, decompositions)
+        return trace(function, args, decompositions, mode)
     memo_key = (function, key, spec, id(decompositions))
     if memo_key in _traced:
         _traced.move_to_end(memo_key)
         return _traced[memo_key]
-    traced = _traced[memo_key] = trace(function, args, decompositions)
+    traced = _traced[memo_key] = trace(function, args, decompositions, mode)
     forget_values(traced.module)
     if len(_traced) > KEPT:
         _traced.popitem(last=False)
@@ -124,11 +128,16 @@ def shaped_like(example: torch.Tensor) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def _literally(leaves: list[Any]) -> Iterator[None]:
-    """In the leaves' fake mode, without autograd; composite operators by their Python bodies, which know symbolic sizes."""
-    mode = _fake_mode(leaves)
+def _literally(leaves: list[Any], mode: FakeTensorMode | None = None) -> Iterator[None]:
+    """In the leaves' fake mode, where they have none in the given one, without autograd; composite operators by their Python bodies, which know symbolic sizes."""
+    mode = _fake_mode(leaves) or mode
     with torch.no_grad(), enable_python_dispatcher(), mode or contextlib.nullcontext():
         yield
+
+
+def mode_of(graph: fx.Graph) -> FakeTensorMode | None:
+    """The fake mode that a graph's inputs are of."""
+    return _fake_mode(node.meta.get("val") for node in graph.find_nodes(op="placeholder"))
 
 
 def _fake_mode(leaves: Iterable[Any]) -> FakeTensorMode | None:
@@ -153,16 +162,9 @@ def insert(
         ValueError: the function reads a value on the host, holds a tensor of its own, or is not pure.
     """
     values = pytree.tree_map_only(fx.Node, fake_value, args)
-    mode = _fake_mode(node.meta.get("val") for node in graph.find_nodes(op="placeholder"))
-    with mode or contextlib.nullcontext():  # a function of no tensor makes one as well
-        return _insert(graph, function, args, values, decompositions, label, pure)
-
-
-def _insert(
-    graph: fx.Graph, function: Callable, args: Any, values: Any, table: Decompositions | None, label: str, pure: bool
-) -> Any:
     try:
-        traced = _traced_once(function, values, table)
+        mode = _fake_mode(pytree.tree_leaves(values)) or mode_of(graph)
+        traced = _traced_once(function, values, decompositions, mode)
     except (GuardOnDataDependentSymNode, DataDependentOutputException) as error:
         raise ValueError(READS.format(label=label or function.__name__)) from error
     except WrongResult as error:
@@ -216,8 +218,8 @@ def splice(graph: fx.Graph, traced: fx.GraphModule, inputs: list[fx.Node], label
     environment: dict[fx.Node, Any] = {}
     arguments = iter(inputs)
     values = [fake_value(node) for node in inputs]
-    mode = _fake_mode(values)
-    with _literally(values):
+    mode = _fake_mode(values) or mode_of(graph)
+    with _literally(values, mode):
         for node in traced.graph.nodes:
             if node.op == "placeholder":
                 environment[node] = next(arguments)
