@@ -198,7 +198,7 @@ def test_a_share_has_to_divide_the_ranks():
     with pytest.raises(ValueError, match=r"placement=0\.4: 2\.4 of 6 ranks would .* use one of 1/6, 2/6, 3/6, 6/6"):
         keepers_of(0.4, 6)
     for wrong in (0, -0.5, 1.5, True, None):
-        with pytest.raises(ValueError, match=r"must be 'replicated', 'owner', or the share of ranks"):
+        with pytest.raises(ValueError, match=r"must be 'replicated', 'owner', 'local', or the share of ranks"):
             Options(placement=wrong)
 
 
@@ -267,5 +267,5 @@ def test_one_process_owns_everything():
     step = mkor_fx.compile_step(model, functional.mse_loss, optimizer, placement="owner", backend="eager")
     step(torch.ones(5, 4), torch.zeros(5, 3))
     assert step.mkor.owners == {"weight": None}
-    with pytest.raises(ValueError, match="placement='shared': must be 'replicated', 'owner', or the share of ranks"):
+    with pytest.raises(ValueError, match="placement='shared': must be 'replicated', 'owner', 'local', or the share of"):
         mkor_fx.compile_step(model, functional.mse_loss, optimizer, placement="shared")

@@ -61,6 +61,7 @@ EXAMPLES = {
     inverse_updates.damped_update_by: DAMPED_BY,
     inverse_updates.damped_roots: DAMPED,
     inverse_updates.damped_roots_by: DAMPED_BY,
+    inverse_updates.inverse_root: [(torch.eye(4).double() + 0.1,), (-2 * torch.eye(4).double(),)],
     inverse_updates.unless_noise: [(randn(5), torch.tensor(noise, dtype=torch.float64)) for noise in (0.0, 1e9)],
     inverse_updates.scale_to: [(vector, 10.0) for vector in (randn(5), torch.zeros(5).double(), 1e-30 * randn(5))],
     inverse_updates.scale_to_by: [(randn(5), torch.tensor(10.0)), (torch.zeros(5).double(), torch.tensor(10.0))],
