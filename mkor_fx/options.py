@@ -36,7 +36,7 @@ class Communication:
             on every rank, the rest where the least time is spent on it (SPD-KFAC, Shi, Zhang and Li, 2021, arXiv
             2107.06533).
         compress: with owners, how their directions travel: in few bits, with a bound on each element's error. None: as they
-        are.
+            are.
         check_replicas_every: steps between checks that parameters, buffers, factors and optimizer state are bitwise equal
             on all ranks; 0 is never.
 

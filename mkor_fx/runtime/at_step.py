@@ -131,8 +131,10 @@ class AtStep(Followed):
 
     def _place(self, sites: dict[str, Known]) -> None:
         """Where weights have owners: find one for each, and make the factors that are this rank's."""
+        if self.maker.owners is None or self.ranks is None:
+            return
         shown = {name: known.layout for name, known in sites.items()}
-        if self.maker.owners is None or self.ranks is None or shown.items() <= self._placed.items():
+        if shown.items() <= self._placed.items():
             return
         about = {name: (known.layout, known.param, known.bias and known.bias()) for name, known in sites.items()}
         owners = self.maker.owners(about, self.mkor.owners)

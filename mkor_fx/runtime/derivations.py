@@ -54,7 +54,7 @@ class Derivations:
         """Derive, behind ``step``, of the state that it has used, what is due; not where it was not ``taken`` (0-dim). Weights with a
         slot later in their window are put by, and those derived whose slot has come."""
         tasks, done = dict[str, Task](), dict[str, int]()
-        here = {*self.mkor.names()}
+        here = {*self.mkor.names()} if self.mkor.put_by else ()
         for name in dict.fromkeys([*names, *(name for name in self.mkor.put_by if name in here)]):
             every, waits = self._every(self.mkor.recipe(name)), name in self.mkor.put_by
             if every is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from .balance import deal
 from .checkpoint import some
 
 
@@ -32,12 +33,7 @@ class Rotation:
     def slots(cls, every: int, costs: Mapping[str, int], offset: Callable[[str], int]) -> dict[str, int]:
         """How many steps behind the first one of its window each weight has its turn, so that all of ``every`` steps cost about the
         same: the costliest first, each to the step with the least so far. ``offset``: by how many steps its windows begin earlier."""
-        held, found = [0] * every, dict[str, int]()
-        for name in sorted(costs, key=lambda name: -costs[name]):  # stable
-            at = held.index(min(held))
-            held[at] += costs[name]
-            found[name] = (at + offset(name)) % every
-        return found
+        return {name: (at + offset(name)) % every for name, at in deal(costs, [0] * every).items()}
 
     def offset(self, name: str) -> int:
         """By how many steps the windows of a weight begin earlier than those of phase 0."""

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from .balance import deal
+
 
 @dataclass(frozen=True, kw_only=True)
 class Speeds:
@@ -91,11 +93,6 @@ def workers(weights: Mapping[str, DerivedSizes], size: int, speeds: Speeds | Non
         return dict.fromkeys(weights)
     cost = (lambda rows: float(rows**3)) if speeds is None else speeds.inversion
     work = {name: sum(map(cost, one.matrices)) for name, one in weights.items()}
-    held, found = [0.0] * size, dict[str, int | None]()
-    for name in sorted(weights, key=lambda name: -work[name]):  # stable
-        if speeds is not None and work[name] < sum(map(speeds.broadcast, weights[name].bytes)):
-            found[name] = None
-            continue
-        found[name] = held.index(min(held))
-        held[found[name]] += work[name]  # type: ignore[index]  # a rank
-    return found
+    dear = lambda name: speeds is not None and work[name] < sum(map(speeds.broadcast, weights[name].bytes))
+    dealt = deal({name: work[name] for name in weights if not dear(name)}, [0.0] * size)
+    return {**dealt, **{name: None for name in weights if name not in dealt}}

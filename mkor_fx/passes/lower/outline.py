@@ -53,11 +53,8 @@ def _alone(graph: fx.Graph) -> Iterable[list[fx.Node]]:
         if "mkor_fx_alone" in node.meta:
             groups[node.meta["mkor_fx_alone"]].append(node)
     place = {node: i for i, node in enumerate(graph.nodes)}
-    return [
-        nodes
-        for nodes in map(list, groups.values())
-        if all(place[user] > place[nodes[-1]] for node in nodes for user in node.users if user not in nodes)
-    ]
+    ends = lambda nodes: all(place[user] > place[nodes[-1]] for node in nodes for user in {*node.users}.difference(nodes))
+    return [nodes for nodes in groups.values() if ends(nodes)]
 
 
 def _owned(graph: fx.Graph, owner_of: dict[fx.Node, Hashable]) -> Iterable[list[fx.Node]]:

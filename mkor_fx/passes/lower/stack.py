@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from ...ir import fake_value
 from ...prims import STACKED
+from ..match.find_sites import downstream
 from ..order.dependencies import reorder
 from ..torch_api.tracing import insert
 
@@ -39,17 +40,12 @@ def _stack(graph: fx.Graph, nodes: list[fx.Node]) -> None:
     """At the place of the last; what needs one of them follows there, and keeps its order."""
     with graph.inserting_before(nodes[-1]):
         made = insert(graph, _together, nodes[0].target, [node.args[0] for node in nodes], label=nodes[0].meta["mkor_fx"])
-    late: set[fx.Node] = set()
-    waiting = [user for node in nodes for user in node.users]
-    while waiting:
-        node = waiting.pop()
-        if node not in late:
-            late.add(node)
-            waiting += node.users
+    late = downstream(nodes)
     for node, new in zip(nodes, made, strict=True):
         node.replace_all_uses_with(new)
     order = {node: i for i, node in enumerate(graph.nodes)}
     last = order[nodes[-1]]
     for node in nodes:
+        del order[node]
         graph.erase_node(node)
-    reorder(graph, {n: (max(i, last), i) if n in late else (i, i) for n, i in order.items() if n not in nodes})
+    reorder(graph, {node: (max(i, last) if node in late else i, i) for node, i in order.items()})

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from ...runtime.balance import deal
+
 
 class Load(NamedTuple):
     """What owning one weight means: multiply-adds of its preconditioning, ``O I (O + I)`` a matrix; bytes of gradient."""
@@ -53,11 +55,7 @@ def assign_all(
     the costliest first."""
     owners = assign(loads, size, padding, known)
     held = [sum(load.work for name, load in loads.items() if owners[name] == rank) for rank in range(size)]
-    for name in sorted((name for name in loads if owners[name] is None), key=lambda name: -loads[name].work):  # stable
-        rank = held.index(min(held))
-        owners[name] = rank
-        held[rank] += loads[name].work
-    return owners
+    return owners | deal({name: load.work for name, load in loads.items() if owners[name] is None}, held)
 
 
 def apart(loads: Mapping[str, Load], owners: Mapping[str, int], size: int, padding: float) -> set[str]:

@@ -1,0 +1,1 @@
+../mkor_fx/runtime/balance.py
