@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from ..ir import StepGraph, verify
 from ..show.dump import pass_name
 from ..show.recorder import Recording
-from ..ir import StepGraph, verify
 from .torch_api.capture import trace_artifact
 
 log = logging.getLogger("mkor_fx")

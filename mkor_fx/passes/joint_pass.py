@@ -47,8 +47,8 @@ class Matching:
 
 
 def look_at(gm: fx.GraphModule, inputs: Sequence[Any], matching: Matching) -> Capture:
-    """What a graph is before it is compiled: the inputs that it will need beside Dynamo's; all that is known of it where it runs
-    without its rules."""
+    """What a graph is before it is compiled: the inputs that it will need beside Dynamo's; all that is known of it
+    where it runs without its rules."""
     step = capture_joint(gm, inputs, matching.naming)
     if step is None:
         return Capture()
@@ -114,5 +114,6 @@ def check_agreement(
         if expected.get(index) != found.get(index):
             name = parameters[index].name if index in parameters else f"input {index}"
             raise AssertionError(
-                f"{name} was matched as {expected.get(index)} at first and as {found.get(index)} in the graph that is compiled"
+                f"{name} was matched as {expected.get(index)} at first and as {found.get(index)} in the graph that is "
+                f"compiled"
             )

@@ -122,8 +122,8 @@ def choose(
     step: int, refresh_every: int, *, rule: bool = True, fallback: bool = False, stale: int = 0,
     turn: tuple[int, Collection[str]] | None = None,
 ) -> Variant:  # fmt: skip
-    """The program of a step: statistics are taken every ``refresh_every`` steps, and used ``stale`` steps later. Where weights take
-    turns: the phase whose ``turn`` it is, and its weights."""
+    """The program of a step: statistics are taken every ``refresh_every`` steps, and used ``stale`` steps later. Where
+    weights take turns: the phase whose ``turn`` it is, and its weights."""
     if not rule or fallback:
         return VARIANTS["fallback" if rule else "plain"]
     if turn is not None:
@@ -142,8 +142,8 @@ def part_of(variant: Variant) -> Variant:
 
 
 def refresh_of(due: Collection[str], name: str = "") -> Variant:
-    """The program of a step that reuses all state but that of ``due``: weights whose turn it is, or that had no part in an earlier
-    step of the window. ``name`` it where they are many."""
+    """The program of a step that reuses all state but that of ``due``: weights whose turn it is, or that had no part in
+    an earlier step of the window. ``name`` it where they are many."""
     return Variant(f"refresh of {name or ', '.join(sorted(due))}", VARIANTS["refresh"].passes, frozenset(due))
 
 

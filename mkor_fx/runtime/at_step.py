@@ -153,7 +153,8 @@ class AtStep(Followed):
         return not self._stepped or bool(sites.keys() & self._stepped)
 
     def _take_note(self, sites: dict[str, Known], begins: bool) -> None:
-        """These have been stepped. One step for all optimizers of an iteration: it ends when a site that it has used comes again."""
+        """These have been stepped. One step for all optimizers of an iteration: it ends when a site that it has used
+        comes again."""
         if begins:
             self._iteration, self._stepped = self.mkor.step, set()
             self.mkor.advance()
@@ -166,7 +167,8 @@ class AtStep(Followed):
         if switch is not None and not switch.told and not self._asked and self.mkor.step - self.mkor.loaded_step > 1:
             self._asked = True
             warnings.warn(
-                "mkor_fx: Hybrid decides by the loss, and has been told of none in two steps: call model.mkor.observe(loss) behind "
+                "mkor_fx: Hybrid decides by the loss, and has been told of none in two steps: call "
+                "model.mkor.observe(loss) behind "
                 "each optimizer.step(), else its rule is never left",
                 stacklevel=2,
             )

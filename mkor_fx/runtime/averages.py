@@ -22,8 +22,8 @@ def dtype_of_average(dtype: torch.dtype) -> torch.dtype:
 
 
 class Averages:
-    """``step.ema``: averages of the weights that a step has trained, as ``torch.optim.swa_utils.AveragedModel`` has them; what it
-    has never trained is its own average."""
+    """``step.ema``: averages of the weights that a step has trained, as ``torch.optim.swa_utils.AveragedModel`` has
+    them; what it has never trained is its own average."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self._model, self._decay = model, decay
@@ -61,8 +61,8 @@ class Averages:
         return self._count
 
     def trains(self, names: frozenset[str]) -> None:
-        """A step trains these weights. The averages of others stand still meanwhile, and are brought up to date when somebody
-        asks: ``n`` steps later that of a weight that has not changed is ``W + d^n (A - W)``."""
+        """A step trains these weights. The averages of others stand still meanwhile, and are brought up to date when
+        somebody asks: ``n`` steps later that of a weight that has not changed is ``W + d^n (A - W)``."""
         if names == self._trained:
             return
         if self._count is not None:
@@ -82,7 +82,8 @@ class Averages:
                 held.pop(name, None)
         self._trained = self._trained & self._held.keys()
         if others:
-            warnings.warn(f"mkor_fx: averages that start afresh, of weights that are others than before: {some(others)}", stacklevel=4)
+            said = f"mkor_fx: averages that start afresh, of weights that are others than before: {some(others)}"
+            warnings.warn(said, stacklevel=4)
 
     def check_not_applied(self) -> None:
         """Raises RuntimeError where the model has its averages in place of its weights."""

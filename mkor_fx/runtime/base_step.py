@@ -15,10 +15,10 @@ ANY = (0.0, math.inf)
 
 
 class BaseStep(NamedTuple):
-    """``kind``: ``"adam"``: a step of Adam's size whatever the gradient's; ``"sgd"``: the momentum, or the gradient where there
-    is none; ``"trust"``: the weight's own size; ``"other"``: what nobody here knows. ``momentum_at`` is where SGD's momentum
-    lies among the optimizer's numbers, None where it has none; ``nesterov`` is its flag. ``trust`` are the bounds of a ratio to the
-    weight's size."""
+    """``kind``: ``"adam"``: a step of Adam's size whatever the gradient's; ``"sgd"``: the momentum, or the gradient
+    where there is none; ``"trust"``: the weight's own size; ``"other"``: what nobody here knows. ``momentum_at`` is
+    where SGD's momentum lies among the optimizer's numbers, None where it has none; ``nesterov`` is its flag. ``trust``
+    are the bounds of a ratio to the weight's size."""
 
     kind: str
     momentum_at: int | None = None

@@ -1,4 +1,5 @@
-"""Leaves whose gradients carry statistics out of compiled backward graphs, and how it is known that they are a step's own."""
+"""Leaves whose gradients carry statistics out of compiled backward graphs, and how it is known that they are a step's
+own."""
 
 from __future__ import annotations
 

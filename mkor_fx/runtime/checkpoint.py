@@ -14,7 +14,8 @@ from .distributed_checkpoint import read_entry
 
 #: in front of the name of a weight whose state waits to be derived from
 PUT_BY = "put_by:"
-#: beside the tensors of such a state: whether its step was taken, and which that was. No rule's names, which may be any without dots
+#: beside the tensors of such a state: whether its step was taken, and which that was. No rule's names, which may be any
+#: without dots
 TAKEN, OPENED = ":taken", ":opened"
 #: state tensors of one weight, by name
 Group = dict[str, Tensor]
@@ -63,7 +64,8 @@ class Saved:
 
     def state_dict(self, *, full: bool = False) -> dict[str, Tensor]:
         """``{"<parameter>.L": [O, O], "<parameter>.R": [I, I], ..., "step": []}``, copies; plain tensors only. Under a
-        ``Hybrid`` also ``"switch"``, where it stands; with ``derive="spread"`` what states were that wait to be derived from, as
+        ``Hybrid`` also ``"switch"``, where it stands; with ``derive="spread"`` what states were that wait to be derived
+        from, as
         ``"put_by:<parameter>.L"``.
 
         With owners it is this rank's part: what ``torch.distributed.checkpoint`` saves of all ranks together is the whole.
@@ -80,7 +82,8 @@ class Saved:
                 state |= self.ranks.from_owners(everywhere, owners, device)
                 waiting = self.ranks.united(waiting)
         switch = {} if self.switch is None else {"switch": self.switch.state()}
-        return {**state, **{key: tensor.clone() for key, tensor in waiting.items()}, **switch, "step": torch.tensor(self.step)}
+        waiting = {key: tensor.clone() for key, tensor in waiting.items()}
+        return {**state, **waiting, **switch, "step": torch.tensor(self.step)}
 
     def _owner(self, key: str) -> int | None:
         return self.owners.get(key.rpartition(".")[0])

@@ -28,9 +28,12 @@ class Compilations:
         if not self._told and 2 * len(self._lengths) >= limit:
             self._told = True
             warnings.warn(
-                f"mkor_fx: sequences of {len(self._lengths)} lengths so far ({', '.join(map(str, sorted(self._lengths)))}): a "
-                "recurrent layer (nn.LSTM, nn.GRU, nn.RNN) is compiled as its time steps, so that each length is a program of its "
-                f"own, and at {limit} torch.compile gives up. Pad or bucket sequences to few lengths, as multiples of 32, or raise "
+                f"mkor_fx: sequences of {len(self._lengths)} lengths so far "
+                f"({', '.join(map(str, sorted(self._lengths)))}): a "
+                "recurrent layer (nn.LSTM, nn.GRU, nn.RNN) is compiled as its time steps, so that each length is a "
+                "program of its "
+                f"own, and at {limit} torch.compile gives up. Pad or bucket sequences to few lengths, as multiples of "
+                f"32, or raise "
                 "torch._dynamo.config.recompile_limit. This is said once",
                 stacklevel=3,
             )
@@ -46,7 +49,8 @@ class Compilations:
         lost = [name for name in sorted(now - known) if held is not None and id(own[name]) not in held]
         told = [f"{some(names)} {'are' if len(names) > 1 else 'is'} {what}" for names, what in changed if names]
         warnings.warn(
-            f"mkor_fx: {' and '.join(told)} (requires_grad): {type(model).__name__} is compiled once more for that, each of its "
+            f"mkor_fx: {' and '.join(told)} (requires_grad): {type(model).__name__} is compiled once more for that, "
+            f"each of its "
             "programs; factors and optimizer state stay as they are, and going back compiles nothing"
             + (f". No optimizer holds {some(lost)}: add_param_group" if lost else ""),
             stacklevel=4,

@@ -28,8 +28,8 @@ from .windows import Windows
 
 
 class _Due(Exception):
-    """A program was about to reuse state that was not refreshed yet in this window of steps: of ``names``, ``all`` that it uses or
-    some."""
+    """A program was about to reuse state that was not refreshed yet in this window of steps: of ``names``, ``all`` that
+    it uses or some."""
 
     def __init__(self, names: set[str], all_: bool) -> None:
         super().__init__()
@@ -116,8 +116,8 @@ class CompiledStep(WholeState):
         return int(self.gauges.of("skipped") or 0)
 
     def metrics(self, per_factor: bool = False) -> dict[str, float]:
-        """The last ``loss`` and, with ``clip_norm``, ``gradient_norm``, steps ``skipped`` so far, and ``mkor.metrics()``, as plain
-        numbers. Waits for the device."""
+        """The last ``loss`` and, with ``clip_norm``, ``gradient_norm``, steps ``skipped`` so far, and
+        ``mkor.metrics()``, as plain numbers. Waits for the device."""
         known = {"loss": self._loss, "gradient_norm": self.gauges.of("gradient_norm")}
         last = {name: float(value) for name, value in known.items() if value is not None}
         return {**last, "skipped": self.skipped, **self.mkor.metrics(per_factor)}
@@ -160,7 +160,8 @@ class CompiledStep(WholeState):
         return result
 
     def _cost_of_base(self) -> float:
-        """Of a step without the rules, over one with them: what the first rank has counted, whose batch may be another one."""
+        """Of a step without the rules, over one with them: what the first rank has counted, whose batch may be another
+        one."""
         cost = self.coverage.cost_of_base(self.mkor.rotation.every)
         return cost if self.ranks is None else self.ranks.number_of_first(cost, next(self.model.parameters()).device)
 
@@ -187,7 +188,8 @@ class CompiledStep(WholeState):
         except _Due as due:
             if self._maker.parts > 1:
                 raise RuntimeError(
-                    f"accumulate: {', '.join(sorted(due.names))} took part in no step of this window before, so that the parts of "
+                    f"accumulate: {', '.join(sorted(due.names))} took part in no step of this window before, so that "
+                    f"the parts of "
                     "this batch had no statistics of it: use refresh_every=1, or accumulate=1"
                 ) from None
             variant = self._maker.choose(self.mkor.step, False, None if due.all else due.names)

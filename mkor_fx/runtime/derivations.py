@@ -25,15 +25,16 @@ class Task(NamedTuple):
 
 
 class Derivations:
-    """Ranks that keep a weight's state alike share the work: each derives some weights' and gets the others' (KAISA, Pauloski et
-    al., 2021, arXiv 2107.01739). What of a state is derived is seen at the first time, which every rank does for itself.
+    """Ranks that keep a weight's state alike share the work: each derives some weights' and gets the others' (KAISA,
+    Pauloski et al., 2021, arXiv 2107.01739). What of a state is derived is seen at the first time, which every rank
+    does for itself.
 
-    ``derive(step, recipe, state, taken)`` and ``every(recipe)`` are those of the rules, ``keepers`` the number of ranks that keep
-    what has an owner; 0: nothing is shared. ``speeds`` say what is worth sending. ``moving(recipe)`` names what changes in a state
-    otherwise than by being derived.
+    ``derive(step, recipe, state, taken)`` and ``every(recipe)`` are those of the rules, ``keepers`` the number of ranks
+    that keep what has an owner; 0: nothing is shared. ``speeds`` say what is worth sending. ``moving(recipe)`` names
+    what changes in a state otherwise than by being derived.
 
-    Weights with a slot (``FactorState.slots``) are derived so many steps later, from what their state was, which is put by until
-    then (``FactorState.put_by``), and saved with it (PipeFisher, Osawa, Li and Hoefler, 2023, arXiv 2211.14133).
+    Weights with a slot (``FactorState.slots``) are derived so many steps later, from what their state was, which is put
+    by until then (``FactorState.put_by``), and saved with it (PipeFisher, Osawa, Li and Hoefler, 2023, arXiv 2211.14133).
     """
 
     def __init__(
@@ -51,8 +52,8 @@ class Derivations:
         self._derived: dict[str, tuple[Any, list[str]]] = {}  # the recipe that it is true of, names in the state
 
     def run(self, names: Iterable[str], step: int, taken: Tensor | None) -> None:
-        """Derive, behind ``step``, of the state that it has used, what is due; not where it was not ``taken`` (0-dim). Weights with a
-        slot later in their window are put by, and those derived whose slot has come."""
+        """Derive, behind ``step``, of the state that it has used, what is due; not where it was not ``taken`` (0-dim).
+        Weights with a slot later in their window are put by, and those derived whose slot has come."""
         tasks, done = dict[str, Task](), dict[str, int]()
         here = {*self.mkor.names()} if self.mkor.put_by else ()
         for name in dict.fromkeys([*names, *(name for name in self.mkor.put_by if name in here)]):
@@ -104,7 +105,8 @@ class Derivations:
             if name in here:
                 self._derive_here(name, task)
         for ranks, at in sent:
-            spread(ranks, [(self.mkor.state(name)[key], rank) for name, rank in at.items() for key in self._derived[name][1]])
+            made = ((name, key, rank) for name, rank in at.items() for key in self._derived[name][1])
+            spread(ranks, [(self.mkor.state(name)[key], rank) for name, key, rank in made])
 
     @property
     def _column(self) -> Ranks | None:
@@ -125,8 +127,8 @@ class Derivations:
 
 
 def derived_of(tensors: Iterable[Tensor]) -> DerivedSizes:
-    """What it takes to make, and to send, what a rule has derived: a square tensor is a matrix that was inverted or decomposed,
-    or a batch of them."""
+    """What it takes to make, and to send, what a rule has derived: a square tensor is a matrix that was inverted or
+    decomposed, or a batch of them."""
     matrices, sizes = list[int](), list[int]()
     for tensor in tensors:
         sizes.append(tensor.numel() * tensor.element_size())

@@ -91,6 +91,7 @@ def _read(path: str | PathLike, keys: Sequence[str], stored: dict[str, Any]) -> 
 def _unreadable(path: str | PathLike, error: BaseException) -> ValueError:
     first = (str(error).splitlines() or [""])[0]
     return ValueError(
-        f"{path} is no folder that torch.distributed.checkpoint has written, or one that is incomplete: {type(error).__name__}: "
+        f"{path} is no folder that torch.distributed.checkpoint has written, or one that is incomplete: "
+        f"{type(error).__name__}: "
         f"{first}. What torch.save has written is for load_state_dict(torch.load(...))"
     )

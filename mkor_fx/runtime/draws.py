@@ -13,7 +13,8 @@ from .ranks import Ranks
 
 def draw_of(step: int, use: int, ranks: Ranks | None, device: torch.device) -> Tensor:
     """0-dim int64, on the device without waiting for it. ``use`` counts what is drawn in one step, 0 first."""
-    return torch.full((), (step << 32) + (use << 16) + (0 if ranks is None else ranks.rank), dtype=torch.int64, device=device)
+    rank = 0 if ranks is None else ranks.rank
+    return torch.full((), (step << 32) + (use << 16) + rank, dtype=torch.int64, device=device)
 
 
 class Draws:

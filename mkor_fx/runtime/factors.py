@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -38,7 +38,8 @@ class FactorState(Saved):
         self._factors: dict[str, Group] = {}
         self._recipes: dict[str, Recipe] = {}
         self._pending: dict[str, Group] = {}
-        #: how many steps behind the first of its window a weight's state is derived, by name (0 of others), and states that wait
+        #: how many steps behind the first of its window a weight's state is derived, by name (0 of others), and states
+        #: that wait
         self.slots: Mapping[str, int] = {}
         self.put_by: dict[str, Group] = {}
         self._strict = True
@@ -97,8 +98,8 @@ class FactorState(Saved):
         return self.switch is not None and self.switch.first_order
 
     def observe(self, loss: Tensor) -> None:
-        """With ``mkor_fx.compile(model, Hybrid(rule))``: the loss of the step that an optimizer has just taken, the mean over
-        its micro-batches, a scalar. Once for every step, on every rank; the device is waited for once a window.
+        """With ``mkor_fx.compile(model, Hybrid(rule))``: the loss of the step that an optimizer has just taken, the
+        mean over its micro-batches, a scalar. Once for every step, on every rank; the device is waited for once a window.
 
         Raises:
             ValueError: there is no ``Hybrid`` to tell, or it is a compiled step's, which knows its own loss.
@@ -187,17 +188,18 @@ class FactorState(Saved):
     def _take(self, name: str, factors: Group | None, recipe: Recipe) -> None:
         if factors is not None:
             loaded = self._pending.pop(name, None)
+            fits = loaded is not None and same_shapes(loaded, factors)
             if name in self._factors:
                 self._afresh[name] = "it is another weight than before"
                 self.put_by.pop(name, None)
-            elif self.generation > 0 and self._step == self.loaded_step > 0 and (loaded is None or not same_shapes(loaded, factors)):
+            elif self.generation > 0 and self._step == self.loaded_step > 0 and not fits:
                 self._afresh[name] = "the loaded state has none that fit"
             self._factors[name] = factors
         self._recipes[name] = recipe
 
     def place(self, owners: Mapping[str, int | None], recipes: Mapping[nn.Parameter, Recipe], at: int) -> None:
-        """Create, on the rank that is ``at`` in its row, the factors of those parameters that it owns, or that have no owner.
-        All or none.
+        """Create, on the rank that is ``at`` in its row, the factors of those parameters that it owns, or that have no
+        owner. All or none.
 
         Raises:
             ValueError: loaded factors do not fit.

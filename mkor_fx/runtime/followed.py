@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .draws import Draws
 from .carriers import Carriers, Watch
+from .draws import Draws
 from .factors import FactorState
 from .given import Given
 from .ranks import Ranks, Replicas
@@ -29,10 +29,12 @@ class Maker:
     """What the runtime is handed, which knows neither rules nor graphs.
 
     ``build(kind, jobs, given)`` makes a program: ``"update"`` gives directions, ``"apply"`` takes the steps that are their
-    own directions, ``"refresh"`` gives new state. ``job(name, layout, refresh, places, base, owner)`` describes a weight to it;
+    own directions, ``"refresh"`` gives new state. ``job(name, layout, refresh, places, base, owner)`` describes a
+    weight to it;
     ``merge(layout, other, bias)`` joins what two graphs say of one. ``derive(step, recipe, state, taken)`` makes state of
-    state, every ``derive_every(recipe)`` steps, and ``moving(recipe)`` names what changes otherwise; ``numbers(step, device)`` are those of the rules. ``left_alone(name)``:
-    whether the user wants a parameter to be left alone. ``part(bias, weight)`` declines a bias that is stepped apart.
+    state, every ``derive_every(recipe)`` steps, and ``moving(recipe)`` names what changes otherwise; ``numbers(step,
+    device)`` are those of the rules. ``left_alone(name)``: whether the user wants a parameter to be left alone.
+    ``part(bias, weight)`` declines a bias that is stepped apart.
     ``stepped(optimizer)`` takes note of whose step has come. With ``speeds`` ranks share what is derived. ``owners(weights,
     known)`` are the ranks that keep the factors of weights, by name; None: every rank keeps all.
     """
@@ -114,7 +116,8 @@ class Followed:
         return any(self.mkor.known(p) is not None for group in optimizer.param_groups for p in group["params"])
 
     def meet(self, optimizer: Optimizer) -> None:
-        """An optimizer is about to step parameters of this model: say once if it has done so before, and the rule has not."""
+        """An optimizer is about to step parameters of this model: say once if it has done so before, and the rule has
+        not."""
         if not self._met:
             self._met = True
             held = [p for group in optimizer.param_groups for p in group["params"] if self.mkor.known(p) is not None]
@@ -138,8 +141,8 @@ class Followed:
         return None
 
     def look(self, step: Step, called: list[Followed]) -> None:
-        """Say which parameters came to a step without statistics; the next one begins. Those that another handle of the model
-        was ``called`` for are that one's to speak of."""
+        """Say which parameters came to a step without statistics; the next one begins. Those that another handle of the
+        model was ``called`` for are that one's to speak of."""
         others = [] if self.seen.called else [other for other in called if other is not self]
         self._silence.break_for(self._suspects(step, others), lambda: self.seen)
         inside = self.seen.inside

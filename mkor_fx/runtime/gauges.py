@@ -35,7 +35,8 @@ class Gauges:
         if skipped is not None and skipped > 0:
             self._told = True
             warnings.warn(
-                "mkor_fx: a step was skipped, since its loss or a gradient was not finite, and has changed nothing. That is said "
+                "mkor_fx: a step was skipped, since its loss or a gradient was not finite, and has changed nothing. "
+                "That is said "
                 "once; step.skipped counts. If it goes on growing, the run has diverged or its data are bad: try a lower "
                 "learning rate, clip_norm=1.0, or look at the batch",
                 stacklevel=3,

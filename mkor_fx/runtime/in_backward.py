@@ -150,7 +150,8 @@ class InBackward(Followed):
         return None if seen or param.dim() < 2 else False
 
     def has_shown(self, param: nn.Parameter) -> bool:
-        return self.mkor.name(param) in {self.mkor.name(site) for ref, _ in self._sites.values() if (site := ref()) is not None}
+        sites = (ref() for ref, _ in self._sites.values())
+        return self.mkor.name(param) in {self.mkor.name(site) for site in sites if site is not None}
 
 
 def _laid_out_as(old: Tensor, new: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ from .draws import draw_of
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a ``CompiledStep``: the arguments of Dynamo's graph, where it computes, and what the last step has sent."""
+    """One call of a ``CompiledStep``: the arguments of Dynamo's graph, where it computes, and what the last step has
+    sent."""
 
     step: Any
     args: Sequence[Any]

@@ -97,8 +97,8 @@ def initialise_state(optimizers: Optimizers, params: list[nn.Parameter]) -> None
 
     Every torch.optim optimizer does so in ``_init_group`` for parameters that have a gradient, pytorch_optimizer's in
     ``init_group``. SGD makes its momentum buffer in the first update; a zero buffer is that update's starting point (see
-    ``OptimizerNumbers.update``). Python numbers become tensors; all state goes to its parameter's device: writing step counts,
-    which optimizers keep on the host, from there would wait for it. An optimizer without either keeps what it has.
+    ``OptimizerNumbers.update``). Python numbers become tensors; all state goes to its parameter's device: writing step
+    counts, which optimizers keep on the host, from there would wait for it. An optimizer without either keeps what it has.
     """
     for optimizer in optimizers.members:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}

@@ -36,8 +36,8 @@ class Sums:
 def cut(args: tuple, kwargs: dict[str, Any], count: int) -> list[tuple[tuple, dict[str, Any], float]]:
     """A call's arguments as those of at most ``count`` calls, and each one's share of the rows; the last may be smaller.
 
-    Cut along their first dimension are tensors that have as many rows as the last of them, which is the target; the others go
-    whole.
+    Cut along their first dimension are tensors that have as many rows as the last of them, which is the target; the
+    others go whole.
 
     Raises:
         ValueError: no tensor among them has rows.
@@ -45,11 +45,14 @@ def cut(args: tuple, kwargs: dict[str, Any], count: int) -> list[tuple[tuple, di
     leaves, spec = pytree.tree_flatten((args, kwargs))
     sizes = [leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()]
     if not sizes:
-        raise ValueError("accumulate cuts a batch along its first dimension: the step was called without a tensor that has one")
+        raise ValueError(
+            "accumulate cuts a batch along its first dimension: the step was called without a tensor that has one"
+        )
     rows, parts = sizes[-1], []
     length = -(-rows // count)
     for begin in range(0, rows, length):
         end = min(begin + length, rows)
-        own = [leaf[begin:end] if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == rows else leaf for leaf in leaves]
+        is_cut = [isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == rows for leaf in leaves]
+        own = [leaf[begin:end] if divided else leaf for leaf, divided in zip(leaves, is_cut)]
         parts.append((*pytree.tree_unflatten(own, spec), (end - begin) / rows))
     return parts

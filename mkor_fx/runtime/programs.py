@@ -37,7 +37,7 @@ class Programs:
         return self._kept[0]
 
     def choose(self, optimizers: Groups) -> None:
-        """Let ``now`` be the programs for the optimizers as they are. Where a branch depends on a count, waits for the step that
-        has changed it."""
+        """Let ``now`` be the programs for the optimizers as they are. Where a branch depends on a count, waits for the
+        step that has changed it."""
         chosen = next((each for each in self._kept if each.hold(optimizers)), None) or Answered()
         self._kept = [chosen, *(each for each in self._kept if each is not chosen)][:KEPT]

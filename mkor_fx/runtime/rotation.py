@@ -13,8 +13,8 @@ from .checkpoint import some
 class Rotation:
     """Weights refresh every ``every`` steps, those of each of ``phases`` at steps of their own, which are evenly spaced.
 
-    A weight of phase ``k``, by name in ``phase``, has its turn where ``step + k * every // phases`` is a multiple of ``every``, and
-    at step 0 as all others.
+    A weight of phase ``k``, by name in ``phase``, has its turn where ``step + k * every // phases`` is a multiple of
+    ``every``, and at step 0 as all others.
     """
 
     every: int = 1
@@ -23,16 +23,17 @@ class Rotation:
 
     @classmethod
     def of(cls, every: int, phases: int, costs: Mapping[str, int]) -> Rotation:
-        """Phases of about the same cost: the costliest weights first, dealt out to and fro. So any part of the weights, as those
-        that are not frozen, is spread over the phases too."""
+        """Phases of about the same cost: the costliest weights first, dealt out to and fro. So any part of the weights,
+        as those that are not frozen, is spread over the phases too."""
         order = sorted(costs, key=lambda name: -costs[name])  # stable
         round_trip = [*range(phases), *reversed(range(phases))]
         return cls(every, phases, {name: round_trip[i % len(round_trip)] for i, name in enumerate(order)})
 
     @classmethod
     def slots(cls, every: int, costs: Mapping[str, int], offset: Callable[[str], int]) -> dict[str, int]:
-        """How many steps behind the first one of its window each weight has its turn, so that all of ``every`` steps cost about the
-        same: the costliest first, each to the step with the least so far. ``offset``: by how many steps its windows begin earlier."""
+        """How many steps behind the first one of its window each weight has its turn, so that all of ``every`` steps
+        cost about the same: the costliest first, each to the step with the least so far. ``offset``: by how many steps
+        its windows begin earlier."""
         return {name: (at + offset(name)) % every for name, at in deal(costs, [0] * every).items()}
 
     def offset(self, name: str) -> int:

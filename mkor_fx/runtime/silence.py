@@ -38,7 +38,8 @@ class Seen:
             )
         if self.ran and not shown:
             return (
-                "they ran outside of every graph: their layer is one that torch.compile was told to leave alone, or could not "
+                "they ran outside of every graph: their layer is one that torch.compile was told to leave alone, or "
+                "could not "
                 "capture (TORCH_LOGS=graph_breaks tells)"
             )
         if self.backward:
@@ -50,7 +51,8 @@ class Seen:
             return "no backward went through what the compiled model has returned"
         if self.called:
             return (
-                "torch.compile ran the forward eagerly, at its recompile limit (TORCH_LOGS=recompiles tells why: pad inputs to "
+                "torch.compile ran the forward eagerly, at its recompile limit (TORCH_LOGS=recompiles tells why: pad "
+                "inputs to "
                 "few sizes), under set_stance or where it is disabled"
             )
         return (
@@ -63,7 +65,8 @@ def warn_of_fresh_factors(mkor: FactorState, states: Iterable[dict[str, Any]], o
     """Before a first step with factors that nobody has loaded, beside an optimizer whose ``states`` are of steps taken."""
     if mkor.clock == mkor.generation == 0 and any(map(_has_stepped, states)):
         warnings.warn(
-            f"mkor_fx: {optimizer} has stepped these parameters before, and the factors start afresh. If this run is resumed, save "
+            f"mkor_fx: {optimizer} has stepped these parameters before, and the factors start afresh. If this run is "
+            f"resumed, save "
             "model.mkor.state_dict() (or step.mkor.state_dict()) with each checkpoint and give it to mkor.load_state_dict "
             "before the first step",
             stacklevel=2,

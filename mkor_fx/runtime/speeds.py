@@ -1,4 +1,5 @@
-"""How fast ranks and their network are, and what follows from it for inversions (SPD-KFAC, Shi, Zhang and Li, 2021, arXiv 2107.06533)."""
+"""How fast ranks and their network are, and what follows from it for inversions (SPD-KFAC, Shi, Zhang and Li, 2021,
+arXiv 2107.06533)."""
 
 from __future__ import annotations
 
@@ -85,9 +86,9 @@ class DerivedSizes(NamedTuple):
 def workers(weights: Mapping[str, DerivedSizes], size: int, speeds: Speeds | None = None) -> dict[str, int | None]:
     """The rank among ``size`` that derives each weight's and broadcasts it; None: every rank does, and nothing is sent.
 
-    Longest processing time first: the costliest to the rank with the least work so far. ``speeds`` None: a matrix of ``d`` rows
-    costs ``d^3``, and all is shared; else its seconds, and a weight that takes less time to derive than to broadcast is derived on
-    every rank. Load is counted time, where the released code adds up dimensions.
+    Longest processing time first: the costliest to the rank with the least work so far. ``speeds`` None: a matrix of
+    ``d`` rows costs ``d^3``, and all is shared; else its seconds, and a weight that takes less time to derive than to
+    broadcast is derived on every rank. Load is counted time, where the released code adds up dimensions.
     """
     if size == 1:
         return dict.fromkeys(weights)

@@ -16,12 +16,15 @@ from .speeds import Speeds
 class StepMaker:
     """What the runtime is handed, which knows neither rules nor graphs.
 
-    ``choose(step, fallback, due)`` names the variant of a step, or that of one which refreshes the weights ``due`` alone (None: all);
+    ``choose(step, fallback, due)`` names the variant of a step, or that of one which refreshes the weights ``due``
+    alone (None: all);
     ``build(compiled step, variant)`` makes its program. ``check()`` holds model and optimizer to what a step takes,
     ``check_call(args, kwargs)`` the arguments of a call.
-    ``derive(step, recipe, state, taken)`` makes state of state, every ``derive_every(recipe)`` steps, and ``moving(recipe)`` names what changes otherwise;
+    ``derive(step, recipe, state, taken)`` makes state of state, every ``derive_every(recipe)`` steps, and
+    ``moving(recipe)`` names what changes otherwise;
     ``numbers(step, device)`` are those of the rules. ``keepers`` is how many ranks keep a weight that has an owner.
-    ``part_of(variant)`` is that of the ``parts`` of a batch before the last. ``ema`` is the decay of averages of the weights.
+    ``part_of(variant)`` is that of the ``parts`` of a batch before the last. ``ema`` is the decay of averages of the
+    weights.
     ``speeds`` are those of ranks and network, where they are known.
     """
 

@@ -19,8 +19,8 @@ SURE = 2.0
 
 
 class Mean(NamedTuple):
-    """Of the losses of a window: their mean, and its variance by their scatter around straight lines, in which a trend has no
-    part. NaN: not known yet."""
+    """Of the losses of a window: their mean, and its variance by their scatter around straight lines, in which a trend
+    has no part. NaN: not known yet."""
 
     value: float = math.nan
     variance: float = math.nan
@@ -59,10 +59,10 @@ def part_of_the_way(weight: Tensor, new: Tensor, share: Tensor | float) -> Tenso
 class Trend(NamedTuple):
     """All that decisions depend on, as numbers. NaN: not known yet.
 
-    ``first_order``: 1 without the rule. ``trial``: windows that are left of one. ``last``: losses of the last window; ``start`` of
-    the one in front of those below the threshold, or of the one in front of the trial's that count. ``best`` gain since the last
-    trial; ``low``: windows below the threshold, of ``wait``; ``before``: gain in front of the trial. ``cost`` of a step without the rule,
-    over one with it.
+    ``first_order``: 1 without the rule. ``trial``: windows that are left of one. ``last``: losses of the last window;
+    ``start`` of the one in front of those below the threshold, or of the one in front of the trial's that count.
+    ``best`` gain since the last trial; ``low``: windows below the threshold, of ``wait``; ``before``: gain in front of
+    the trial. ``cost`` of a step without the rule, over one with it.
     """
 
     first_order: float = 0.0
@@ -114,8 +114,8 @@ class Switch:
         self, loss: Tensor, step: int, cost: Callable[[], float], agree: Callable[[Tensor], Tensor] = lambda losses: losses
     ) -> None:
         """The loss of step ``step``. It is read with the others of its window, when that ends. ``cost()`` is that of a step
-        without the rule, over one with it, alike on all ranks; asked for once, when the first window ends. ``agree`` makes the
-        losses of all ranks of what each has seen in a window."""
+        without the rule, over one with it, alike on all ranks; asked for once, when the first window ends. ``agree``
+        makes the losses of all ranks of what each has seen in a window."""
         self.told = True
         self._losses.append(loss.detach().to(torch.float64, copy=True))
         if len(self._read) + len(self._losses) < self.settings.window:
@@ -167,7 +167,8 @@ class Switch:
         return trend._replace(before=old, start=mean, first_order=1 - trend.first_order, trial=float(TRIAL))
 
     def _in_trial(self, trend: Trend, window: float) -> Trend:
-        """Behind a window of a trial. ``start`` is the window in front of the trial; once one has been passed over, that one."""
+        """Behind a window of a trial. ``start`` is the window in front of the trial; once one has been passed over,
+        that one."""
         left = trend.trial - 1
         if trend.first_order and Gain.between(trend.start, trend.last, 1.0).over(0.0) < -SURE:
             return self._settled(trend, accepted=False)  # the loss rises: no need to wait for the end
@@ -204,7 +205,8 @@ class Switch:
     # ---- files ----------------------------------------------------------------------------------------------------------
 
     def state(self) -> Tensor:
-        """The trend, and how many losses the window that has begun has and which, float64, always as long. Waits for the device."""
+        """The trend, and how many losses the window that has begun has and which, float64, always as long. Waits for
+        the device."""
         losses = self._numbers()
         rest = [0.0] * (self.settings.window - len(losses))
         return torch.tensor([*pytree.tree_leaves(self.trend), float(len(losses)), *losses, *rest], dtype=torch.float64)

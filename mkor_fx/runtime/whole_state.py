@@ -34,8 +34,9 @@ class WholeState:
         raise NotImplementedError
 
     def state_dict(self, *, full: bool = False) -> dict[str, Any]:
-        """A checkpoint of it all: ``{"model", "optimizer", "mkor"}`` and maybe ``"ema"``, each that part's ``state_dict()``; of
-        several optimizers a list. ``full``: with owners, what other ranks keep as well; every rank must call it."""
+        """A checkpoint of it all: ``{"model", "optimizer", "mkor"}`` and maybe ``"ema"``, each that part's
+        ``state_dict()``; of several optimizers a list. ``full``: with owners, what other ranks keep as well; every rank
+        must call it."""
         states: Any
         if self.ema is not None:
             self.ema.check_not_applied()
@@ -47,11 +48,12 @@ class WholeState:
         return found if self.ema is None else {**found, "ema": self.ema.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any], *, strict: bool = True) -> None:
-        """Take over a ``state_dict()``; the next step is the one that the run before would have taken. A file without ``"mkor"``
-        starts the factors afresh, with a warning.
+        """Take over a ``state_dict()``; the next step is the one that the run before would have taken. A file without
+        ``"mkor"`` starts the factors afresh, with a warning.
 
         Args:
-            strict: whether all of model and factors must fit. If not, what fits by name and shape is loaded, the rest is warned of.
+            strict: whether all of model and factors must fit. If not, what fits by name and shape is loaded, the rest
+            is warned of.
 
         Raises:
             ValueError: parts are missing or another model's or optimizer's; names them, and changes nothing.
@@ -60,8 +62,8 @@ class WholeState:
 
     def load_checkpoint(self, path: str | PathLike, entry: str | None = None, *, strict: bool = True) -> None:
         """As ``load_state_dict``, of what ``torch.distributed.checkpoint.save(step.state_dict(), checkpoint_id=path)`` has
-        written, on any number of ranks and in either placement; ``entry``: that was saved as ``{entry: step.state_dict()}``. Every
-        rank must call it.
+        written, on any number of ranks and in either placement; ``entry``: that was saved as ``{entry:
+        step.state_dict()}``. Every rank must call it.
 
         Raises:
             ValueError: also where no such checkpoint can be read; says why.
@@ -80,7 +82,8 @@ def _read(path: str | PathLike, entry: str | None) -> dict[str, Any]:
         named = [key for key in one.get("state", {}) if not key.isdecimal()]
         if named:
             raise ValueError(
-                f"{path}: the optimizer's state is by parameter names ({some(named)}), as torch.distributed.checkpoint.state_dict "
+                f"{path}: the optimizer's state is by parameter names ({some(named)}), as "
+                f"torch.distributed.checkpoint.state_dict "
                 "writes it: load that with set_state_dict, and the factors with step.mkor.load_checkpoint"
             )
         one["state"] = {int(number): held for number, held in one.get("state", {}).items()}
@@ -127,7 +130,8 @@ def _load_averages(step: WholeState, state: Mapping[str, Tensor] | None) -> None
     if step.ema is None:
         if state is not None:
             warnings.warn(
-                "mkor_fx: the checkpoint has averages of the weights, and this step keeps none (compile_step(ema=...)): they are "
+                "mkor_fx: the checkpoint has averages of the weights, and this step keeps none "
+                "(compile_step(ema=...)): they are "
                 "left out", stacklevel=4,
             )  # fmt: skip
     elif state is None:

@@ -1,5 +1,5 @@
-"""When a weight's state is due: at its first step in a window of so many steps, whichever steps it takes part in. Where weights
-take turns, windows of different phases begin at different steps."""
+"""When a weight's state is due: at its first step in a window of so many steps, whichever steps it takes part in. Where
+weights take turns, windows of different phases begin at different steps."""
 
 from __future__ import annotations
 

@@ -17,12 +17,14 @@ from ..torch_api.tracing import Decompositions, insert
 from .stack import stack
 
 #: what a node's replacement takes over from it
-INHERITED = ("partitioner_tag", "stack_trace", "seq_nr", "nn_module_stack", "fwd_nn_module_stack", "recompute", "mkor_fx_alone")
+INHERITED = ("partitioner_tag", "stack_trace", "seq_nr", "nn_module_stack", "fwd_nn_module_stack", "recompute",
+             "mkor_fx_alone")  # fmt: skip
 
 
 @functools.cache
 def lowering_table(inductor: bool, kept: Collection[torch._ops.OpOverload] = frozenset()) -> Decompositions:
-    """The bodies of ``mkor_fx::`` operators but for those ``kept``; with ``inductor`` whatever Inductor wants decomposed, too.
+    """The bodies of ``mkor_fx::`` operators but for those ``kept``; with ``inductor`` whatever Inductor wants
+    decomposed, too.
 
     A graph that goes through AOTAutograd afterwards needs the bodies only. One that has been through it already must
     not show Inductor an operator of its decomposition table.

@@ -17,7 +17,8 @@ aten = torch.ops.aten
 
 
 class Factors(NamedTuple):
-    """A gradient ``first @ last``, ``[O, N] @ [N, I]``, or the transpose of that if ``turned``, in ``dtype`` (None: its own)."""
+    """A gradient ``first @ last``, ``[O, N] @ [N, I]``, or the transpose of that if ``turned``, in ``dtype`` (None: its
+    own)."""
 
     first: fx.Node
     last: fx.Node

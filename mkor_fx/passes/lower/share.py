@@ -50,7 +50,8 @@ def _spelled(node: fx.Node) -> tuple[Any, ...]:
     its own, which costs nothing where it is written out."""
     leaves, spec = pytree.tree_flatten((node.args, node.kwargs))
     constant = [isinstance(leaf, fx.Node) and leaf.op == "call_function" and not leaf.all_input_nodes for leaf in leaves]
-    return (node.target, spec, node.meta.get("partitioner_tag")) + tuple(
+    spelled = (
         _spelled(leaf) if fixed else leaf if isinstance(leaf, fx.Node) else (type(leaf), repr(leaf))
         for leaf, fixed in zip(leaves, constant)
     )
+    return (node.target, spec, node.meta.get("partitioner_tag"), *spelled)

@@ -19,8 +19,8 @@ LARGEST = 16
 
 
 def stack(graph: fx.Graph) -> None:
-    """``f(A), f(B), ...`` -> ``unbind(f(stack(A, B, ...)))`` for operators of small matrices that look alike, up to ``LARGEST``
-    at a time in the order of the program. A GPU takes as long for one as for all."""
+    """``f(A), f(B), ...`` -> ``unbind(f(stack(A, B, ...)))`` for operators of small matrices that look alike, up to
+    ``LARGEST`` at a time in the order of the program. A GPU takes as long for one as for all."""
     alike: dict[Hashable, list[fx.Node]] = defaultdict(list)
     for node in graph.nodes:
         if node.target in STACKED:

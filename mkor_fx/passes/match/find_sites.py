@@ -10,8 +10,8 @@ from torch import fx
 from ... import reasons
 from ...ir import Decline, Parameter, Site, StepGraph, Tap, fake_value, product, same_sizes, source_line
 from ...ops import CASTS, VIEWS
-from .boxes import Box, merge, view_of
 from ..core import graph_pass
+from .boxes import Box, merge, view_of
 from .pieces import Piece, PlacedTap, on_whole, pieces, where
 from .uses import read_uses
 

@@ -20,8 +20,8 @@ from ...rules.results import check_sides, too_few_slots
 
 @dataclass(frozen=True)
 class Layout:
-    """``kinds`` are the orientations in which the weight is used; ``bias`` whether its bias is matched; ``lookup`` whether it
-    is only ever looked up.
+    """``kinds`` are the orientations in which the weight is used; ``bias`` whether its bias is matched; ``lookup``
+    whether it is only ever looked up.
     """
 
     rule: Rule
@@ -73,8 +73,8 @@ class Layout:
 
     @cached_property
     def trace_key(self) -> tuple:
-        """What a trace of code that is passed this layout depends on: not the numbers that change, nor what makes them. Values
-        go with their types, since 1 equals True."""
+        """What a trace of code that is passed this layout depends on: not the numbers that change, nor what makes them.
+        Values go with their types, since 1 equals True."""
         rule: Any = timeless(self.rule)
         return replace(self, rule=rule), *(type(getattr(rule, field.name)) for field in fields(rule))
 
@@ -146,8 +146,10 @@ class Layout:
         if written > self.slots:
             return ValueError(f"{name}: {too_few_slots(self.rule, 'micro-batches of a step', self.slots, written)}")
         return ValueError(
-            f"{name}: {written} micro-batches, and two in one of the {self.slots} slots of {describe_rule(self.rule)}: between "
-            "them lay a call without a backward (make it under torch.no_grad()), a step that left the weight out, or a call of "
+            f"{name}: {written} micro-batches, and two in one of the {self.slots} slots of "
+            f"{describe_rule(self.rule)}: between "
+            "them lay a call without a backward (make it under torch.no_grad()), a step that left the weight out, or "
+            "a call of "
             "another handle"
         )
 

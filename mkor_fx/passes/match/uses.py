@@ -58,7 +58,8 @@ def place(tap: Tap, box: Box, shape: tuple[int, ...]) -> PlacedTap | Decline:
 
 
 class Contraction(NamedTuple):
-    """``node``, the gradient of a factor of ``W = A x B``: ``grad_A[i, j] = s sum_kl G[i k, j l] B[k, l]``, likewise of ``B``.
+    """``node``, the gradient of a factor of ``W = A x B``: ``grad_A[i, j] = s sum_kl G[i k, j l] B[k, l]``, likewise of
+    ``B``.
 
     ``G`` is the gradient of ``W``, ``other`` the other factor, broadcast, and ``scales`` the numbers that make up ``s``.
     ``kept``: 0 for the gradient of ``A``, 1 for that of ``B``.

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, fx
 
 from ...ir import StepGraph
-from .collectives import Group, Message, Sizes, c10d, copy_of_rank, divides, is_wait, starts, sum_over_ranks, wait_of
 from ..core import graph_pass
 from ..match.find_sites import downstream
+from ..torch_api.tracing import insert
+from .collectives import Group, Message, Sizes, c10d, copy_of_rank, divides, is_wait, starts, sum_over_ranks, wait_of
 from .dependencies import readiness, sort_by_dependencies
 from .fusion import Arrival, arrivals, fuse, product_seconds
-from ..torch_api.tracing import insert
 
 aten = torch.ops.aten
 
@@ -47,10 +47,11 @@ class Bucket:
 def bucket(step: StepGraph, *, group: Group) -> None:
     """Concatenate all-reduces and broadcasts in the order in which their operands get ready.
 
-    Sums over fewer ranks than all stay as they are, and so do directions. Statistics, gradients and buffers travel apart, and what the forward has made does not wait for the backward: a
-    statistics vector that is a ``cat`` is taken apart, so that the part about the layer's inputs leaves early. A tensor
-    that fills a bucket by itself is sent as it is, and so is what another step waits for. Where speeds are known, statistics are
-    in groups by these (:func:`~mkor_fx.passes.order.fusion.fuse`). The order depends on the graph alone.
+    Sums over fewer ranks than all stay as they are, and so do directions. Statistics, gradients and buffers travel
+    apart, and what the forward has made does not wait for the backward: a statistics vector that is a ``cat`` is taken
+    apart, so that the part about the layer's inputs leaves early. A tensor that fills a bucket by itself is sent as it
+    is, and so is what another step waits for. Where speeds are known, statistics are in groups by these
+    (:func:`~mkor_fx.passes.order.fusion.fuse`). The order depends on the graph alone.
     """
     graph, sizes = step.graph, group.buckets
     merged = (c10d.all_reduce.default, c10d.broadcast.default)

@@ -23,16 +23,18 @@ class Compression:
 
         ``q_i = floor(x_i / delta + u_i)``,  ``u`` uniform in (0, 1);   received is ``delta q``
 
-    so that ``E[delta q] = x``, ``|delta q - x| <= delta`` and the variance is at most ``delta^2 / 4``. With a ``filter`` what is
-    not larger than ``filter * M`` becomes 0, which is biased. All ranks use what was received, the owner too. ``u`` are hashes of the
-    step and of the parameter's name. COMPSO's ``e_q`` is half of ``bound``, its ``e_f`` the ``filter``.
+    so that ``E[delta q] = x``, ``|delta q - x| <= delta`` and the variance is at most ``delta^2 / 4``. With a
+    ``filter`` what is not larger than ``filter * M`` becomes 0, which is biased. All ranks use what was received, the
+    owner too. ``u`` are hashes of the step and of the parameter's name. COMPSO's ``e_q`` is half of ``bound``, its
+    ``e_f`` the ``filter``.
 
-    Collectives in a program have lengths that are known beforehand, so every element takes the ``bits`` that the bound needs, and ``M`` four
-    bytes a tensor (eight of float64). An entropy coder, and a bitmap of what was filtered, would only pay with lengths that
-    depend on the data: there is neither, and the filter saves no byte.
+    Collectives in a program have lengths that are known beforehand, so every element takes the ``bits`` that the bound
+    needs, and ``M`` four bytes a tensor (eight of float64). An entropy coder, and a bitmap of what was filtered, would
+    only pay with lengths that depend on the data: there is neither, and the filter saves no byte.
 
     Args:
-        bound: of an element's error, as a part of the largest, in (0, 1]: from 1/7 on four bits, from 1/127 eight, from 1/32767
+        bound: of an element's error, as a part of the largest, in (0, 1]: from 1/7 on four bits, from 1/127 eight, from
+        1/32767
             sixteen.
         filter: what is dropped, as a part of the largest, in [0, 1).
 
@@ -68,10 +70,16 @@ class Compression:
 
 
 def pack(
-    tensors: Sequence[Tensor], key: Tensor, sides: Sequence[int], length: int, slots: int, dtype: torch.dtype, how: Compression
+    tensors: Sequence[Tensor],
+    key: Tensor,
+    sides: Sequence[int],
+    length: int,
+    slots: int,
+    dtype: torch.dtype,
+    how: Compression,
 ) -> Tensor:
-    """``tensors``, of ``dtype`` each, one behind the other in ``length`` elements, as bytes, uint8: the largest of each in ``slots``
-    places, then the elements. ``key``, 0-dim int64, and ``sides`` are what is drawn by."""
+    """``tensors``, of ``dtype`` each, one behind the other in ``length`` elements, as bytes, uint8: the largest of each
+    in ``slots`` places, then the elements. ``key``, 0-dim int64, and ``sides`` are what is drawn by."""
     wide = accumulation_dtype(dtype)
     flat = [x.reshape(-1).to(wide) for x in tensors]
     largest = [x.abs().amax() for x in flat]

@@ -13,8 +13,8 @@ from .estimate import flops_of
 
 
 class Arrival(NamedTuple):
-    """A tensor to be summed: ``ready``, seconds after the step began; its ``bytes``. Those of another ``kind`` (a dtype, say)
-    cannot join it."""
+    """A tensor to be summed: ``ready``, seconds after the step began; its ``bytes``. Those of another ``kind`` (a
+    dtype, say) cannot join it."""
 
     ready: float
     bytes: int
@@ -26,8 +26,8 @@ def fuse(parcels: Sequence[Arrival], speeds: Speeds) -> list[list[int]]:
 
     One all-reduce at a time: ``start_0 = ready_0``, ``start_l = max(start_{l-1} + c_{l-1}, ready_l)`` with ``c = latency +
     bytes / bandwidth``. A group takes in the next parcel iff ``ready_{l+1} < start_l + latency``: that is there before the
-    group's start-up is over, so that to wait for it costs less than a start-up of its own. The group then has the bytes of both
-    and starts anew at the earliest when the new one is ready.
+    group's start-up is over, so that to wait for it costs less than a start-up of its own. The group then has the bytes
+    of both and starts anew at the earliest when the new one is ready.
     """
     groups: list[list[int]] = []
     start = size = free = 0.0
@@ -54,8 +54,8 @@ def product_seconds(graph: fx.Graph, speeds: Speeds) -> list[float]:
 
 
 def arrivals(parts: Sequence[fx.Node], captured: Sequence[float], speeds: Speeds) -> list[float]:
-    """When each of ``parts``, in the order in which they get ready, is there: ``captured`` seconds and those of the products that
-    make the parts themselves, one after the other."""
+    """When each of ``parts``, in the order in which they get ready, is there: ``captured`` seconds and those of the
+    products that make the parts themselves, one after the other."""
     own, made, found = set[fx.Node](), 0.0, []
     for part, passed in zip(parts, captured, strict=True):
         made += sum(map(flops_of, _written_for(part, own))) / speeds.flops

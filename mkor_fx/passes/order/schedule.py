@@ -9,8 +9,8 @@ from torch import fx
 from torch.utils.flop_counter import flop_registry
 
 from ...ir import StepGraph
-from .collectives import in_line, is_start, is_wait
 from ..core import graph_pass
+from .collectives import in_line, is_start, is_wait
 from .dependencies import operands_of, reorder
 
 aten = torch.ops.aten

@@ -78,8 +78,8 @@ def _asks_for_sparse(node: fx.Node) -> bool:
 
 
 def recurrence(gm: fx.GraphModule) -> tuple[set[int], int]:
-    """The lengths of the sequences that recurrent layers of Dynamo's graph run over, and how many programs Dynamo makes of one
-    function."""
+    """The lengths of the sequences that recurrent layers of Dynamo's graph run over, and how many programs Dynamo makes
+    of one function."""
     lengths = set()
     for node in gm.graph.nodes:
         if getattr(node.target, "__name__", "") in ("lstm", "gru", "rnn_tanh", "rnn_relu") and node.op == "call_function":
@@ -232,9 +232,11 @@ def facing_user(compiled: Callable[..., Any]) -> Callable[..., Any]:
             raise failed_call(failure, args, kwargs) from failure
         except torch._dynamo.exc.FailOnRecompileLimitHit as failure:
             raise RuntimeError(
-                f"torch.compile has reached its recompile limit ({config.recompile_limit} programs) and compiles no further: "
+                f"torch.compile has reached its recompile limit ({config.recompile_limit} programs) and compiles no "
+                f"further: "
                 "something differs at each call, and each value of it asks for another program. TORCH_LOGS=recompiles tells "
-                "what; pad inputs to few sizes (of sequences under nn.LSTM, nn.GRU and nn.RNN each length is a program of its own), "
+                "what; pad inputs to few sizes (of sequences under nn.LSTM, nn.GRU and nn.RNN each length is a "
+                "program of its own), "
                 "keep counters in buffers, or raise torch._dynamo.config.recompile_limit"
             ) from failure
         except RuntimeError as failure:

@@ -27,14 +27,16 @@ def recompile_forbidden(failure: Exception) -> RuntimeError:
     found = re.findall(r"^\s*- \S+: (.+)$", str(failure), re.MULTILINE)
     why = f"another program, since {'; '.join(dict.fromkeys(found))}" if found else "a program that is not there yet"
     return RuntimeError(
-        f"torch.compiler.set_stance({STANCE!r}) forbids to compile, and this call needs {why}. Nothing was changed: make the "
+        f"torch.compiler.set_stance({STANCE!r}) forbids to compile, and this call needs {why}. Nothing was changed: "
+        f"make the "
         "first call, and that of each new size, under the default stance"
     )
 
 
 def _reason(text: str) -> str:
     """Torch's own sentence in what Dynamo has wrapped around it."""
-    found = re.search(r"got \w+\((['\"])(.*?)\1\)$", text, re.MULTILINE) or re.search(r"debug context: \w+ <.*?>: ()(.+)", text)
+    found = re.search(r"got \w+\((['\"])(.*?)\1\)$", text, re.MULTILINE)
+    found = found or re.search(r"debug context: \w+ <.*?>: ()(.+)", text)
     if found:
         return found.group(2).replace("\\n", " ").rstrip(".")
     explained = re.search(r"Explanation: (.+)", text)

@@ -8,7 +8,8 @@ import torch
 
 
 def nccl_milliseconds(kind: str, size: int, ranks: int, generation: str) -> float:
-    """One collective ``kind`` ("ALL_REDUCE", ...) over ``size`` bytes among ``ranks``, eight to a node, alone on the network."""
+    """One collective ``kind`` ("ALL_REDUCE", ...) over ``size`` bytes among ``ranks``, eight to a node, alone on the
+    network."""
     from torch._inductor import comm_analysis as model
 
     gpu = model.NVIDIA_GPU_TYPE[generation]

@@ -129,7 +129,8 @@ def shaped_like(example: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def _literally(leaves: list[Any], mode: FakeTensorMode | None = None) -> Iterator[None]:
-    """In the leaves' fake mode, where they have none in the given one, without autograd; composite operators by their Python bodies, which know symbolic sizes."""
+    """In the leaves' fake mode, where they have none in the given one, without autograd; composite operators by their
+    Python bodies, which know symbolic sizes."""
     mode = _fake_mode(leaves) or mode
     with torch.no_grad(), enable_python_dispatcher(), mode or contextlib.nullcontext():
         yield
@@ -155,8 +156,8 @@ def insert(
     """Write ``function(*args)`` into ``graph`` at its insertion point; ``args`` are pytrees of nodes and constants.
 
     Returns what the function returns, with nodes in the place of tensors. ``label`` marks each new node
-    (``meta["mkor_fx"]``), so that a printed graph says whose work it is. ``pure``: it must not draw random numbers, nor change
-    what it is given, as code of a rule must not.
+    (``meta["mkor_fx"]``), so that a printed graph says whose work it is. ``pure``: it must not draw random numbers, nor
+    change what it is given, as code of a rule must not.
 
     Raises:
         ValueError: the function reads a value on the host, holds a tensor of its own, or is not pure.
@@ -179,14 +180,16 @@ READS = (
     "cannot wait for: choose with torch.where, and keep numbers as 0-dim tensors"
 )
 HOLDS = (
-    "{label}: its code holds a tensor of its own ({target}), which a compiled program cannot know: use plain numbers, or make "
+    "{label}: its code holds a tensor of its own ({target}), which a compiled program cannot know: use plain numbers, "
+    "or make "
     "it of an operand, as by x.new_full(size, value)"
 )
 CHANGES = (
     "{label}: its code changes what it is given in place ({target}), which others still read: compute a new tensor"
 )
 DRAWS = (
-    "{label}: its code draws random numbers ({target}), which would be others on each rank and after a resume: use a hash of "
+    "{label}: its code draws random numbers ({target}), which would be others on each rank and after a resume: use a "
+    "hash of "
     "the step, as mkor_fx.prims.rademacher(step, side, size, dtype)"
 )
 

@@ -16,8 +16,8 @@ from .vectors import Scales
 
 @graph_pass(stage="rewrite")
 def clip_divergence(draft: Draft) -> None:
-    """For each rule with a ``kl_clip``: ``D <- nu D`` with ``nu = min(1, sqrt(kl_clip / |sum lr^2 <D, G>|))``, the sum over all of
-    its weights and their biases (Martens and Grosse, 2015; KAISA)."""
+    """For each rule with a ``kl_clip``: ``D <- nu D`` with ``nu = min(1, sqrt(kl_clip / |sum lr^2 <D, G>|))``, the sum
+    over all of its weights and their biases (Martens and Grosse, 2015; KAISA)."""
     for rule in draft.rules:
         if rule.kl_clip is None:
             continue

@@ -14,7 +14,8 @@ from .step_draft import StepDraft
 
 @graph_pass(stage="rewrite")
 def clip_gradients(draft: StepDraft) -> None:
-    """``G <- min(1, clip_norm / (|G| + 1e-6)) G`` with the norm over all gradients, as ``torch.nn.utils.clip_grad_norm_``."""
+    """``G <- min(1, clip_norm / (|G| + 1e-6)) G`` with the norm over all gradients, as
+    ``torch.nn.utils.clip_grad_norm_``."""
     bound, label = draft.plan.clip_norm, "clip norm"
     if bound is None:
         return

@@ -16,15 +16,16 @@ from .placement import Chunk, Part, lay_out
 
 
 class Delivery:
-    """Writes what carries gradients to owners and directions back: a reduce-scatter and an all-gather for each bucket, between
-    them a sum over the ``column`` of an owner where there are others that own the same.
+    """Writes what carries gradients to owners and directions back: a reduce-scatter and an all-gather for each bucket,
+    between them a sum over the ``column`` of an owner where there are others that own the same.
 
     ``owners`` are places in the ``row`` by name of weight (None: on every rank); a bias goes with its weight. Gradients of
-    one dtype and device are a stream for each owner, in the order in which the backward makes them. Whatever the grid, that is
-    the volume of an all-reduce: with C ranks in a row and W in a column, ``2 (C-1) / C + 2 (W-1) / (W C) = 2 (1 - 1 / (W C))``.
+    one dtype and device are a stream for each owner, in the order in which the backward makes them. Whatever the grid,
+    that is the volume of an all-reduce: with C ranks in a row and W in a column, ``2 (C-1) / C + 2 (W-1) / (W C) = 2 (1
+    - 1 / (W C))``.
 
-    Gradients of weights ``apart`` are summed on every rank, as those without an owner, and their directions are broadcast, each by
-    its owner.
+    Gradients of weights ``apart`` are summed on every rank, as those without an owner, and their directions are
+    broadcast, each by its owner.
     """
 
     def __init__(

@@ -49,8 +49,8 @@ def what_is_derived(layout: Layout) -> dict[str, Tensor]:
 
 @functools.lru_cache(maxsize=1024)
 def moving_state(rule: Rule, shape: Shape) -> frozenset[str]:
-    """The tensors of a state that a rule as it is at step 0 makes anew at steps, by ``update``, ``advance`` or ``normalize``, by name;
-    nothing is computed."""
+    """The tensors of a state that a rule as it is at step 0 makes anew at steps, by ``update``, ``advance`` or
+    ``normalize``, by name; nothing is computed."""
     with torch.no_grad(), new_fake_mode(), plain_tracing():
         state = rule.init(shape, torch.device("cpu"))
         grad = Gradient(torch.empty(shape.O, shape.I), torch.empty(shape.O) if shape.bias else None)
@@ -65,8 +65,8 @@ def moving_state(rule: Rule, shape: Shape) -> frozenset[str]:
 
 
 def in_the_way(rule: Rule) -> frozenset[str]:
-    """What ``derive`` makes anew of a state that other functions of a rule make anew as well: between a state and what is derived of it
-    later no step may lie."""
+    """What ``derive`` makes anew of a state that other functions of a rule make anew as well: between a state and what
+    is derived of it later no step may lie."""
     shape = Shape(4, 3, bias=True)
     with torch.no_grad(), new_fake_mode(), plain_tracing():
         state = rule.init(shape, torch.device("cpu"))

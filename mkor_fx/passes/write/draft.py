@@ -6,17 +6,16 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, fx
 
 from ...ir import StepGraph
-from ...rules import Rule
 from ...prims import accumulation_dtype
+from ...rules import Rule
 from ...rules.direction import STRIDE
 from ...rules.hyper import changing
+from ..match.layout import Layout
 from ..order.collectives import Network
 from ..torch_api.tracing import insert
-from ..match.layout import Layout
 from .sizing import Sizing
 from .vectors import Scales
 
@@ -27,8 +26,8 @@ class Item:
 
     ``grad`` and ``bias`` are gradients, of all ranks together once they are reduced; ``vectors`` statistics by orientation.
     ``state`` is as it stands at this point of the program, ``stored`` the inputs that it is kept in. ``key`` and
-    ``bias_key`` are under which directions are found. ``sizing`` is how long these are; ``scale`` what sizes those that are made in
-    the backward.
+    ``bias_key`` are under which directions are found. ``sizing`` is how long these are; ``scale`` what sizes those that
+    are made in the backward.
     """
 
     name: str
@@ -42,7 +41,7 @@ class Item:
     stored: dict[str, fx.Node] = field(default_factory=dict)
     vectors: dict[int, fx.Node] = field(default_factory=dict)
     scale: fx.Node | None = None
-    sizing: Sizing = Sizing(None, False)
+    sizing: Sizing = Sizing(None, False)  # noqa: RUF009  (immutable)
 
 
 class Rate(NamedTuple):

@@ -10,15 +10,16 @@ from torch import fx
 
 from ...ir import StepGraph
 from ...rules import Rule
+from ..match.layout import Layout
 from ..torch_api.capture import described_gradients
 from .carrier import Carrier
 from .draft import Draft, Item
-from ..match.layout import Layout
 
 
 @dataclass(frozen=True)
 class Added:
-    """Inputs of one site behind Dynamo's, by position: its carrier, then its ``state``, by name, where the graph reads it."""
+    """Inputs of one site behind Dynamo's, by position: its carrier, then its ``state``, by name, where the graph reads
+    it."""
 
     carrier: int
     geometry: Carrier

@@ -26,8 +26,8 @@ def step_along(
     weight: Tensor, direction: Tensor, numbers: Tensor, rate_at: int, decay_at: int | None, sign: float,
     trust: tuple[float, float] | None,
 ) -> Tensor:
-    """``numbers`` are the optimizer's, packed; ``sign`` is -1 where it maximizes; with ``trust`` the direction gets the norm of
-    the weight, where that has one, their quotient within these bounds. Computed in float32 at least."""
+    """``numbers`` are the optimizer's, packed; ``sign`` is -1 where it maximizes; with ``trust`` the direction gets the
+    norm of the weight, where that has one, their quotient within these bounds. Computed in float32 at least."""
     wide = accumulation_dtype(weight.dtype)
     if trust is not None:
         norms = [torch.linalg.vector_norm(t, dtype=wide) for t in (weight, direction)]

@@ -51,16 +51,16 @@ def assign(
 def assign_all(
     loads: Mapping[str, Load], size: int, padding: float, known: Mapping[str, int | None] | None = None
 ) -> dict[str, int | None]:
-    """As :func:`assign`, with an owner for those weights as well that padding would keep on every rank: the one with the least work,
-    the costliest first."""
+    """As :func:`assign`, with an owner for those weights as well that padding would keep on every rank: the one with
+    the least work, the costliest first."""
     owners = assign(loads, size, padding, known)
     held = [sum(load.work for name, load in loads.items() if owners[name] == rank) for rank in range(size)]
     return owners | deal({name: load.work for name, load in loads.items() if owners[name] is None}, held)
 
 
 def apart(loads: Mapping[str, Load], owners: Mapping[str, int], size: int, padding: float) -> set[str]:
-    """Weights whose gradients had better be summed on every rank and whose directions their owners broadcast: as few as it takes,
-    the largest of the fullest rank first, for padding to be no more than ``padding`` times all bytes."""
+    """Weights whose gradients had better be summed on every rank and whose directions their owners broadcast: as few as
+    it takes, the largest of the fullest rank first, for padding to be no more than ``padding`` times all bytes."""
     found, total = set[str](), sum(load.bytes for load in loads.values())
     while True:
         own = [[n for n in loads if owners[n] == rank and n not in found] for rank in range(size)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ...rules import Gradient
@@ -10,8 +9,8 @@ from ...rules.direction import direction_of
 from ...rules.hyper import bind
 from ...rules.results import check_state
 from ..core import graph_pass
-from .draft import Draft
 from ..match.layout import Layout
+from .draft import Draft
 from .refresh import all_finite, select
 from .sizing import Sizing
 from .vectors import Numbers, Scales
@@ -19,8 +18,8 @@ from .vectors import Numbers, Scales
 
 @graph_pass(stage="rewrite")
 def precondition(draft: Draft) -> None:
-    """Each weight's state ``advance``d by its gradient, and the direction that it makes of it, ``normalize``d and in the size of
-    its graft."""
+    """Each weight's state ``advance``d by its gradient, and the direction that it makes of it, ``normalize``d and in
+    the size of its graft."""
     for item in draft.items.values():
         direction, bias, new = draft.insert(
             direct_one,

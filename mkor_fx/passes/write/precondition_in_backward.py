@@ -9,8 +9,8 @@ from ...rules import Gradient
 from ...rules.direction import direction_of
 from ...rules.hyper import bind
 from ..core import graph_pass
-from .joint_draft import JointDraft
 from ..match.layout import Layout
+from .joint_draft import JointDraft
 from .vectors import Numbers
 
 
@@ -44,7 +44,8 @@ def direct_in_backward(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """``(direction, bias direction, norms)``; linear in the gradient, given ``state``, so micro-batches and ranks add up.
 
-    ``scale`` brings weight and bias direction to the size of the last step, ``[2]`` each matrix. ``norms`` are ``|G|^2, |D|^2`` of weight and bias of each matrix, flat: they add up as well.
+    ``scale`` brings weight and bias direction to the size of the last step, ``[2]`` each matrix. ``norms`` are ``|G|^2,
+    |D|^2`` of weight and bias of each matrix, flat: they add up as well.
     """
     rule = bind(layout.rule, numbers)
 

@@ -1,9 +1,9 @@
 """Code written for Python numbers, run on 0-dim tensors: an optimizer's rates, betas and counts of steps while it is traced.
 
 A number that the user may change between steps is an entry of a packed tensor; what is computed from such numbers alone
-keeps its value as well, so that a branch on it is answered at trace time and watched. So is one on a count in the groups, which
-the step itself changes: it is another program where the answer is another. A number of the state, or one that is read from a
-tensor (``x.item()``), has no value on the host: a branch on it is refused by name.
+keeps its value as well, so that a branch on it is answered at trace time and watched. So is one on a count in the
+groups, which the step itself changes: it is another program where the answer is another. A number of the state, or one
+that is read from a tensor (``x.item()``), has no value on the host: a branch on it is refused by name.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ READS = {"__float__", "__int__", "__index__", "__bool__", "item"}
 @dataclass(frozen=True)
 class PythonNumber:
     """What a 0-dim tensor stands for. ``expression`` and ``value`` are None where only the device knows it; ``python``: the
-    optimizer itself has a Python number there; ``counts``: it is another one in each step; ``origin``: what it comes from, for a
-    message."""
+    optimizer itself has a Python number there; ``counts``: it is another one in each step; ``origin``: what it comes
+    from, for a message."""
 
     tensor: Tensor
     expression: Any = None
@@ -54,8 +54,8 @@ class PythonNumber:
 
 
 class PythonNumbers(TorchFunctionMode):
-    """No ``.item()``, no data-dependent branch. ``params`` say that they require gradients, as an optimizer's do. ``branches``
-    are those that were answered, ``written`` the numbers of the optimizer that were changed in place."""
+    """No ``.item()``, no data-dependent branch. ``params`` say that they require gradients, as an optimizer's do.
+    ``branches`` are those that were answered, ``written`` the numbers of the optimizer that were changed in place."""
 
     def __init__(self, params: Sequence[Tensor]) -> None:
         super().__init__()

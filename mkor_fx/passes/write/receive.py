@@ -9,7 +9,8 @@ from .update_draft import UpdateDraft
 
 @graph_pass(stage="rewrite")
 def receive(draft: UpdateDraft) -> None:
-    """The statistics vectors of each weight that refreshes, of all ranks together; where weights have owners, of this rank alone."""
+    """The statistics vectors of each weight that refreshes, of all ranks together; where weights have owners, of this
+    rank alone."""
     network = None if draft.local else draft.network
     with draft.graph.inserting_before(draft.step.output):
         for key, carrier in draft.carriers.items():

@@ -12,8 +12,8 @@ from .step_draft import StepDraft
 
 @graph_pass(stage="rewrite")
 def reduce(draft: StepDraft) -> None:
-    """Gradients of all ranks together, to their owners where they have one; statistics, but for those that travel late or stay where
-    they are; the mean loss, and rank 0's buffers."""
+    """Gradients of all ranks together, to their owners where they have one; statistics, but for those that travel late
+    or stay where they are; the mean loss, and rank 0's buffers."""
     graph, network, delivery, step = draft.graph, draft.network, draft.delivery, draft.step
     if network is None:
         return

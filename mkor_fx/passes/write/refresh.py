@@ -11,8 +11,8 @@ from ...rules import Gradient, Rule, Use
 from ...rules.hyper import bind
 from ...rules.results import check_state
 from ..core import graph_pass
-from .draft import Draft
 from ..match.layout import Layout
+from .draft import Draft
 from .vectors import Numbers, Scales, split_vectors, uses_of
 
 

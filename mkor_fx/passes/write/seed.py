@@ -17,7 +17,8 @@ aten = torch.ops.aten
 def seed(draft: StepDraft) -> None:
     """Write the gradient of the mean loss over ranks with respect to this rank's: one without a network.
 
-    Ranks weigh the same, or each by its number of rows; of a part of a batch it is the part's share of that. Left out, it stays an input, which is one.
+    Ranks weigh the same, or each by its number of rows; of a part of a batch it is the part's share of that. Left out,
+    it stays an input, which is one.
     """
     graph, network = draft.graph, draft.network
     value = draft.step.seeds[0].meta["val"]

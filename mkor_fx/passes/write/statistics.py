@@ -10,8 +10,8 @@ from .vectors import write_vectors
 
 @graph_pass(stage="rewrite")
 def statistics(draft: Draft) -> None:
-    """A statistics vector for each orientation in which a site's weight is used; none of weights whose statistics another rank takes
-    alone."""
+    """A statistics vector for each orientation in which a site's weight is used; none of weights whose statistics
+    another rank takes alone."""
     graph = draft.graph
     for index, site in draft.step.sites.items():
         assert site.rule is not None

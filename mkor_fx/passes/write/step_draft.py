@@ -14,6 +14,7 @@ from ...runtime import inputs
 from ...runtime.base_step import base_step_of
 from ...runtime.optimizer_state import groups_of, numbers_of, place_of_rate
 from ...runtime.optimizers import Optimizers
+from ..match.layout import Layout
 from ..order.collectives import Network
 from ..torch_api.backend import FakeTensorMode
 from ..torch_api.capture import WholeStep
@@ -22,7 +23,6 @@ from .delivery import Delivery
 from .draft import Draft, Item, Rate, changing_of
 from .finite import absolute, all_finite, count_skip, is_taken, norm, of_part, total
 from .late_statistics import Buffer
-from ..match.layout import Layout
 from .sizing import Sizing
 from .traced_optimizer import Update, trace_update
 from .vectors import Scales, of_share
@@ -33,12 +33,13 @@ class Plan:
     """What a whole step is written for, beside its graph.
 
     ``rules`` are those that may occur, ``params`` by input position, ``trained`` the positions of those that the optimizer
-    steps; ``states`` examples of the factors that are kept on this rank, by position. ``buffers`` are the names of the inputs
-    that rank 0 decides; ``owners`` the ranks that keep a weight's factors, by name (None: every rank); ``late`` the buffers
-    of statistics that are used one step late, if this step ``sends`` its own; ``due`` the weights whose state is refreshed
-    (None: all). ``local``: a weight's statistics are its owner's own ones, and not summed; ``apart`` are weights whose gradients every
-    rank has, and whose directions their owners broadcast. ``parts``: the batch is one part of several. ``base_rate`` is a ``Hybrid``'s share of the rate. ``refreshes``
-    only labels.
+    steps; ``states`` examples of the factors that are kept on this rank, by position. ``buffers`` are the names of the
+    inputs that rank 0 decides; ``owners`` the ranks that keep a weight's factors, by name (None: every rank); ``late``
+    the buffers of statistics that are used one step late, if this step ``sends`` its own; ``due`` the weights whose
+    state is refreshed (None: all). ``local``: a weight's statistics are its owner's own ones, and not summed; ``apart``
+    are weights whose gradients every rank has, and whose directions their owners broadcast. ``parts``: the batch is one
+    part of several.
+    ``base_rate`` is a ``Hybrid``'s share of the rate. ``refreshes`` only labels.
     """
 
     optimizer: Optimizers
@@ -66,7 +67,8 @@ class StepDraft(Draft):
     """``inputs`` lists what the program is passed behind Dynamo's inputs, in order.
 
     With a ``network`` each rank differentiates its share of the mean loss over ranks, so that gradients and statistics of
-    the whole batch are plain sums over ranks. ``gradients`` are by input position; ``sent`` is what leaves for the next step, behind ``outputs``.
+    the whole batch are plain sums over ranks. ``gradients`` are by input position; ``sent`` is what leaves for the next
+    step, behind ``outputs``.
     """
 
     step: WholeStep

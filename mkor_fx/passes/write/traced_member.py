@@ -159,7 +159,8 @@ class Member:
         for i, group in enumerate(clone.param_groups):
             for key in places(counters_of(self.optimizer), group):
                 known = self.mode.of(group[key])
-                found[Number(self.begin + i, key)] = group[key] if is_python_number(group[key]) else known and known.expression
+                number = group[key] if is_python_number(group[key]) else known and known.expression
+                found[Number(self.begin + i, key)] = number
         return found
 
     def new_state(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:

@@ -92,7 +92,8 @@ def refuse_hidden(found: Findings) -> None:
 def attempt(
     optimizers: Optimizers, params: Sequence[nn.Parameter], counts: Mapping[Number, float] | None = None
 ) -> tuple[Update, Findings]:
-    """As ``trace_update``; what the step does besides is returned. ``counts``: what counters are to stand at, if not as they do."""
+    """As ``trace_update``; what the step does besides is returned. ``counts``: what counters are to stand at, if not as
+    they do."""
     if len(params) != len({id(p) for p in params}):
         raise AssertionError("a parameter is listed twice")
     numbers, found, name = numbers_of(optimizers), Findings(), optimizers.names

@@ -14,13 +14,13 @@ from ...ir import StepGraph
 from ...rules import Rule
 from ...runtime.base_step import BaseStep
 from ...runtime.given import Given
+from ..match.layout import Layout
 from ..order.collectives import Group, Network
 from ..torch_api.backend import new_fake_mode
 from ..torch_api.tracing import add_input
 from .delivery import from_owner
 from .draft import Draft, Item, Rate
 from .finite import total
-from ..match.layout import Layout
 from .sizing import Sizing
 from .vectors import Scales
 
@@ -66,8 +66,8 @@ class UpdateDraft(Draft):
     """A program whose inputs are the leaves of ``given``: gradients, carriers, state and what all weights share.
 
     With a ``group`` statistics are summed over its ranks, on each of which they belong to that rank's own loss, while
-    gradients are the mean's already. Where weights have owners (``local``) statistics are those of the owner's rows alone, and only
-    its own weights are items. ``carriers`` are by item, ``refreshes`` the items whose state is refreshed.
+    gradients are the mean's already. Where weights have owners (``local``) statistics are those of the owner's rows
+    alone, and only its own weights are items. ``carriers`` are by item, ``refreshes`` the items whose state is refreshed.
     """
 
     def __init__(self, jobs: Sequence[Job], rules: Sequence[Rule], given: Given, group: Group | None) -> None:
@@ -127,7 +127,8 @@ class UpdateDraft(Draft):
         if not self.local or self.network is None:
             return [*parts.values()]
         like = self.given.weights[0].grad
-        whole = self.insert(total, [*parts.values()], like, torch.float64 if _is_double(like) else torch.float32, label=label)
+        dtype = torch.float64 if like.meta["val"].dtype == torch.float64 else torch.float32
+        whole = self.insert(total, [*parts.values()], like, dtype, label=label)
         with self.graph.inserting_before(self.step.output):
             return [self.network.sum(whole, kind, "gradients")]
 
@@ -167,10 +168,6 @@ class UpdateDraft(Draft):
             yield self.directions.get(("weight", i), own.grad)
             if own.bias is not None:
                 yield self.directions.get(("bias", i), own.bias)
-
-
-def _is_double(node: fx.Node) -> bool:
-    return node.meta["val"].dtype == torch.float64
 
 
 def _names(given: Given) -> list[str]:

@@ -12,9 +12,9 @@ from ...ir import Operand, Site
 from ...rules import Use
 from ...rules.hyper import bind
 from ...rules.results import check_summary
-from ..torch_api.tracing import insert
 from ..match.layout import Layout
 from ..match.uses import together
+from ..torch_api.tracing import insert
 
 #: how an operand is read in traced code: a view, the operand's value and further arguments
 Reading = tuple[Any, ...]

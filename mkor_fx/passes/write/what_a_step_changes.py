@@ -83,8 +83,8 @@ def snapshot(optimizer: Optimizer) -> dict[Place, Any]:
 
 
 def functions(optimizer: Optimizer) -> Iterator[tuple[str, types.FunctionType]]:
-    """Those that an optimizer's step may call and that are not torch's: methods of its classes, functions that it holds, what
-    these have closed over, and functions of their modules that they name; each with what leads there."""
+    """Those that an optimizer's step may call and that are not torch's: methods of its classes, functions that it
+    holds, what these have closed over, and functions of their modules that they name; each with what leads there."""
     own = [cls for cls in type(optimizer).__mro__ if cls is not object and not _of_torch(cls)]
     held = [(f"{cls.__name__}.{name}", value) for cls in own for name, value in vars(cls).items()]
     held += [(f"self.{name}", value) for name, value in vars(optimizer).items()]
@@ -94,7 +94,8 @@ def functions(optimizer: Optimizer) -> Iterator[tuple[str, types.FunctionType]]:
         value = inspect.unwrap(getattr(value, "__func__", value)) if callable(value) or hasattr(value, "__func__") else value
         if isinstance(value, functools.partial):
             value = value.func
-        if isinstance(value, types.FunctionType) and not _of_torch(value) and id(value) not in seen and len(seen) < FUNCTIONS:
+        is_new = isinstance(value, types.FunctionType) and not _of_torch(value) and id(value) not in seen
+        if is_new and len(seen) < FUNCTIONS:
             seen.add(id(value))
             yield name, value
             held += [(name, cell.cell_contents) for cell in _cells(value).values() if callable(cell.cell_contents)]
@@ -134,7 +135,8 @@ def kept_numbers(optimizer: Optimizer) -> Iterator[None]:
     before = []
     for _, function in functions(optimizer):
         around = [(cell, cell.cell_contents) for cell in _cells(function).values()]
-        before.append((function, [each for each in around if isinstance(each[1], (int, float))], _numbers_of_module(function)))
+        numbers = [each for each in around if isinstance(each[1], (int, float))]
+        before.append((function, numbers, _numbers_of_module(function)))
     try:
         yield
     finally:
