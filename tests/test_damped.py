@@ -11,7 +11,7 @@ from torch import nn
 import mkor_fx
 from mkor_fx import MKOR
 from mkor_fx.prims import precondition, signs
-from mkor_fx.rules.direction import multiplies_bfloat16
+from mkor_fx.hardware import multiplies
 from mkor_fx.rules.inverse_updates import damped_update
 from mkor_fx.runtime.base_step import base_step_of
 from mkor_fx.runtime.draws import Draws, draw_of
@@ -219,7 +219,7 @@ def test_a_momentum_that_changes_compiles_nothing_again():
 
 
 def test_fast_products_are_bfloat16_where_that_is_native():
-    for gradient, native in ((torch.float32, multiplies_bfloat16(torch.device("cpu"))), (torch.float64, False)):
+    for gradient, native in ((torch.float32, multiplies(torch.device("cpu"), torch.bfloat16)), (torch.float64, False)):
         model = nn.Linear(6, 5).to(gradient)
         step = mkor_fx.compile_step(
             model, nn.functional.mse_loss, torch.optim.AdamW(model.parameters()), MKOR(), backend="eager"

@@ -15,7 +15,7 @@ EACH_FILE = pytest.mark.parametrize("path", FILES, ids=IDS)
 
 #: floors of the house from the ground up: a file imports what stands below its own, and its neighbours on it
 FLOORS = [
-    ["ir.py", "kinds.py", "reasons.py"],
+    ["ir.py", "hardware.py", "kinds.py", "reasons.py"],
     ["prims.py"],
     ["ops/*", "rules/*", "optim/*", "nn/*"],
     ["runtime/*"],

@@ -22,6 +22,7 @@ from .lower.share import share
 from .lower.shortcut_row_sums import shortcut_row_sums
 from .lower.store_scalars import store_scalars
 from .lower.unpack import unpack
+from .lower.widen_products import widen_products
 from .match.assign_rules import assign_rules
 from .match.cancel_double_transpose import cancel_double_transpose
 from .match.drop_detach import drop_detach
@@ -77,7 +78,7 @@ APPLY = [take_directions, optimize, write_back]
 REFRESH = [receive, refresh, resize, return_state]
 COLLECTIVES = [bucket, issue_alike]
 SCHEDULE = [recompute_checkpoints, update_when_ready]
-LOWER = [order_products, shortcut_row_sums, expand, unpack, share, store_scalars]
+LOWER = [order_products, shortcut_row_sums, expand, unpack, widen_products, share, store_scalars]
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,7 @@ def synthesise(
     lowering = [
         *kept([order_products, shortcut_row_sums]),
         partial(expand, inductor=inductor, stacked=stacked),
-        *kept([unpack, share]),
+        *kept([unpack, *([widen_products] if inductor else []), share]),
     ]
     run_passes(draft.step, lowering if partitioned else [*lowering, *kept([store_scalars])], "lower", graphs)
 

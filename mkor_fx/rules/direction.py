@@ -5,12 +5,12 @@ Shape suffixes: ``I`` inputs, ``O`` outputs of one weight.
 
 from __future__ import annotations
 
-import functools
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..hardware import multiplies
 from ..prims import accumulation_dtype, graft_rms, precondition, rescale
 from .results import check_direction, check_normalized, check_sides
 
@@ -114,19 +114,10 @@ def _product(
     left: Tensor | None, grad: Tensor, right: Tensor | None, dtype: torch.dtype | Literal["fast"] | None
 ) -> Tensor:
     if dtype == "fast":
-        dtype = torch.bfloat16 if grad.dtype == torch.float32 and multiplies_bfloat16(grad.device) else None
+        dtype = torch.bfloat16 if grad.dtype == torch.float32 and multiplies(grad.device, torch.bfloat16) else None
     if dtype is None or dtype == grad.dtype:
         return precondition(left, grad, right)
     return precondition(left, grad.to(dtype), right).to(grad.dtype)
-
-
-@functools.cache
-def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether a device has instructions for it: others are several times slower with it than with float32."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    known = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    return any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def _sized(
