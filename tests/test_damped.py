@@ -10,8 +10,8 @@ from torch import nn
 
 import mkor_fx
 from mkor_fx import MKOR
-from mkor_fx.prims import precondition, signs
 from mkor_fx.hardware import multiplies
+from mkor_fx.prims import precondition, signs
 from mkor_fx.rules.inverse_updates import damped_update
 from mkor_fx.runtime.base_step import base_step_of
 from mkor_fx.runtime.draws import Draws, draw_of
