@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import mkor_fx
 from mkor_fx import MKOR
+from mkor_fx.passes.write import traced_optimizer
 
 SCHEDULERS = {
     "cosine": lambda o, n: lr_scheduler.CosineAnnealingLR(o, n),
@@ -51,6 +52,27 @@ def test_schedule_and_partial_batch(scheduler, optimizer, refresh_every, expecte
             rates.add(optimizer.param_groups[0]["lr"])
     assert len(rates) > 5
     assert step.compilations == expected
+
+
+def test_the_optimizer_is_traced_for_the_first_program_and_for_another_state(monkeypatch):
+    traced, original = [], traced_optimizer.trace_update
+    monkeypatch.setattr(
+        traced_optimizer, "trace_update", lambda *given: traced.append(len(given[1])) or original(*given)
+    )
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    batches = list(loader())
+    step = mkor_fx.compile_step(
+        model, torch.nn.functional.cross_entropy, optimizer, rule=MKOR.published(), backend="eager", refresh_every=2
+    )
+    for batch in batches[:2]:
+        step(*batch)
+    assert step.compilations == 2 and traced == [4]
+    for state in optimizer.state.values():
+        state["exp_avg_sq"] = state["exp_avg_sq"].double()
+    for batch in batches[-2:]:  # the last one is partial, and so compiled
+        step(*batch)
+    assert step.compilations == 3 and traced == [4, 4]
 
 
 def test_dynamic_needs_no_second_compilation():

@@ -138,6 +138,7 @@ def write_whole_step(
             base_rate=1.0 if options.hybrid is None else options.hybrid.rate,
             parts=options.accumulate > 1,
             skip_nonfinite=options.skip_nonfinite and not variant.has("accumulate"),
+            updates=step.updates,
             refreshes=variant.has("refresh"),
         )
         draft = StepDraft(whole, plan, None if group is None else Network(whole.graph, group))

@@ -58,13 +58,14 @@ class SMMF(DecoupledOptimizer):
         zeros = lambda *sizes, dtype=dtype: torch.zeros(sizes, dtype=dtype, device=p.device)
         state = {"square_rows": zeros(rows), "square_columns": zeros(columns)}
         if group["beta"] is not None:
-            signs = zeros(-(-p.numel() // 8), dtype=torch.uint8)
+            signs = zeros(-(-rows // 8), columns, dtype=torch.uint8)
             state |= {"average_rows": zeros(rows), "average_columns": zeros(columns), "signs": signs}
         return state
 
     def direction(self, group: dict[str, Any], grad: Tensor, state: dict[str, Tensor]) -> Tensor:
         count = state["step"]
-        matrix = grad.reshape(_sides(grad.numel()))
+        rows, columns = _sides(grad.numel())
+        matrix = grad.reshape(rows, columns)
         weight = 1 - count ** group["decay"]
         square = weight * torch.outer(state["square_rows"], state["square_columns"]) + (1 - weight) * matrix**2
         _compress(square, state["square_rows"], state["square_columns"])
@@ -72,7 +73,7 @@ class SMMF(DecoupledOptimizer):
         if group["beta"] is not None:
             weight = group["beta"] * group["growth"] ** (count - 1)
             sizes = torch.outer(state["average_rows"], state["average_columns"])
-            average = weight * torch.where(_unpacked(state["signs"], matrix), sizes, -sizes) + (1 - weight) * matrix
+            average = weight * torch.where(_unpacked(state["signs"], rows), sizes, -sizes) + (1 - weight) * matrix
             _compress(average.abs(), state["average_rows"], state["average_columns"])
             state["signs"].copy_(_packed(average > 0))
         return (average / (square.sqrt() + group["eps"])).reshape(grad.shape)
@@ -92,11 +93,17 @@ def _compress(matrix: Tensor, rows: Tensor, columns: Tensor) -> None:
 
 
 def _packed(flags: Tensor) -> Tensor:
-    """One bit a flag, uint8 ``[ceil(n / 8)]``."""
-    flat = torch.nn.functional.pad(flags.flatten().to(torch.uint8), (0, -flags.numel() % 8))
-    return (flat.reshape(-1, 8) << torch.arange(8, dtype=torch.uint8, device=flags.device)).sum(1, dtype=torch.uint8)
+    """``[rows, columns]`` -> one bit a flag, uint8 ``[ceil(rows / 8), columns]``. The bits of a byte are of one column, so
+    that neighbours in memory stay neighbours and a compiled loop takes many at a time."""
+    padded = torch.nn.functional.pad(flags.to(torch.int32), (0, 0, 0, -flags.shape[0] % 8))
+    planes = padded.reshape(8, -1, flags.shape[1])
+    return (planes << _places(flags)).sum(0, dtype=torch.int32).to(torch.uint8)
 
 
-def _unpacked(bits: Tensor, like: Tensor) -> Tensor:
-    flat = (bits[:, None] >> torch.arange(8, dtype=torch.uint8, device=bits.device)) & 1
-    return flat.flatten()[: like.numel()].reshape(like.shape).bool()
+def _unpacked(bits: Tensor, rows: int) -> Tensor:
+    flags = (bits.to(torch.int32) >> _places(bits)) & 1
+    return flags.reshape(-1, bits.shape[1])[:rows].bool()
+
+
+def _places(like: Tensor) -> Tensor:
+    return torch.arange(8, dtype=torch.int32, device=like.device)[:, None, None]

@@ -110,14 +110,19 @@ def from_sides(
     return Gradient(weight, bias), new
 
 
+def product_dtype_of(
+    chosen: torch.dtype | Literal["fast"] | None, grad: torch.dtype, device: torch.device
+) -> torch.dtype:
+    """What a rule's ``product_dtype`` comes to for gradients of a dtype on a device."""
+    if chosen == "fast":
+        return torch.bfloat16 if grad == torch.float32 and multiplies(device, torch.bfloat16) else grad
+    return grad if chosen is None else chosen
+
+
 def _product(
-    left: Tensor | None, grad: Tensor, right: Tensor | None, dtype: torch.dtype | Literal["fast"] | None
+    left: Tensor | None, grad: Tensor, right: Tensor | None, chosen: torch.dtype | Literal["fast"] | None
 ) -> Tensor:
-    if dtype == "fast":
-        dtype = torch.bfloat16 if grad.dtype == torch.float32 and multiplies(grad.device, torch.bfloat16) else None
-    if dtype is None or dtype == grad.dtype:
-        return precondition(left, grad, right)
-    return precondition(left, grad.to(dtype), right).to(grad.dtype)
+    return precondition(left, grad.to(product_dtype_of(chosen, grad.dtype, grad.device)), right).to(grad.dtype)
 
 
 def _sized(

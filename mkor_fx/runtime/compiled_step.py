@@ -276,6 +276,11 @@ class CompiledStep(WholeState):
         initialise_state(self.optimizers, list(params))
         self._structure = structure_of(self.optimizers)  # some keep notes in their groups that they have done so
 
+    @property
+    def updates(self) -> dict[tuple[int, ...], Any]:
+        """The traced steps of the optimizers that other programs may have, too, as long as branches are answered as now."""
+        return self._programs.now.updates
+
     def follow_branches(self, branches: tuple) -> None:
         self._programs.now.branches += branches
 

@@ -14,9 +14,11 @@ KEPT = 8
 
 @dataclass
 class Answered:
-    """The programs that hold as long as each of ``branches`` does (``branch.holds(optimizers)``), by their variants."""
+    """The programs that hold as long as each of ``branches`` does (``branch.holds(optimizers)``), by their variants; and the
+    traced ``updates`` that are part of them, by the parameters' identities."""
 
     branches: tuple = ()
+    updates: dict[tuple[int, ...], Any] = field(default_factory=dict)
     by_variant: dict[str, Callable[..., Any]] = field(default_factory=dict)
 
     def hold(self, optimizers: Groups) -> bool:

@@ -19,7 +19,7 @@ from ..passes.match.layout import Layout
 from ..passes.torch_api.backend import new_fake_mode
 from ..passes.torch_api.tracing import trace
 from ..rules import Gradient, Rule, Shape, Use
-from ..rules.direction import direction_of
+from ..rules.direction import direction_of, product_dtype_of
 
 #: the gradient is formed, then ``L @ G @ R``; `order_products` takes another where that is cheaper and may be
 PRODUCT_FIRST = "product first"
@@ -35,6 +35,7 @@ class Work(NamedTuple):
 
     layout: Layout
     dtype: torch.dtype
+    device: torch.device
     rows: int | None
     operand_bytes: int | None
 
@@ -46,7 +47,8 @@ class Work(NamedTuple):
         size = _static(sum(fake_value(o.node).numel() * fake_value(o.node).element_size() for o in operands))
         layout = Layout.of(site)
         plain = replace(layout, rule=layout.rule.at_first_step)
-        return cls(plain, fake_value(site.parameter.node).dtype, rows, size)
+        weight = fake_value(site.parameter.node)
+        return cls(plain, weight.dtype, weight.device, rows, size)
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Costs:
     (0 for a lookup), to compare with. ``refresh``: statistics, whose rows are taken for plain ones, and the factors' update.
     ``cheapest``: the order of the products with the fewest multiply-adds, see :func:`orders`; a compiled step takes it where
     the gradient is one product that is neither reduced nor clipped nor accumulated. None or '' where it depends on the data.
+    ``products``: the dtype of the products that make the direction.
     """
 
     rows: int | None
@@ -66,6 +69,7 @@ class Costs:
     precondition_flops: int
     precondition_bytes: int
     cheapest: str
+    products: str
 
 
 @functools.lru_cache(maxsize=4096)
@@ -98,7 +102,16 @@ def count_costs(work: Work) -> Costs:
         members * precondition[0],
         members * precondition[1],
         min(macs, key=macs.__getitem__) if macs else "",
+        _products(rule, work),
     )
+
+
+def _products(rule: Rule, work: Work) -> str:
+    """The name of a dtype; where it is not the one that was asked for, why."""
+    dtype = product_dtype_of(rule.product_dtype, work.dtype, work.device)
+    declined = rule.product_dtype == "fast" and dtype == torch.float32
+    name = str(dtype).removeprefix("torch.")
+    return f"{name} ({work.device.type} without instructions for bfloat16)" if declined else name
 
 
 @functools.lru_cache(maxsize=4096)
@@ -153,10 +166,11 @@ def cost_table(known: dict[str, Costs]) -> str:
     layers = [c.layer_flops for c in known.values()]
     own = "not known before the batch is" if None in layers else short(sum(n for n in layers if n is not None))
     return (
-        aligned(rows, headers, "lrrrrrll")
+        aligned(rows, headers, "lrrrrrl")
         + f"\na refresh {short(sum(c.refresh_flops for c in known.values()))} flops, preconditioning "
         f"{short(sum(c.precondition_flops for c in known.values()))} flops a step; "
         f"forward and backward of these weights {own}"
+        + "".join(f"\ndirections are multiplied in {dtype}" for dtype in dict.fromkeys(c.products for c in known.values()))
     )
 
 

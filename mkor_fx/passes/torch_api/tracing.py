@@ -37,6 +37,10 @@ class Outline(NamedTuple):
     dtype: torch.dtype
     device: torch.device
 
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Outline:
+        return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
+
 
 #: (function, structure and shapes of its arguments, decomposition table) -> its trace; the last that were used
 _traced: OrderedDict[tuple, Traced] = OrderedDict()
@@ -109,7 +113,7 @@ def forget_values(module: fx.GraphModule) -> None:
     for node in module.graph.nodes:
         value = node.meta.pop("val", None)
         if isinstance(value, FakeTensor) and _key([value]) is not None:
-            node.meta["val"] = Outline(tuple(value.shape), value.stride(), value.dtype, value.device)
+            node.meta["val"] = Outline.of(value)
         node.meta.pop("tensor_meta", None)
 
 

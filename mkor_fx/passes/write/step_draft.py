@@ -24,7 +24,7 @@ from .draft import Draft, Item, Rate, changing_of
 from .finite import absolute, all_finite, count_skip, is_taken, norm, of_part, total
 from .late_statistics import Buffer
 from .sizing import Sizing
-from .traced_optimizer import Update, trace_update
+from .traced_optimizer import Update, known_update
 from .vectors import Scales, of_share
 
 
@@ -39,7 +39,8 @@ class Plan:
     state is refreshed (None: all). ``local``: a weight's statistics are its owner's own ones, and not summed; ``apart``
     are weights whose gradients every rank has, and whose directions their owners broadcast. ``parts``: the batch is one
     part of several.
-    ``base_rate`` is a ``Hybrid``'s share of the rate. ``refreshes`` only labels.
+    ``base_rate`` is a ``Hybrid``'s share of the rate. ``updates`` are the optimizers' steps that other programs have traced.
+    ``refreshes`` only labels.
     """
 
     optimizer: Optimizers
@@ -60,6 +61,7 @@ class Plan:
     base_rate: float | None = 1.0
     parts: bool = False
     skip_nonfinite: bool = True
+    updates: dict[tuple[int, ...], Update] = field(default_factory=dict)
     refreshes: bool = True
 
 
@@ -249,7 +251,7 @@ class StepDraft(Draft):
         order = [i for i in self.plan.trained if i not in self.final]
         if not order:
             return
-        self.update = update = trace_update(self.plan.optimizer, [self.plan.params[i] for i in order])
+        self.update = update = known_update(self.plan.updates, self.plan.optimizer, [self.plan.params[i] for i in order])
         states = [(i, key, example) for i, state in zip(order, update.states) for key, example in state.items()]
         state = [self.input(inputs.Optimizer(i, key), example) for i, key, example in states]
         state += [self.input(inputs.Counter(*place), example) for place, example in update.counters.items()]

@@ -22,7 +22,7 @@ from ...runtime.optimizer_state import Number, initialise_state, numbers_of, rea
 from ...runtime.optimizers import Optimizers
 from ..torch_api.backend import new_fake_mode
 from ..torch_api.dynamo import compiling, outside_dynamo
-from ..torch_api.tracing import forget_values, shaped_like, trace
+from ..torch_api.tracing import Outline, forget_values, shaped_like, trace
 from .python_numbers import PythonNumber, PythonNumbers
 from .traced_member import Findings, Member, stand_in
 from .watched_branches import Branch
@@ -46,6 +46,11 @@ class Update:
     counters: dict[tuple[int, str], Tensor]
     branches: tuple[Branch, ...]
     counts: dict[Number, Any]
+
+    def fits(self, optimizers: Optimizers, params: Sequence[nn.Parameter]) -> bool:
+        """Whether the state of ``params`` looks like the one that it was traced for, as far as there is any."""
+        found = [tensor_state(optimizers, param) for param in params]
+        return all(not own or _look(own) == _look(state) for own, state in zip(found, self.states, strict=True))
 
 
 def planned(optimizers: Optimizers, params: Sequence[nn.Parameter]) -> tuple[Optimizers, list[Tensor]]:
@@ -72,6 +77,16 @@ def trace_update(optimizers: Optimizers, params: Sequence[nn.Parameter]) -> Upda
         )
     refuse_hidden(found)
     return update
+
+
+def known_update(
+    known: dict[tuple[int, ...], Update], optimizers: Optimizers, params: Sequence[nn.Parameter]
+) -> Update:
+    """``trace_update``, or what it gave to another program, if states still look as they did then."""
+    key = tuple(id(p) for p in params)
+    if key not in known or not known[key].fits(optimizers, params):
+        known[key] = trace_update(optimizers, params)
+    return known[key]
 
 
 def refuse_idle(found: Findings) -> None:
@@ -174,6 +189,10 @@ def counts_of(optimizers: Optimizers, start: Optimizers) -> dict[Number, float]:
             for key in (key for key in places(known, fresh) if known.groups[key] is not Tensor):
                 found[Number(begin + i, key)] = float(group.get(key, fresh[key]))
     return found
+
+
+def _look(state: Mapping[str, Tensor]) -> dict[str, Outline]:
+    return {key: Outline.of(tensor) for key, tensor in state.items()}
 
 
 def _check(traced: fx.GraphModule) -> None:
