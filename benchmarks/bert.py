@@ -2,7 +2,7 @@
 
 The text is the King James Bible of the Debian packages `bible-kjv` and `bible-kjv-text` (820 000 words); where they are not
 installed, the language reference that comes with Python (`pydoc_data.topics`). Words and marks are tokens, of which the
-most frequent are known. Shapes: B batch, T positions, V words.
+most frequent are known. Shapes: B batch, T positions, K of them asked for, V words.
 """
 
 import re
@@ -21,9 +21,9 @@ from benchmarks import minilm
 from benchmarks.tasks import Batch, Examples, Source, Task, Text
 
 VOCABULARY, CONTEXT = 5000, 64
+ASKED = 10  # words of a window
 MASK, UNKNOWN, PADDING = 0, 1, 2
 FIRST_WORD = 3
-NOT_ASKED = -100  # what cross_entropy passes over
 
 
 @cache
@@ -58,18 +58,20 @@ def encoded(text: list[str]) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class MaskedText:
-    """Windows of one long text in which 15 % of the words are asked for: of these eight in ten are masked, one is another
-    word, one is left. The target is the word, or ``NOT_ASKED``."""
+    """Windows of one long text in which ``ASKED`` words are asked for: of these eight in ten are masked, one is another
+    word, one is left. A batch is windows with the places asked for behind them, ``[B, T + K]``, and the words there,
+    ``[B, K]``."""
 
     text: Text
 
     def draw(self, size: int, generator: torch.Generator) -> Batch:
         ids, _ = self.text.draw(size, generator)
-        chance, kind = (torch.rand(ids.shape, generator=generator) for _ in range(2))
-        other = torch.randint(FIRST_WORD, VOCABULARY, ids.shape, generator=generator)
-        asked = chance < 0.15
-        shown = torch.where(kind < 0.8, torch.full_like(ids, MASK), torch.where(kind < 0.9, other, ids))
-        return torch.where(asked, shown, ids), torch.where(asked, ids, torch.full_like(ids, NOT_ASKED))
+        places = torch.rand(ids.shape, generator=generator).argsort(1)[:, :ASKED]
+        asked = ids.gather(1, places)
+        kind = torch.rand(asked.shape, generator=generator)
+        other = torch.randint(FIRST_WORD, VOCABULARY, asked.shape, generator=generator)
+        shown = torch.where(kind < 0.8, torch.full_like(asked, MASK), torch.where(kind < 0.9, other, asked))
+        return torch.cat([ids.scatter(1, places, shown), places], 1), asked
 
 
 @cache
@@ -94,7 +96,7 @@ def load_rated() -> tuple[Source, Source]:
 
 
 class Masked(nn.Module):
-    """``[B, T] -> [B, T, V]``"""
+    """``[B, T + K] -> [B, K, V]``: as BERT was trained, the head sees the words that are asked for."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -106,8 +108,10 @@ class Masked(nn.Module):
         )  # fmt: skip
         self.bert = transformers.BertForMaskedLM(config)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.bert(input_ids=ids).logits
+    def forward(self, batch: Tensor) -> Tensor:
+        ids, places = batch.split([CONTEXT, ASKED], 1)
+        states = self.bert.bert(input_ids=ids).last_hidden_state
+        return self.bert.cls(states.gather(1, places[..., None].expand(-1, -1, states.shape[-1])))
 
 
 class Rated(nn.Module):
@@ -126,7 +130,7 @@ class Rated(nn.Module):
 
 def masked_entropy(logits: Tensor, target: Tensor) -> Tensor:
     """Cross-entropy in nats a word that is asked for."""
-    return functional.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=NOT_ASKED)
+    return functional.cross_entropy(logits.flatten(0, 1), target.flatten())
 
 
 PRETRAINING = Task(

@@ -12,7 +12,7 @@ from torch import fx
 from ...ir import StepGraph
 from ...prims import ALONE, BODIES, STACKED
 from ..core import graph_pass
-from ..torch_api.backend import inductor_decompositions
+from ..torch_api.backend import eliminate_dead_code, inductor_decompositions
 from ..torch_api.tracing import Decompositions, insert
 from .stack import stack
 
@@ -49,7 +49,7 @@ def expand(step: StepGraph, *, inductor: bool = False, stacked: bool = False) ->
         _expand(step, ALONE, lowering_table(inductor, frozenset(STACKED)))
         stack(step.graph)
     _expand(step, ALONE | STACKED, lowering_table(inductor))
-    step.graph.eliminate_dead_code()
+    eliminate_dead_code(step.graph)
 
 
 def _expand(step: StepGraph, targets: Collection[Any], table: Decompositions) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from ...ir import StepGraph, fake_value
 from ...prims import precondition
 from ..core import graph_pass
+from ..torch_api.backend import eliminate_dead_code
 from ..torch_api.tracing import insert
 
 aten = torch.ops.aten
@@ -54,7 +55,7 @@ def order_products(step: StepGraph) -> None:
                 label=node.meta.get("mkor_fx", ""),
             )  # fmt: skip
         node.replace_all_uses_with(new)
-    step.graph.eliminate_dead_code()
+    eliminate_dead_code(step.graph)
 
 
 def _ordered(

@@ -7,6 +7,7 @@ from torch import fx
 from ...ir import StepGraph
 from ...ops import ROW_SUMS
 from ..core import graph_pass
+from ..torch_api.backend import eliminate_dead_code
 from ..torch_api.tracing import insert
 from .expand import between
 
@@ -26,4 +27,4 @@ def shortcut_row_sums(step: StepGraph) -> None:
                 replacement = insert(step.graph, shortcut, *args, label=node.meta.get("mkor_fx", ""))
             left += between(before, node)  # rows of rows
             node.replace_all_uses_with(replacement)
-    step.graph.eliminate_dead_code()
+    eliminate_dead_code(step.graph)

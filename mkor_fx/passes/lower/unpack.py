@@ -9,6 +9,7 @@ from torch import fx
 
 from ...ir import StepGraph
 from ..core import graph_pass
+from ..torch_api.backend import eliminate_dead_code
 from ..torch_api.tracing import fake_value
 
 aten = torch.ops.aten
@@ -29,7 +30,7 @@ def unpack(step: StepGraph) -> None:
             for user in list(node.users):
                 if user.target is operator.getitem:
                     user.replace_all_uses_with(parts[user.args[1]])
-    step.graph.eliminate_dead_code()
+    eliminate_dead_code(step.graph)
 
 
 def _unviewed(vector: fx.Node) -> fx.Node:

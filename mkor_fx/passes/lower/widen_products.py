@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from ...hardware import multiplies
 from ...ir import StepGraph, fake_value
 from ..core import graph_pass
+from ..torch_api.backend import eliminate_dead_code
 from ..torch_api.tracing import insert
 from .expand import INHERITED, between, lowering_table
 
@@ -36,7 +37,7 @@ def widen_products(step: StepGraph) -> None:
             dtype = _emulated(node)
             if dtype is not None:
                 _widen(step.graph, node, dtype)
-    step.graph.eliminate_dead_code()
+    eliminate_dead_code(step.graph)
 
 
 def _emulated(node: fx.Node) -> torch.dtype | None:

@@ -6,6 +6,7 @@ from torch import fx
 
 from ...ir import StepGraph
 from ..core import graph_pass
+from ..torch_api.backend import eliminate_dead_code
 from .spell_transposes import is_transpose
 
 
@@ -16,4 +17,4 @@ def cancel_double_transpose(step: StepGraph) -> None:
         inner = node.args[0] if is_transpose(node) else None
         if isinstance(inner, fx.Node) and is_transpose(inner):
             node.replace_all_uses_with(inner.args[0])
-    step.graph.eliminate_dead_code()
+    eliminate_dead_code(step.graph)

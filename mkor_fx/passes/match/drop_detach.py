@@ -6,6 +6,7 @@ import torch
 
 from ...ir import StepGraph
 from ..core import graph_pass
+from ..torch_api.backend import eliminate_dead_code
 
 aten = torch.ops.aten
 
@@ -16,4 +17,4 @@ def drop_detach(step: StepGraph) -> None:
     for node in list(step.graph.nodes):
         if node.target in (aten.detach.default, aten.alias.default):
             node.replace_all_uses_with(node.args[0])
-    step.graph.eliminate_dead_code()
+    eliminate_dead_code(step.graph)

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from ...ir import StepGraph
 from ..core import graph_pass
 from ..match.find_sites import downstream
+from ..torch_api.backend import eliminate_dead_code
 from ..torch_api.tracing import insert
 from .collectives import Group, Message, Sizes, c10d, copy_of_rank, divides, is_wait, starts, sum_over_ranks, wait_of
 from .dependencies import readiness, sort_by_dependencies
@@ -76,7 +77,7 @@ def bucket(step: StepGraph, *, group: Group) -> None:
         pieces = [piece for piece in pieces if piece.message.kind != "statistics"]
     _write(graph, [*full, *_filled(pieces, sizes, kind_of)])
     sort_by_dependencies(graph)
-    graph.eliminate_dead_code()
+    eliminate_dead_code(graph)
 
 
 def _kind(piece: Parcel, backward: Collection[fx.Node]) -> tuple:

@@ -27,6 +27,15 @@ def inductor_decompositions() -> Decompositions:
     return select_decomp_table()
 
 
+def eliminate_dead_code(graph: fx.Graph) -> None:
+    """As ``graph.eliminate_dead_code``, which lints the graph and asks every node whether it is pure, a tenth of the time of
+    writing a program; asked here are those that nothing reads."""
+    random = torch._guards.TracingContext.try_get() is None or torch._inductor.config.fallback_random
+    for node in reversed(graph.nodes):
+        if not node.users and not node.is_impure(random):
+            graph.erase_node(node)
+
+
 @contextlib.contextmanager
 def plain_tracing() -> Iterator[None]:
     """No gradient, no autocast: what is traced, compiled or run inside is taken literally."""

@@ -16,7 +16,7 @@ from ...runtime.optimizer_state import groups_of, numbers_of, place_of_rate
 from ...runtime.optimizers import Optimizers
 from ..match.layout import Layout
 from ..order.collectives import Network
-from ..torch_api.backend import FakeTensorMode
+from ..torch_api.backend import FakeTensorMode, eliminate_dead_code
 from ..torch_api.capture import WholeStep
 from ..torch_api.tracing import add_input, splice
 from .delivery import Delivery
@@ -298,4 +298,4 @@ class StepDraft(Draft):
             sent = [self.insert(is_taken, self.outputs[0], label="late") if keep is None else keep, *self.sent]
         self.step.output.args = ([*self.outputs, *sent],)
         self.step.output.meta.pop("desc", None)
-        self.graph.eliminate_dead_code()
+        eliminate_dead_code(self.graph)

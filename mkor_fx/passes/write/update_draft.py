@@ -16,7 +16,7 @@ from ...runtime.base_step import BaseStep
 from ...runtime.given import Given
 from ..match.layout import Layout
 from ..order.collectives import Group, Network
-from ..torch_api.backend import new_fake_mode
+from ..torch_api.backend import eliminate_dead_code, new_fake_mode
 from ..torch_api.tracing import add_input
 from .delivery import from_owner
 from .draft import Draft, Item, Rate
@@ -161,7 +161,7 @@ class UpdateDraft(Draft):
         given out."""
         made = [] if self.takes_steps or self.outputs else [*self._directions()]
         self.step.output.args = ([*made, *self.outputs],)
-        self.graph.eliminate_dead_code()
+        eliminate_dead_code(self.graph)
 
     def _directions(self) -> Iterator[fx.Node]:
         for i, own in enumerate(self.given.weights):
