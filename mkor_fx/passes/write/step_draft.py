@@ -38,9 +38,8 @@ class Plan:
     the buffers of statistics that are used one step late, if this step ``sends`` its own; ``due`` the weights whose
     state is refreshed (None: all). ``local``: a weight's statistics are its owner's own ones, and not summed; ``apart``
     are weights whose gradients every rank has, and whose directions their owners broadcast. ``parts``: the batch is one
-    part of several.
-    ``base_rate`` is a ``Hybrid``'s share of the rate. ``updates`` are the optimizers' steps that other programs have traced.
-    ``refreshes`` only labels.
+    part of several. ``base_rate`` is a ``Hybrid``'s share of the rate. ``updates`` are the optimizers' steps that other
+    programs have traced. ``refreshes`` only labels.
     """
 
     optimizer: Optimizers
