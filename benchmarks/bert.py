@@ -134,7 +134,7 @@ def masked_entropy(logits: Tensor, target: Tensor) -> Tensor:
 
 
 PRETRAINING = Task(
-    name="bert",
+    name="bert-asked",  # `bert` in a ledger: the head saw every word of a window
     title="BERT (4 layers of width 256) on masked words of the King James Bible",
     load=load_masked,
     architecture=Masked,

@@ -89,7 +89,10 @@ def _compress(matrix: Tensor, rows: Tensor, columns: Tensor) -> None:
     """The outer product with the row and column sums of a matrix >= 0, written in place."""
     rows.copy_(matrix.sum(1))
     whole = rows.sum()
-    columns.copy_(matrix.sum(0) / torch.where(whole > 0, whole, torch.ones_like(whole)))
+    # in blocks of rows that stay in a cache while a compiled loop goes down its columns
+    block = next(size for size in range(min(32, len(matrix)), 0, -1) if len(matrix) % size == 0)
+    sums = matrix.reshape(-1, block, matrix.shape[1]).sum(1).sum(0)
+    columns.copy_(sums / torch.where(whole > 0, whole, torch.ones_like(whole)))
 
 
 def _packed(flags: Tensor) -> Tensor:
