@@ -118,6 +118,8 @@ class InParts(Contract):
 def test_two_micro_batches_are_one_batch(name, door):
     """Under a rule that draws signs, each micro-batch has its own: the step is that of the sum of their statistics."""
     rule, (model, batches) = ALL_RULES[name], build("bias")
+    if name.startswith("hylo"):  # it keeps rows of each
+        rule = dataclasses.replace(rule, micro_batches=2)
     whole, summed = copy.deepcopy(model), copy.deepcopy(model)
     train(door, model, batches, rule, parts=2)
     train(door, whole, batches, rule)
