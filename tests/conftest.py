@@ -19,8 +19,7 @@ SLOW_TWINS = {
     ),
     "tests/families/test_family_doors.py": (
         "test_both_doors_agree[Mixtral, grouped_mm]", "test_both_doors_agree[BERT, sequences]",
-        "test_settings_hold_during_a_call_alone", "test_inductor[autoencoder]",
-        "test_generation_and_evaluation_beside_training",
+        "test_settings_hold_during_a_call_alone",
     ),
     "tests/test_accumulate.py": (
         "test_parts_are_the_batch[published-20]", "test_ranks_send_once_a_step[kfac-options0]",
@@ -43,8 +42,8 @@ SLOW_TWINS = {
     ),
     "tests/test_base_optimizers.py": (
         "test_behind_a_rule_the_doors_agree[COAP]", "test_behind_a_rule_the_doors_agree[HFac]",
-        "test_behind_a_rule_the_doors_agree[Adalayer]", "test_behind_a_rule_the_doors_agree[SMMF]",
-        "test_beside_the_reference[*decay-compile_step]", "test_beside_the_reference[SMMF, no momentum-compile_step]",
+        "test_behind_a_rule_the_doors_agree[SMMF]", "test_beside_the_reference[*decay-compile_step]",
+        "test_beside_the_reference[SMMF, no momentum-compile_step]",
         "test_beside_the_reference[Adalayer, rows-compile_step]", "test_state_goes_round[COAP-dtype0]",
         "test_state_goes_round[HFac-dtype0]",
     ),
@@ -70,7 +69,6 @@ SLOW_TWINS = {
     ),
     "tests/test_coap.py": (
         "test_resumed_before_each_kind_of_step_it_goes_on_exactly[4]", "test_beside_the_reference[options1*",
-        "test_behind_a_rule_the_doors_agree_in_each_kind_of_step",
     ),
     "tests/test_collective_passes.py": ("test_generated_code_keeps_the_order",),
     "tests/test_compilations.py": (
@@ -98,9 +96,7 @@ SLOW_TWINS = {
         "test_ranks_are_one_process[1-outside]", "test_ranks_are_one_process[2-inside]",
         "test_ranks_are_one_process[2-outside]",
     ),
-    "tests/test_distributed.py": (
-        "test_ranks_are_one_process[gpt-2]", "test_ranks_are_one_process[mlp-4]", "test_replicas_stay_equal",
-    ),
+    "tests/test_distributed.py": ("test_ranks_are_one_process[gpt-2]", "test_ranks_are_one_process[mlp-4]"),
     "tests/test_doors.py": (
         "test_both_doors_have_one_trajectory[gpt]", "test_fullgraph_in_both_doors[checkpointed]",
         "test_both_doors_have_one_trajectory[in_out]", "test_both_doors_have_one_trajectory[checkpointed]",
@@ -118,10 +114,8 @@ SLOW_TWINS = {
     ),
     "tests/test_logging.py": (
         "test_stages_and_coverage_are_trace_artifacts[compile]", "test_nothing_is_printed_unasked[environment1]",
-        "test_torch_logs_without_plus_prints_stages_only", "test_torch_logs_prints_matches_and_declines",
-        "test_a_dump_that_cannot_be_written_says_so",
+        "test_torch_logs_without_plus_prints_stages_only",
     ),
-    "tests/test_loops.py": ("test_lightning[options0]",),
     "tests/test_memory.py": (
         "test_under_inductor_too[compile]", "test_under_inductor_too[backward]",
         "test_a_model_its_optimizer_and_its_graphs_die_with_their_last_user[kfac-*",
@@ -130,10 +124,8 @@ SLOW_TWINS = {
         "test_a_batch_whose_step_fails_dies_too[backward]",
         "test_the_handle_goes_and_the_model_stays_as_it_was[backward]",
         "test_an_optimizer_dies_while_its_model_goes_on[backward]",
-        "test_the_last_batch_dies_while_training_goes_on[backward]", "test_strangers_write_one_folder",
-        "test_under_inductor_too[compile_step]", "test_the_tables_of_the_library_are_bounded_or_weak",
+        "test_the_last_batch_dies_while_training_goes_on[backward]",
     ),
-    "tests/test_minilm.py": ("test_a_few_steps",),
     "tests/test_mkor.py": (
         "test_ten_thousand_updates_stay_finite_and_positive_definite[random-dtype1]",
         "test_ten_thousand_updates_stay_finite_and_positive_definite[zero-*",
@@ -158,7 +150,6 @@ SLOW_TWINS = {
         "test_gradients_that_are_unscaled_to_be_clipped[*-False-mkor]",
         "test_gradients_that_are_unscaled_to_be_clipped[False-True-mkor]",
     ),
-    "tests/test_overlap.py": ("test_communication_hides_under_compute",),
     "tests/test_owner.py": (
         "test_volume_memory_and_work[4-0.5-2]", "test_owners_train_as_replicas_do[mlp-4-half]",
         "test_ranks_that_keep_the_same_derive_in_turn[4-replicated-4-1]",
