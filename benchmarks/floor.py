@@ -15,7 +15,7 @@ from torch import nn
 
 import mkor_fx
 from benchmarks.cases import Case, hidden
-from mkor_fx.hardware import multiplies
+from mkor_fx.rules.direction import product_dtype_of
 
 CPU = torch.device("cpu")
 
@@ -100,7 +100,7 @@ def floor(case: Case, rule: Any = None) -> Floor:
     once, a factor read twice and written once; statistics are free, as if made where the rows are read anyway."""
     rule = mkor_fx.MKOR() if rule is None else rule
     wide, device = torch.float32, case.batch[0].device
-    product = torch.bfloat16 if rule.product_dtype == "fast" and multiplies(device, torch.bfloat16) else wide
+    product = product_dtype_of(rule.product_dtype, wide, device)
     products = updates = 0.0
     moved = 0
     for layer in layers(case):

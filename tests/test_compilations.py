@@ -1,5 +1,6 @@
 """How often things compile: exactly as often as expected, and never for a number that changes."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -73,6 +74,33 @@ def test_the_optimizer_is_traced_for_the_first_program_and_for_another_state(mon
     for batch in batches[-2:]:  # the last one is partial, and so compiled
         step(*batch)
     assert step.compilations == 3 and traced == [4, 4]
+
+
+def test_the_trace_of_a_program_that_failed_is_not_that_of_other_branches(monkeypatch):
+    def step_of(model):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        return optimizer, mkor_fx.compile_step(
+            model, torch.nn.functional.cross_entropy, optimizer, rule=None, backend="eager"
+        )
+
+    model, (batch, *_) = mlp(), loader()
+    expected = copy.deepcopy(model)
+    optimizer, step = step_of(model)
+    with monkeypatch.context() as patch:
+        patch.setattr("mkor_fx.doors.whole_step.compile_graph", fail)
+        with pytest.raises(Exception, match="no compiler"):
+            step(*batch)
+    optimizer.param_groups[0]["weight_decay"] = 0.5
+    step(*batch)
+    other, plain = step_of(expected)
+    other.param_groups[0]["weight_decay"] = 0.5
+    plain(*batch)
+    for found, right in zip(model.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(found, right)
+
+
+def fail(*given):
+    raise RuntimeError("no compiler")
 
 
 def test_dynamic_needs_no_second_compilation():

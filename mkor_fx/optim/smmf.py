@@ -81,8 +81,13 @@ class SMMF(DecoupledOptimizer):
 
 def _sides(size: int) -> tuple[int, int]:
     """Rows and columns of the squarest matrix of ``size`` elements."""
-    columns = next((b for b in range(math.isqrt(size), 1, -1) if size % b == 0), 1)
+    columns = _largest_divisor(size, math.isqrt(size))
     return size // columns, columns
+
+
+def _largest_divisor(size: int, most: int) -> int:
+    """Up to ``most``; 1 for an empty tensor."""
+    return next((divisor for divisor in range(most, 1, -1) if size % divisor == 0), 1)
 
 
 def _compress(matrix: Tensor, rows: Tensor, columns: Tensor) -> None:
@@ -90,7 +95,7 @@ def _compress(matrix: Tensor, rows: Tensor, columns: Tensor) -> None:
     rows.copy_(matrix.sum(1))
     whole = rows.sum()
     # in blocks of rows that stay in a cache while a compiled loop goes down its columns
-    block = next(size for size in range(min(32, len(matrix)), 0, -1) if len(matrix) % size == 0)
+    block = _largest_divisor(len(matrix), min(32, len(matrix)))
     sums = matrix.reshape(-1, block, matrix.shape[1]).sum(1).sum(0)
     columns.copy_(sums / torch.where(whole > 0, whole, torch.ones_like(whole)))
 

@@ -58,8 +58,8 @@ class Kept(NamedTuple):
 class Stage:
     """The graph after one stage of the pipeline and the seconds spent in it.
 
-    Passes go on to change the graph that they are given. What its nodes are is kept of it, which takes a tenth of the time
-    of a copy; the copy is made when somebody looks.
+    Passes go on to change the graph that they are given. What its nodes are is kept of it; a copy is made when somebody
+    looks.
     """
 
     def __init__(self, name: str, module: fx.GraphModule, seconds: float) -> None:

@@ -63,18 +63,24 @@ def _expand(step: StepGraph, targets: Collection[Any], table: Decompositions) ->
         written = between(before, node)
         if any(copy.target is node.target for copy in written):  # the table has it, but declines these operands
             continue
+        take_place(node, written, new)
         part = node.name if node.target in ALONE else None
         for copy in written:
-            copy.meta = {**{k: v for k, v in node.meta.items() if k in INHERITED}, **copy.meta}
             if copy.target in STACKED:  # stands between two parts of the rest
                 part = f"{part}, behind {copy.name}"
             elif part is not None:
                 copy.meta["mkor_fx_alone"] = part
-        if isinstance(new, fx.Node):
-            node.replace_all_uses_with(new)
-        else:
-            for user in list(node.users):
-                user.replace_all_uses_with(new[user.args[1]])
+
+
+def take_place(node: fx.Node, written: list[fx.Node], new: Any) -> None:
+    """What was ``written`` for a node inherits from it; ``new``, its result or a sequence of them, is read in its place."""
+    for copy in written:
+        copy.meta = {**{k: v for k, v in node.meta.items() if k in INHERITED}, **copy.meta}
+    if isinstance(new, fx.Node):
+        node.replace_all_uses_with(new)
+        return
+    for user in list(node.users):
+        user.replace_all_uses_with(new[user.args[1]])
 
 
 def between(first: fx.Node, last: fx.Node) -> list[fx.Node]:

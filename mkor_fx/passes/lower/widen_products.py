@@ -13,7 +13,7 @@ from ...ir import StepGraph, fake_value
 from ..core import graph_pass
 from ..torch_api.backend import eliminate_dead_code
 from ..torch_api.tracing import insert
-from .expand import INHERITED, between, lowering_table
+from .expand import between, lowering_table, take_place
 
 aten = torch.ops.aten
 
@@ -61,10 +61,4 @@ def _widen(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> None:
             graph, _wide, node.target, node.args, node.kwargs, dtype,
             decompositions=lowering_table(inductor=True), label=node.meta.get("mkor_fx", ""),
         )  # fmt: skip
-    for copy in between(before, node):
-        copy.meta = {**{k: v for k, v in node.meta.items() if k in INHERITED}, **copy.meta}
-    if isinstance(new, fx.Node):
-        node.replace_all_uses_with(new)
-        return
-    for user in list(node.users):
-        user.replace_all_uses_with(new[user.args[1]])
+    take_place(node, between(before, node), new)

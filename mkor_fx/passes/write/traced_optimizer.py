@@ -48,7 +48,10 @@ class Update:
     counts: dict[Number, Any]
 
     def fits(self, optimizers: Optimizers, params: Sequence[nn.Parameter]) -> bool:
-        """Whether the state of ``params`` looks like the one that it was traced for, as far as there is any."""
+        """Whether branches are answered as when it was traced, and the state of ``params``, as far as there is any, looks as
+        it did then."""
+        if not all(branch.holds(optimizers) for branch in self.branches):
+            return False
         found = [tensor_state(optimizers, param) for param in params]
         return all(not own or _look(own) == _look(state) for own, state in zip(found, self.states, strict=True))
 
@@ -82,7 +85,7 @@ def trace_update(optimizers: Optimizers, params: Sequence[nn.Parameter]) -> Upda
 def known_update(
     known: dict[tuple[int, ...], Update], optimizers: Optimizers, params: Sequence[nn.Parameter]
 ) -> Update:
-    """``trace_update``, or what it gave to another program, if states still look as they did then."""
+    """``trace_update``, or what it gave to another program, which may have failed since, if that still fits."""
     key = tuple(id(p) for p in params)
     if key not in known or not known[key].fits(optimizers, params):
         known[key] = trace_update(optimizers, params)
