@@ -61,7 +61,7 @@ test: $(MINILM) $(SIDES)  ## run the tests
 fuzz: $(READY)  ## hold 1000 random programs to their reference (slow): ARGS="--seeds 0:1000"
 	$(RUN) -m tests.fuzz $(or $(ARGS),--seeds 0:1000)
 
-nightly: $(MINILM) fuzz  ## the tests that are left out of `make test`, and fuzz
+nightly: $(MINILM) $(SIDES) fuzz  ## the tests that are left out of `make test`, and fuzz
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal -m nightly
 
 check: $(READY_DEV)  ## lint and type-check
