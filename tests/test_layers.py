@@ -185,7 +185,8 @@ def test_what_only_rules_know_is_in_rules():
 
 def test_files_stay_small_and_are_named_for_what_they_do():
     lines = {inside(path): len(path.read_text().splitlines()) for path in FILES}
-    assert {name: count for name, count in lines.items() if count > 300} == {}
+    most = {name: 200 if name.startswith("rules/") else 300 for name in lines}
+    assert {name: count for name, count in lines.items() if count > most[name]} == {}
     assert not {"utils.py", "util.py", "helpers.py", "common.py", "misc.py"} & {path.name for path in FILES}
 
 

@@ -10,29 +10,17 @@ import torch
 from torch import Tensor
 
 from ..kinds import Kind
-from ..prims import accumulation_dtype, column_sum, rademacher, sketch
+from ..prims import accumulation_dtype
+from . import inverse_updates
 from .base import Shape, State, Use
 from .direction import Gradient, Sides, joined
 from .hybrid import Hybrid
-from .inverse_updates import (
-    NOISE,
-    as_printed,
-    damped_update,
-    damped_update_by,
-    inverse_update,
-    inverse_update_by,
-    rounding_of,
-    scale_to,
-    scale_to_by,
-    stabilised,
-    unless_noise,
-)
 from .mkor_options import PUBLISHED
-from .moments import Moments
+from .mkor_statistics import MKORStatistics
 
 
 @dataclass(frozen=True, kw_only=True)
-class MKOR(Moments):
+class MKOR(MKORStatistics):
     """Momentum-enabled Kronecker-factor optimizer: inverse factors by low-rank steps.
 
     For a weight ``W`` of ``[O, I]`` on rows ``a`` of inputs and ``g`` of output gradients, the inverse factors ``L`` of
@@ -154,88 +142,24 @@ class MKOR(Moments):
     def preconditions_bias(self, shape: Shape) -> bool:
         return self.bias == "joint" or (self.bias == "left" and shape.O <= self.max_factor)
 
-    # ---- statistics ---------------------------------------------------------------------------------------------------
-
-    def summarize(  # type: ignore[override]
-        self, shape: Shape, a_NI: Tensor, g_NO: Tensor, key: Tensor | None = None
-    ) -> tuple[Tensor, ...]:
-        """For ``"mean"`` the sums of ``a`` and ``g`` and how large either is by rounding alone, ``I + O + 2`` numbers; for
-        ``"rows"`` their sketches, ``rank (I + O)``; nothing of a side that has no factor.
-
-        Some sums are zero in exact arithmetic: of ``g`` in front of a batch norm or in an attention's keys, of ``a``
-        behind centred data. Brought to full length they would be noise, so their size by rounding has to be known. Each
-        entry is rounded by ``eps`` of its dtype, so a sum is noise below about ``eps * sqrt(sum_n |row|^2)``.
-        """
-        if self.clamp is not None:
-            a_NI, g_NO = a_NI.clamp(-self.clamp, self.clamp), g_NO.clamp(-self.clamp, self.clamp)
-        kept = (
-            None if shape.lookup or shape.I > self.max_factor else a_NI,
-            None if shape.O > self.max_factor else g_NO,
-        )
-        device, found = g_NO.device, list[Tensor]()
-        if "mean" in self.statistics:
-            found += [torch.zeros(0, device=device) if rows is None else column_sum(rows) for rows in kept]
-        if "mean" in self.statistics and self.blind_to_scale:
-            found += [torch.zeros((), device=device) if rows is None else rounding_of(rows) for rows in kept]
-        if key is not None:
-            for side, rows in enumerate(kept):
-                if rows is None:
-                    found.append(torch.zeros(0, device=device))
-                else:
-                    found.append(sketch(rows, key, side, self.rank))
-        return tuple(found)
-
-    def unscale(self, summary: tuple[Tensor, ...], scale: Tensor) -> tuple[Tensor, ...]:
-        """``g`` is linear in the scale, its rounding quadratic, the inputs do not depend on it."""
-        one = torch.ones_like(scale)
-        mean = (one, scale, one, scale * scale) if self.blind_to_scale else (one, scale)
-        scales = (mean if "mean" in self.statistics else ()) + ((one, scale) if self.draws else ())
-        return tuple(s / factor for s, factor in zip(summary, scales))
-
     def update(self, state: State, uses: list[Use], grad: Gradient, step: Tensor) -> State:
         left, right = list[Tensor](), list[Tensor]()
         joint = grad.bias is not None and self.bias == "joint"
         for use in uses:
-            for of_inputs, of_outputs in self._statistics_of(use):
+            for of_inputs, of_outputs in self.statistics_of(use):
                 along_O, along_I = (of_inputs, of_outputs) if use.opposite else (of_outputs, of_inputs)
                 if joint:  # the bias is a column whose input is always 1, and which the opposite use does not have
                     along_I = torch.nn.functional.pad(along_I, (0, 1), value=0.0 if use.opposite else 1.0)
                 left.append(along_O)
                 right.append(along_I)
         if self.reads_gradient:
-            of_outputs, of_inputs = self._gradient_sketches(joined(grad) if joint else grad.weight, step)
+            of_outputs, of_inputs = self.gradient_sketches(joined(grad) if joint else grad.weight, step)
             left.append(of_outputs)
             right.append(of_inputs)
         dtype = accumulation_dtype(self.factor_dtype)
         blocks = {"L": [v.to(dtype) for v in left], "R": [v.to(dtype) for v in right]}
         new = {name: self._refresh(state, name, blocks[name]) for name in blocks if name in state}
         return {**state, **new, **({"visits": state["visits"] + 1} if "visits" in state else {})}
-
-    def _statistics_of(self, use: Use) -> list[tuple[Tensor, Tensor]]:
-        """Pairs ``[1 or rank, I]``, ``[1 or rank, O]`` of a use; a side without a factor is empty."""
-        found, summary = [], list(use.summary)
-        if "mean" in self.statistics:
-            a_sum, g_O = summary[:2]
-            if self.blind_to_scale:
-                a_sum, g_O = unless_noise(a_sum, summary[2]), unless_noise(g_O, summary[3])
-            found.append(((a_sum / use.rows.clamp_min(1)).unsqueeze(0), g_O.unsqueeze(0)))
-        if self.draws:
-            found.append((summary[-2], summary[-1]))
-        return found
-
-    def _gradient_sketches(self, raw_OI: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
-        """``[rank, O]``, ``[rank, I]``"""
-        dtype = accumulation_dtype(self.factor_dtype)
-        grad_OI = raw_OI.to(dtype)
-        if self.form == "damped":
-            return sketch(grad_OI.mT, step, 2, self.rank), sketch(grad_OI, step, 3, self.rank)
-        signs_I = rademacher(step, 0, grad_OI.shape[1], dtype)
-        signs_O = rademacher(step, 1, grad_OI.shape[0], dtype)
-        sketches = (grad_OI * signs_I).sum(1), (grad_OI * signs_O[:, None]).sum(0)
-        if self.blind_to_scale:
-            noise = (grad_OI * grad_OI).sum() * (NOISE * torch.finfo(raw_OI.dtype).eps) ** 2
-            sketches = unless_noise(sketches[0], noise), unless_noise(sketches[1], noise)
-        return sketches[0].unsqueeze(0), sketches[1].unsqueeze(0)
 
     # ---- factors ------------------------------------------------------------------------------------------------------
 
@@ -244,35 +168,29 @@ class MKOR(Moments):
         if self.form == "damped":
             return self._damped(factor_DD, blocks, state["visits"])
         vectors = [block[0] for block in blocks]
-        share = 1 / len(vectors)
-        factor = factor_DD
+        share, factor = 1 / len(vectors), factor_DD
         if isinstance(self.stabiliser_threshold, Tensor) or self.stabiliser_threshold < math.inf:
-            factor = stabilised(factor_DD.to(vectors[0].dtype), self.stabiliser_threshold, self.pull)
+            factor = inverse_updates.stabilised(factor_DD.to(vectors[0].dtype), self.stabiliser_threshold, self.pull)
         if self.form == "scale_free":
-            scale_by = scale_to_by if isinstance(self.kappa, Tensor) else scale_to
+            scale_by = inverse_updates.scale_to_by if isinstance(self.kappa, Tensor) else inverse_updates.scale_to
             vectors = [scale_by(v, self.kappa) for v in vectors]
         if self.form == "paper":
-            return as_printed(factor.to(vectors[0].dtype), vectors, self.gamma).to(factor_DD.dtype)
+            return inverse_updates.as_printed(factor.to(vectors[0].dtype), vectors, self.gamma).to(factor_DD.dtype)
         if self.form == "exact":
             scale, shift, weight = 1 / self.gamma, 0.0, (1 - self.gamma) * share
         else:
             scale, shift, weight = self.gamma, 1 - self.gamma, share
         if isinstance(self.gamma, Tensor):
             numbers = [x if isinstance(x, Tensor) else self.gamma.new_full((), x) for x in (scale, shift, weight)]
-            return inverse_update_by(factor, vectors, *numbers).to(factor_DD.dtype)
-        return inverse_update(factor, vectors, scale, shift, weight).to(factor_DD.dtype)
+            return inverse_updates.inverse_update_by(factor, vectors, *numbers).to(factor_DD.dtype)
+        return inverse_updates.inverse_update(factor, vectors, scale, shift, weight).to(factor_DD.dtype)
 
     def _damped(self, factor_DD: Tensor, blocks: list[Tensor], visits: Tensor) -> Tensor:
         numbers, probes = (self.gamma, self.kappa), self.probes(factor_DD.shape[-1])
         if any(isinstance(x, Tensor) for x in numbers):
             tensors = [x if isinstance(x, Tensor) else blocks[0].new_full((), x) for x in numbers]
-            return damped_update_by(factor_DD, blocks, visits, *tensors, probes)
-        return damped_update(factor_DD, blocks, visits, *numbers, probes)
-
-    def probes(self, size: int) -> int:
-        """Unit vectors a step in the place of the identity, of a side so wide: a coordinate decays by about 1/e between two
-        visits; of a gamma that changes as if it were 0.95."""
-        return min(size, max(8, math.ceil((0.05 if isinstance(self.gamma, Tensor) else 1 - self.gamma) * size)))
+            return inverse_updates.damped_update_by(factor_DD, blocks, visits, *tensors, probes)
+        return inverse_updates.damped_update(factor_DD, blocks, visits, *numbers, probes)
 
     # ---- directions ---------------------------------------------------------------------------------------------------
 

@@ -154,3 +154,8 @@ class MKOROptions(Rule):
     def pull(self) -> Any:
         """``zeta``, or what None stands for."""
         return self.gamma / 2 if self.zeta is None else self.zeta
+
+    def probes(self, size: int) -> int:
+        """Unit vectors a step in the place of the identity, of a side so wide: a coordinate decays by about 1/e between two
+        visits; of a gamma that changes as if it were 0.95."""
+        return min(size, max(8, math.ceil((0.05 if isinstance(self.gamma, Tensor) else 1 - self.gamma) * size)))
