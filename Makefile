@@ -44,9 +44,10 @@ $(MINILM): $(READY)
 	$(RUN) -m pip download --no-binary :all: --no-deps -d $(@D) vaderSentiment==3.3.1
 	@touch $@
 
-# Without dependencies, likewise: optimizers to compare with.
+# Without dependencies, likewise: optimizers and factors to compare with.
 $(SIDES): $(READY)
-	$(RUN) -m pip install --no-deps pytorch-optimizer==4.1.0 torch-optimi==0.3.3
+	$(RUN) -m pip install --no-deps pytorch-optimizer==4.1.0 torch-optimi==0.3.3 curvlinops-for-pytorch==3.0.1 \
+		backpack-for-pytorch==1.7.1 einconv==0.1.0 einops==0.8.2 linear_operator==0.6.1 opt-einsum==3.4.0
 	@touch $@
 
 demo: $(READY)  ## AdamW, Muon and mkor_fx on real data: table, demo-output/loss.png and graph.txt
