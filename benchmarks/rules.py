@@ -39,7 +39,7 @@ SIDES = {
     "CGFAC(curvature='sketches')": "wide layers: no factor is made",
     "HyLo()": "the exact curvature of a few rows, at once: small batches, no averages",
     "AdaFisher()": "a first-order method's state and cost",
-    "ThermodynamicKFAC()": "to study analogue inversion",
+    "ThermodynamicKFAC(derive_every=50)": "to study analogue inversion",
     "Shampoo()": "statistics of the gradient alone: nothing but gradients crosses the network",
     "SOAP()": "likewise, as a step of its own beside AdamW",
 }
