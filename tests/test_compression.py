@@ -152,15 +152,16 @@ def test_a_resumed_run_draws_the_same(door, placement):
         assert_bitwise(states)
 
 
-def compiled(rank, size):
-    how = Communication(compress=HOW, padding=9.0)
-    given = {"placement": "owner", "communication": how}
-    return [train(rank, size, "step", RULE, 2, backend=one, **given)[0] for one in ("eager", "inductor")]
+def compiled(rank, size, door, placement):
+    how = Communication(compress=HOW, **({"padding": 9.0} if door == "step" else {}))
+    given = {"placement": placement, "communication": how}
+    return [train(rank, size, door, RULE, 2, backend=one, **given)[0] for one in ("eager", "inductor")]
 
 
 @pytest.mark.nightly
-def test_compiled_it_is_the_same():
-    ranks = processes.values(compiled, 2)
+@pytest.mark.parametrize(("door", "placement"), [("step", "owner"), ("step", "local"), ("loop", "local")])
+def test_compiled_it_is_the_same(door, placement):
+    ranks = processes.values(compiled, 2, door, placement)
     assert_bitwise([states[1] for states in ranks])
     names = network().state_dict()
     eager, inductor = ({name: state[name] for name in names} for state in ranks[0])

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 import mkor_fx
-from mkor_fx import EKFAC, KFAC, MKOR, SOAP, Communication, Compression, HyLo, Speeds
+from mkor_fx import EKFAC, KFAC, MKOR, SOAP, Communication, HyLo, Speeds
 from mkor_fx.options import Options
 from mkor_fx.passes.order.collectives import describe, starts
 from mkor_fx.passes.write.placement import Load, apart
@@ -128,7 +128,6 @@ def test_training_is_that_of_owners_rows(door):
 
 
 SPREAD = {"rule": dataclasses.replace(PLAIN, derive_every=2), "derive": "spread"}
-COMPRESSED = {"rule": PLAIN, "communication": Communication(compress=Compression(bound=1 / 127))}
 
 
 def compiled(rank, size, door, options):
@@ -137,14 +136,12 @@ def compiled(rank, size, door, options):
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("door", ["step", "loop"])
-@pytest.mark.parametrize("options", [{"rule": PLAIN}, SPREAD, COMPRESSED], ids=["plain", "spread", "compressed"])
+@pytest.mark.parametrize("options", [{"rule": PLAIN}, SPREAD], ids=["plain", "spread"])
 def test_compiled_it_is_the_same(door, options):
     ranks = processes.values(compiled, 2, door, options)
     assert_bitwise([inductor for _, inductor in ranks])
-    # what is compressed is rounded to the next number of its scale where sums differ in their last bits
-    tolerance = 1e-5 if options is not COMPRESSED else 0.01
     eager, inductor = ({name: state[name] for name in network().state_dict()} for state in ranks[0])
-    assert_close(inductor, eager, tolerance)
+    assert_close(inductor, eager, 1e-5)
 
 
 @pytest.mark.parametrize("door", ["step", "loop"])
