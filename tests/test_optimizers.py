@@ -83,6 +83,46 @@ def test_muon_over_its_matrices():
         torch.testing.assert_close(p, q, rtol=0, atol=2e-3)  # it multiplies in bfloat16
 
 
+class Shuffled(torch.optim.Optimizer):
+    """Whose new state is a view of its old one, and whose rate is one of many numbers."""
+
+    def __init__(self, params, lr, order):
+        super().__init__(params, {"lr": lr, "order": order, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                for key in () if state else group["order"]:
+                    state[key] = torch.zeros_like(p if key == "last" else p.T)
+                state["before"].copy_(state["last"].T)
+                state["last"].copy_(p.grad)
+                state["last"][0].mul_(2)
+                p.sub_(group["lr"] * (p.grad + state["before"].T))
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("order", [("before", "last"), ("last", "before")])
+def test_views_stay_views_also_where_new_state_is_one_of_old(order, backend):
+    model = nn.Sequential(nn.Linear(12, 8, bias=False), nn.Tanh(), nn.Linear(8, 4, bias=False)).double()
+    twin = copy.deepcopy(model)
+    optimizer, other = (Shuffled(m.parameters(), 0.1, order) for m in (model, twin))
+    optimizer.state.update({p: {k: torch.zeros_like(p if k == "last" else p.T) for k in order} for p in model.parameters()})
+    step = mkor_fx.compile_step(model, functional.cross_entropy, optimizer, None, backend=backend)
+    for _ in range(4):
+        x, y = torch.randn(6, 12).double(), torch.randint(4, (6,))
+        step(x, y)
+        other.zero_grad()
+        functional.cross_entropy(twin(x), y).backward()
+        other.step()
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-14, atol=1e-14)
+            torch.testing.assert_close(optimizer.state[p], other.state[q], rtol=1e-14, atol=1e-14)
+    # torch has select_copy, permute_copy and so on, which Inductor would run one by one
+    assert not [op for op in step.graphs.op_counts("rewrite") if "_copy" in op.replace("_to_copy", "")]
+
+
 def test_loading_an_optimizer_state_acts_on_the_next_step():
     model = network()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)

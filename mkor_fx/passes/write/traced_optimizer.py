@@ -167,7 +167,8 @@ def attempt(
             return ps, [kept[at][key] for at, s in enumerate(ss) for key in s], [new[place] for place in cs], packed
 
         with outside_dynamo():
-            function = torch.func.functionalize(run, remove="mutations_and_views")
+            # Views stay views: Inductor has no code of its own for most of the operators that make them as copies.
+            function = torch.func.functionalize(run, remove="mutations")
             traced = trace(function, (stand_ins, gradients, states, counters, packed)).module
         inputs, outputs = traced.graph.find_nodes(op="placeholder"), traced.graph.output_node().args[0]
         if all(_same_value(new, old) for new, old in zip(outputs[: len(params)], inputs)):
