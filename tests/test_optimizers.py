@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from stepping import stepper
 from torch import nn
 from torch.nn import functional
 
@@ -47,14 +48,13 @@ def test_equals_eager_and_its_state_stays_the_optimizers(name):
     ]
     own, other = (build(g, **options) for g in groups)
     step = mkor_fx.compile_step(model, functional.cross_entropy, own, None, backend="eager")
+    plain = stepper("eager", twin, functional.cross_entropy, other)[1]
     for number in range(6):
         x, y = torch.randn(5, 6).double(), torch.randint(0, 4, (5,))
         for optimizer in (own, other):
             optimizer.param_groups[1]["lr"] = copy.copy(options["lr"]) / (2 + number)
         step(x, y)
-        other.zero_grad()
-        functional.cross_entropy(twin(x), y).backward()
-        other.step()
+        plain(x, y)
         for p, q in zip(model.parameters(), twin.parameters(), strict=True):
             torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-8)
     assert step.compilations == 1
@@ -73,29 +73,28 @@ def test_muon_over_its_matrices():
     twin = copy.deepcopy(model)
     own, other = (torch.optim.Muon(m.parameters(), lr=0.01) for m in (model, twin))
     step = mkor_fx.compile_step(model, functional.cross_entropy, own, None, backend="eager")
+    plain = stepper("eager", twin, functional.cross_entropy, other)[1]
     for _ in range(3):
         x, y = torch.randn(5, 6), torch.randint(0, 4, (5,))
         step(x, y)
-        other.zero_grad()
-        functional.cross_entropy(twin(x), y).backward()
-        other.step()
+        plain(x, y)
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=0, atol=2e-3)  # it multiplies in bfloat16
 
 
 class Shuffled(torch.optim.Optimizer):
-    """Whose new state is a view of its old one, and whose rate is one of many numbers."""
+    """Whose new state is a view of its old one; ``order`` is that of its state."""
 
     def __init__(self, params, lr, order):
-        super().__init__(params, {"lr": lr, "order": order, "weight_decay": 0.0})
+        super().__init__(params, {"lr": lr})
+        for p in self.param_groups[0]["params"]:
+            self.state[p] = {key: torch.zeros_like(p if key == "last" else p.T) for key in order}
 
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
             for p in group["params"]:
                 state = self.state[p]
-                for key in () if state else group["order"]:
-                    state[key] = torch.zeros_like(p if key == "last" else p.T)
                 state["before"].copy_(state["last"].T)
                 state["last"].copy_(p.grad)
                 state["last"][0].mul_(2)
@@ -108,14 +107,12 @@ def test_views_stay_views_also_where_new_state_is_one_of_old(order, backend):
     model = nn.Sequential(nn.Linear(12, 8, bias=False), nn.Tanh(), nn.Linear(8, 4, bias=False)).double()
     twin = copy.deepcopy(model)
     optimizer, other = (Shuffled(m.parameters(), 0.1, order) for m in (model, twin))
-    optimizer.state.update({p: {k: torch.zeros_like(p if k == "last" else p.T) for k in order} for p in model.parameters()})
     step = mkor_fx.compile_step(model, functional.cross_entropy, optimizer, None, backend=backend)
+    plain = stepper("eager", twin, functional.cross_entropy, other)[1]
     for _ in range(4):
         x, y = torch.randn(6, 12).double(), torch.randint(4, (6,))
         step(x, y)
-        other.zero_grad()
-        functional.cross_entropy(twin(x), y).backward()
-        other.step()
+        plain(x, y)
         for p, q in zip(model.parameters(), twin.parameters(), strict=True):
             torch.testing.assert_close(p, q, rtol=1e-14, atol=1e-14)
             torch.testing.assert_close(optimizer.state[p], other.state[q], rtol=1e-14, atol=1e-14)
@@ -181,12 +178,11 @@ def test_one_without_any_state_can_be_compiled():
     twin = copy.deepcopy(model)
     optimizer, other = OfOneself(model.parameters()), OfOneself(twin.parameters())
     step = mkor_fx.compile_step(model, functional.cross_entropy, optimizer, None, backend="eager")
+    plain = stepper("eager", twin, functional.cross_entropy, other)[1]
     for _ in range(3):
         x, y = torch.randn(5, 6).double(), torch.randint(0, 4, (5,))
         step(x, y)
-        other.zero_grad()
-        functional.cross_entropy(twin(x), y).backward()
-        other.step()
+        plain(x, y)
         for p, q in zip(model.parameters(), twin.parameters(), strict=True):
             torch.testing.assert_close(p, q)
 
