@@ -79,10 +79,10 @@ def table(model: str, sides: tuple[str, ...], device: str) -> str:
     for side in sides:
         found = in_a_process(model, side, device)
         base = base or found
-        own = found["peak"] - (found["state"] - base["state"])
+        with_state = base["peak"] + found["state"] - base["state"]
         rows.append((side, f"{found['state'] / mega:.1f}", f"{found['state'] / found['weights']:.2f}",
-                     f"{found['peak'] / mega:.1f}", f"{own / base['peak']:.3f}"))  # fmt: skip
-    headers = ("step", "state, MiB", "over weights", "peak, MiB", f"peak without further state, over {sides[0]}'s")
+                     f"{found['peak'] / mega:.1f}", f"{found['peak'] / with_state:.3f}"))  # fmt: skip
+    headers = ("step", "state, MiB", "over weights", "peak, MiB", f"over {sides[0]}'s and further state")
     return tabulate(rows, headers, tablefmt="pipe", disable_numparse=True, colalign=("left",) + ("right",) * 4)
 
 

@@ -1,6 +1,7 @@
 """Functions of a compiled program: what they share, and that they write when everybody has read. Under Inductor."""
 
 import copy
+import re
 
 import torch
 from torch import fx, nn
@@ -78,3 +79,55 @@ def test_what_is_used_in_its_own_midst_stays_where_it_is():
     outline(graph, [None])
     module.recompile()
     assert torch.equal(module(x)[1], before[1])
+
+
+def test_directions_are_made_with_factors_where_these_are_kept():
+    model = nn.Sequential(nn.Linear(16, 24, bias=False))
+    step = mkor_fx.compile_step(model, mse_loss, torch.optim.AdamW(model.parameters()), mkor_fx.MKOR(product_dtype=None))
+    step(torch.randn(32, 16), torch.randn(32, 24))
+    (code,) = step.variants["refresh"].code
+    assert re.search(r"mm\((outlined_\d+)_operand_\d+, \1_buf\d+, out", code)
+    assert re.search(r"mm\((outlined_\d+)_buf\d+, \1_operand_\d+, out", code)
+
+
+def function_of(graph, examples):
+    """The one function that is made of all of a graph, its operands owned by one weight."""
+    for node in graph.nodes:
+        if node.op != "output" and node.target is not aten.copy_.default:
+            node.meta["val"] = examples[node.name] if node.op == "placeholder" else torch.empty(4, 4)
+    module = fx.GraphModule(nn.Module(), graph)
+    outline(graph, [0] * len(graph.find_nodes(op="placeholder")))
+    return module.outlined_0
+
+
+def product_with_a_new_factor(graph, factor, weight, *, and_the_old=False):
+    """``W <- F' W`` and ``F <- F'`` with ``F' = F + F^2``, and the weight written first."""
+    squared = graph.call_function(aten.mm.default, (factor, factor))
+    new = graph.call_function(aten.add.Tensor, (factor, squared))
+    product = graph.call_function(aten.mm.default, (new, weight))
+    if and_the_old:
+        product = graph.call_function(aten.add.Tensor, (product, factor))
+    for target, value in ((weight, product), (factor, new)):
+        graph.call_function(aten.copy_.default, (target, value))
+    graph.output(())
+    return new, product
+
+
+def test_new_factors_are_read_where_the_old_ones_were():
+    graph = fx.Graph()
+    product_with_a_new_factor(graph, graph.placeholder("factor"), graph.placeholder("weight"))
+    function = function_of(graph, {"factor": torch.empty(4, 4), "weight": torch.empty(4, 4)})
+    targets = [node.target for node in function.graph.nodes if node.op == "call_function"]
+    assert targets == [aten.mm.default, aten.add.Tensor, aten.copy_.default, aten.mm.default, aten.copy_.default]
+    factor, weight = torch.eye(4) * 2, torch.ones(4, 4)
+    function(factor, weight)
+    assert torch.equal(factor, torch.eye(4) * 6) and torch.equal(weight, torch.full((4, 4), 6.0))
+
+
+def test_a_factor_is_overwritten_behind_its_last_reader():
+    for examples in ({}, {"factor": torch.empty(4, 4, dtype=torch.float64)}):  # what is rounded is not what was written
+        graph = fx.Graph()
+        product_with_a_new_factor(graph, graph.placeholder("factor"), graph.placeholder("weight"), and_the_old=not examples)
+        function = function_of(graph, {"factor": torch.empty(4, 4), "weight": torch.empty(4, 4), **examples})
+        *_, first, second = [node for node in function.graph.nodes if node.op == "call_function"]
+        assert (first.target, second.target) == (aten.copy_.default, aten.copy_.default)

@@ -146,7 +146,25 @@ def _function(nodes: list[fx.Node], operands: list[fx.Node], results: list[fx.No
     for i, operand in enumerate(operands):
         copies[operand] = function.placeholder(f"operand_{i}")
         copies[operand].meta = {"val": operand.meta["val"]}
-    for node in nodes:
+    for node in _early(nodes):
         copies[node] = function.node_copy(node, copies.__getitem__)
+        if node.target is COPY and not results:  # behind it there is one tensor, not two
+            copies[node.args[1]] = copies[node]
     function.output(tuple(copies[node] for node in results))
     return function
+
+
+def _early(nodes: list[fx.Node]) -> list[fx.Node]:
+    """``nodes``, each copy into an operand as early as all have read what it overwrites, if what it writes is read from then
+    on alone: that needs no memory of its own."""
+    place: dict[fx.Node, float] = {node: i for i, node in enumerate(nodes)}
+    for i, copy in enumerate(nodes):
+        if copy.target is not COPY:
+            continue
+        target, value = copy.args[:2]
+        before = [place[node] for node in nodes[:i] if target in map(_base, node.all_input_nodes)]
+        ready = max([place.get(value, -1), *before])
+        others = [place.get(user, -1) for user in value.users if user is not copy]
+        if _like(target) == _like(value) and value in place and others and min(others) > ready:
+            place[copy] = ready + 0.5
+    return sorted(nodes, key=place.__getitem__)

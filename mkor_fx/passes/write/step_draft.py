@@ -171,14 +171,14 @@ class StepDraft(Draft):
         return self.insert(of_share, self.share, self.outputs[0], label="share of the batch")
 
     def refreshed(self, item: Item, new: Mapping[str, fx.Node]) -> None:
-        if self.taken is None:
+        """State of late statistics counts where the step that sent them does. That of this step's own where it does itself,
+        and what reads it reads it in the place of the old one; among ranks that would wait for the last gradient."""
+        if (counts := self.guard() if self.taken is None and self.network is None else self.taken) is None:
             return self.advanced(item, new)
-        new = {  # of a step that was skipped nothing is taken over; of one that counts everything, whatever this one does
-            key: old if new[key] is old else self.insert(torch.where, self.taken, new[key], old, label=item.label)
-            for key, old in item.state.items()
-        }
-        self.settled |= {item.stored[key]: node for key, node in new.items() if node is not item.state[key]}
-        item.state = new
+        for name, old in item.state.items():
+            if new[name] is not old:
+                item.state[name] = self.insert(torch.where, counts, new[name], old, label=item.label)
+                self.settled[item.stored[name]] = item.state[name]
         return None
 
     def _group(self, index: int) -> int:
