@@ -17,6 +17,10 @@ from ...rules import Gradient, Rule, Shape
 from ...rules.hyper import describe_rule, timeless
 from ...rules.results import check_sides, too_few_slots
 
+#: shapes of what rules make of a use, by what they depend on; so many are kept
+_summaries: dict[tuple, list[torch.Size]] = {}
+KEPT = 1024
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -113,7 +117,15 @@ class Layout:
     # ---- statistics ---------------------------------------------------------------------------------------------------
 
     def summary_shapes(self, kind: int) -> list[torch.Size]:
-        """Shapes of what the rule's ``summarize`` returns for a use of one matrix."""
+        """Shapes of what the rule's ``summarize`` returns for a use of one matrix, found once for layouts that are alike."""
+        key = self.trace_key, kind
+        if key not in _summaries:
+            if len(_summaries) == KEPT:
+                del _summaries[next(iter(_summaries))]
+            _summaries[key] = self._summary_shapes(kind)
+        return _summaries[key]
+
+    def _summary_shapes(self, kind: int) -> list[torch.Size]:
         shape, rule = self.shape_of_use(kind), self.rule.at_first_step
         with torch.device("meta"):
             rows = torch.empty(1, shape.I), torch.empty(1, shape.O)
