@@ -110,7 +110,6 @@ def product_with_a_new_factor(graph, factor, weight, *, and_the_old=False):
     for target, value in ((weight, product), (factor, new)):
         graph.call_function(aten.copy_.default, (target, value))
     graph.output(())
-    return new, product
 
 
 def test_new_factors_are_read_where_the_old_ones_were():
@@ -131,3 +130,19 @@ def test_a_factor_is_overwritten_behind_its_last_reader():
         function = function_of(graph, {"factor": torch.empty(4, 4), "weight": torch.empty(4, 4), **examples})
         *_, first, second = [node for node in function.graph.nodes if node.op == "call_function"]
         assert (first.target, second.target) == (aten.copy_.default, aten.copy_.default)
+
+
+def test_what_is_written_twice_is_rounded_where_it_is_narrow():
+    graph = fx.Graph()
+    narrow, wide, other = map(graph.placeholder, ("narrow", "wide", "other"))
+    value = graph.call_function(aten.mul.Tensor, (wide, wide))
+    behind = graph.call_function(aten.add.Tensor, (graph.call_function(aten.mul.Tensor, (value, value)), wide))
+    for target, new in ((narrow, value), (other, behind), (wide, value)):
+        graph.call_function(aten.copy_.default, (target, new))
+    graph.output(())
+    examples = {"narrow": torch.empty(4, 4, dtype=torch.bfloat16), "wide": torch.empty(4, 4), "other": torch.empty(4, 4)}
+    function = function_of(graph, examples)
+    wide, narrow, other = torch.full((4, 4), 1 / 3), torch.zeros(4, 4, dtype=torch.bfloat16), torch.zeros(4, 4)
+    expected = wide * wide
+    function(wide, narrow, other)  # in the order of their first use
+    assert torch.equal(wide, expected) and torch.equal(narrow, expected.bfloat16())

@@ -148,7 +148,7 @@ def _function(nodes: list[fx.Node], operands: list[fx.Node], results: list[fx.No
         copies[operand].meta = {"val": operand.meta["val"]}
     for node in _early(nodes):
         copies[node] = function.node_copy(node, copies.__getitem__)
-        if node.target is COPY and not results:  # behind it there is one tensor, not two
+        if node.target is COPY and _like(node.args[0]) == _like(node.args[1]):  # behind it there is one tensor, not two
             copies[node.args[1]] = copies[node]
     function.output(tuple(copies[node] for node in results))
     return function
