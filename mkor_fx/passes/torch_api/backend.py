@@ -98,13 +98,17 @@ def _compile_functional(module: fx.GraphModule, examples: list[Any], fake_mode: 
 
 @contextlib.contextmanager
 def _collecting(code: list[str]) -> Iterator[None]:
-    """Append the program that Inductor generates, or finds in a cache, for each graph compiled inside."""
+    """Append the program that Inductor generates, or finds in a cache, for each graph compiled inside; its C++ kernels are
+    compiled together."""
     from torch._inductor.graph import GraphLowering
+
+    from .cpp_kernels import compiled_together
 
     earlier = GraphLowering.save_output_code
     GraphLowering.save_output_code = code.append
     try:
-        yield
+        with compiled_together():
+            yield
     finally:
         GraphLowering.save_output_code = earlier
 
