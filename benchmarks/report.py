@@ -38,7 +38,7 @@ def table(task: Task, sides: Mapping[str, Sequence[Run]]) -> str:
         row = [f"`{side}`", f"{runs[0].lr:g}", spread(run.final() for run in runs)]
         row += [spread(run.final("held_out") for run in runs)]
         row += [reaching(runs, sides[target]) for target in targets]
-        rows.append([*row, f"{statistics.median(run.cpu_ms for run in runs):.1f}"])
+        rows.append([*row, f"{statistics.median(run.cost_ms for run in runs):.1f}"])
     steps, seeds = max(run.evaluated[-1] for runs in sides.values() for run in runs), max(map(len, sides.values()))
     headers = ["side", "rate", "training", "held out", *(f"to {name}'s loss" for name in targets), "CPU ms a step"]
     alignment = ("left",) + ("right",) * (len(headers) - 1)
@@ -61,7 +61,7 @@ def reaching(runs: Sequence[Run], target: Sequence[Run]) -> str:
     if any(steps is None for _, steps in pairs):
         return "never" if all(steps is None for _, steps in pairs) else "not by all"
     steps = statistics.median(steps for _, steps in pairs if steps)
-    seconds = statistics.median(steps * run.cpu_ms / 1e3 for run, steps in pairs if steps)
+    seconds = statistics.median(steps * run.cost_ms / 1e3 for run, steps in pairs if steps)
     return f"{steps:.0f}, {seconds:.1f} s"
 
 
@@ -91,7 +91,7 @@ def plot(task: Task, sides: Mapping[str, Sequence[Run]], path: Path) -> None:
     figure, (by_step, by_time) = plt.subplots(1, 2, figsize=(11, 4.4), sharey=True, layout="constrained")
     for colour, (side, runs) in zip(COLOURS * len(sides), sides.items()):
         steps = min((run.evaluated for run in runs), key=len)
-        seconds = [step * statistics.median(run.cpu_ms for run in runs) / 1e3 for step in steps]
+        seconds = [step * statistics.median(run.cost_ms for run in runs) / 1e3 for step in steps]
         for part, style in (("training", "-"), ("held_out", ":")):
             curves = zip(*(smoothed(getattr(run, part)) for run in runs))
             medians = [statistics.median(values) for values in curves][: len(steps)]

@@ -26,7 +26,7 @@ Optimizers = Callable[[Task, nn.Module], list[Optimizer]]
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """One training run: losses after each number of steps in `evaluated`, and the median milliseconds a step takes, on the
-    clock and of the processor."""
+    clock and of the processor. Earlier runs have no mean."""
 
     lr: float
     seed: int
@@ -36,6 +36,11 @@ class Run:
     step_ms: float
     cpu_ms: float = math.nan
     mean_cpu_ms: float = math.nan  # with the steps that do more than others, without those that compile
+
+    @property
+    def cost_ms(self) -> float:
+        """Of the processor for a step on average, where that is known; the median otherwise."""
+        return self.cpu_ms if math.isnan(self.mean_cpu_ms) else self.mean_cpu_ms
 
     def final(self, part: str = "training") -> float:
         """Smoothed loss at the end; infinite where the run diverged."""

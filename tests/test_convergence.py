@@ -59,6 +59,13 @@ def test_what_a_table_says():
     assert spread([3.0, 1.0, 2.0]) == "2 (1 to 3)" and spread([2.0]) == "2"
 
 
+def test_steps_that_do_more_than_others_are_paid_for():
+    """Roots every tenth step are in no median."""
+    every_tenth = [dataclasses.replace(run(1e-3, 0, [3.0, 2.0, 2.0]), mean_cpu_ms=50.0)]
+    assert every_tenth[0].cost_ms == 50.0 and run(1e-3, 0, [1.0]).cost_ms == 4.0
+    assert reaching(every_tenth, every_tenth) == "20, 1.0 s"
+
+
 def test_sides_by_name_and_as_python():
     assert sides.identity("Muon") == "Muon"
     assert sides.identity("MKOR()") == sides.identity("MKOR(rank=8)") != sides.identity("MKOR(rank=4)")
