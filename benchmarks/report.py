@@ -13,6 +13,8 @@ from benchmarks.training import Run, smoothed
 
 #: by whose final loss the others are timed
 TARGETS = ("AdamW", "Muon")
+#: behind times of another processor
+ELSEWHERE = " †"
 COLOURS = ("#7a8290", "#2e86ab", "#d1495b", "#edae49", "#00798c", "#66a182", "#8d5a97", "#30638e", "#b56576", "#444444")
 
 Results = Mapping[Task, Mapping[str, Sequence[Run]]]
@@ -31,20 +33,28 @@ def report(results: Results, folder: Path) -> str:
 
 
 def table(task: Task, sides: Mapping[str, Sequence[Run]]) -> str:
-    """One row a side at its best rate: medians over seeds, with their range, and what the targets' losses cost."""
+    """One row a side at its best rate: medians over seeds, with their range, and what the targets' losses cost. Times of a
+    processor that is not the first side's are marked."""
     targets = [name for name in TARGETS if name in sides]
     rows = []
     for side, runs in sides.items():
+        mark = "" if timed_alike(sides, side) else ELSEWHERE
         row = [f"`{side}`", f"{runs[0].lr:g}", spread(run.final() for run in runs)]
         row += [spread(run.final("held_out") for run in runs)]
-        row += [reaching(runs, sides[target]) for target in targets]
-        rows.append([*row, f"{statistics.median(run.cost_ms for run in runs):.1f}"])
+        row += [reached + mark * reached.endswith("s") for reached in (reaching(runs, sides[target]) for target in targets)]
+        rows.append([*row, f"{statistics.median(run.cost_ms for run in runs):.1f}{mark}"])
     steps, seeds = max(run.evaluated[-1] for runs in sides.values() for run in runs), max(map(len, sides.values()))
     headers = ["side", "rate", "training", "held out", *(f"to {name}'s loss" for name in targets), "CPU ms a step"]
     alignment = ("left",) + ("right",) * (len(headers) - 1)
     text = tabulate(rows, headers, tablefmt="pipe", disable_numparse=True, colalign=alignment)
     about = f"{task.loss_name}, {steps} steps of batch {task.batch}, {seeds} seeds"
     return f"### {task.name}: {task.title}\n\n{about}\n\n{text}\n"
+
+
+def timed_alike(sides: Mapping[str, Sequence[Run]], side: str) -> bool:
+    """Whether a side ran on a processor like the first one's, as far as that is known."""
+    first = next(iter(sides.values()))
+    return sides[side][0].capability == first[0].capability
 
 
 def spread(values: Iterable[float]) -> str:
@@ -97,7 +107,8 @@ def plot(task: Task, sides: Mapping[str, Sequence[Run]], path: Path) -> None:
             medians = [statistics.median(values) for values in curves][: len(steps)]
             label = {"label": side} if part == "training" else {}
             by_step.plot(steps, medians, style, color=colour, linewidth=1.5, **label)
-            by_time.plot(seconds, medians, style, color=colour, linewidth=1.5)
+            if timed_alike(sides, side):
+                by_time.plot(seconds, medians, style, color=colour, linewidth=1.5)
     by_step.set(xlabel="steps", ylabel=task.loss_name, yscale="log", xlim=(0, None))
     by_time.set(xlabel="CPU seconds of training (compilation and evaluation left out)", xlim=(0, None))
     for axes in (by_step, by_time):

@@ -26,7 +26,7 @@ Optimizers = Callable[[Task, nn.Module], list[Optimizer]]
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """One training run: losses after each number of steps in `evaluated`, and the median milliseconds a step takes, on the
-    clock and of the processor. Earlier runs have no mean."""
+    clock and of the processor. Earlier runs have neither mean nor capability."""
 
     lr: float
     seed: int
@@ -36,6 +36,7 @@ class Run:
     step_ms: float
     cpu_ms: float = math.nan
     mean_cpu_ms: float = math.nan  # with the steps that do more than others, without those that compile
+    capability: str = ""  # of the processor, as torch names it; times of two are not alike
 
     @property
     def cost_ms(self) -> float:
@@ -159,6 +160,7 @@ class Trainer:
             step_ms=1e3 * statistics.median(seconds),
             cpu_ms=1e3 * typical,
             mean_cpu_ms=1e3 * statistics.fmean(s for s in busy if s <= 50 * typical),
+            capability=torch.backends.cpu.get_cpu_capability(),
         )
 
 

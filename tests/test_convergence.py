@@ -11,7 +11,7 @@ from torch.nn import functional
 import mkor_fx
 from benchmarks import convergence, sides, tasks, training
 from benchmarks.hooked import HookedMKOR
-from benchmarks.report import reaching, report, spread
+from benchmarks.report import reaching, report, spread, table
 from benchmarks.tasks import TASKS
 from benchmarks.training import Run
 
@@ -63,7 +63,13 @@ def test_steps_that_do_more_than_others_are_paid_for():
     """Roots every tenth step are in no median."""
     every_tenth = [dataclasses.replace(run(1e-3, 0, [3.0, 2.0, 2.0]), mean_cpu_ms=50.0)]
     assert every_tenth[0].cost_ms == 50.0 and run(1e-3, 0, [1.0]).cost_ms == 4.0
-    assert reaching(every_tenth, every_tenth) == "20, 1.0 s"
+    assert reaching(every_tenth, every_tenth) == "30, 1.5 s"
+
+
+def test_times_of_another_processor_are_marked():
+    here, there = ([dataclasses.replace(run(1e-3, 0, [2.0, 1.0]), capability=name)] for name in ("AVX2", "AVX512"))
+    rows = table(TASKS["digits"], {"AdamW": here, "SGD": here, "Muon": there}).splitlines()
+    assert [row.count("†") for row in rows[-3:]] == [0, 0, 3]
 
 
 def test_sides_by_name_and_as_python():
