@@ -139,13 +139,17 @@ def seconds_an_element(operation: str) -> float:
     return _median(lambda: function(*arguments, out=out), 3e7 / source.numel(), CPU) / source.numel()
 
 
+#: calls of a round: of small operands a call costs a microsecond, whatever they are
+MOST = 10_000
+
+
 def _median(call: Callable[[], Any], repeats: float, device: torch.device, rounds: int = 7) -> float:
     """Seconds of a call, median over rounds of so many."""
     if device.type == "cuda":
         from triton.testing import do_bench
 
         return do_bench(call, return_mode="median") / 1e3
-    repeats, found = max(1, int(repeats)), list[float]()
+    repeats, found = min(max(1, int(repeats)), MOST), list[float]()
     for _ in range(rounds + 1):
         began = time.process_time()
         for _ in range(repeats):
