@@ -41,7 +41,7 @@ def table(task: Task, sides: Mapping[str, Sequence[Run]]) -> str:
         mark = "" if timed_alike(sides, side) else ELSEWHERE
         row = [f"`{side}`", f"{runs[0].lr:g}", spread(run.final() for run in runs)]
         row += [spread(run.final("held_out") for run in runs)]
-        row += [reached + mark * reached.endswith("s") for reached in (reaching(runs, sides[target]) for target in targets)]
+        row += [reaching(runs, sides[target], mark) for target in targets]
         rows.append([*row, f"{statistics.median(run.cost_ms for run in runs):.1f}{mark}"])
     steps, seeds = max(run.evaluated[-1] for runs in sides.values() for run in runs), max(map(len, sides.values()))
     headers = ["side", "rate", "training", "held out", *(f"to {name}'s loss" for name in targets), "CPU ms a step"]
@@ -64,15 +64,16 @@ def spread(values: Iterable[float]) -> str:
     return median if len(found) == 1 else f"{median} ({found[0]:.4g} to {found[-1]:.4g})"
 
 
-def reaching(runs: Sequence[Run], target: Sequence[Run]) -> str:
-    """Steps, and seconds of the processor, until the target's final loss of the same seed; medians over seeds."""
+def reaching(runs: Sequence[Run], target: Sequence[Run], mark: str = "") -> str:
+    """Steps, and seconds of the processor with a ``mark`` behind them, until the target's final loss of the same seed;
+    medians over seeds."""
     goals = {goal.seed: goal.final() for goal in target}
     pairs = [(run, run.steps_to(goals[run.seed])) for run in runs if run.seed in goals]
     if any(steps is None for _, steps in pairs):
         return "never" if all(steps is None for _, steps in pairs) else "not by all"
     steps = statistics.median(steps for _, steps in pairs if steps)
     seconds = statistics.median(steps * run.cost_ms / 1e3 for run, steps in pairs if steps)
-    return f"{steps:.0f}, {seconds:.1f} s"
+    return f"{steps:.0f}, {seconds:.1f} s{mark}"
 
 
 def overview(results: Results) -> str:

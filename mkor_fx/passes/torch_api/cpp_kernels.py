@@ -21,7 +21,7 @@ from ...runtime.balance import deal
 log = logging.getLogger(__name__)
 #: where each kernel's source begins
 ENTRY = re.compile(r'extern "C"\s+void\s+kernel\(')
-#: how many kernels a library has at least, where several compilers run at once
+#: kernels for which a further compiler that may run at once is worth its start
 FEWEST = 8
 
 
@@ -74,13 +74,13 @@ def loaded(kernels: Sequence[Kernel]) -> list[Callable[..., None]]:
         CppCompileError: a library does not compile.
     """
     threads = get_compile_threads()
-    places = max(1, min(threads, math.ceil(len(kernels) / FEWEST)))
+    places = min(max(1, threads), math.ceil(len(kernels) / FEWEST))
     dealt = deal({str(at): len(kernel.source) for at, kernel in enumerate(kernels)}, [0] * places)
     parts = [[at for at in range(len(kernels)) if dealt[str(at)] == place] for place in range(places)]
     submit = AsyncCompile.submit if threads > 1 else None
-    waiting = [Library.load_async(joined([kernels[at] for at in part]), submit_fn=submit) for part in parts if part]
+    waiting = [Library.load_async(joined([kernels[at] for at in part]), submit_fn=submit) for part in parts]
     found: dict[int, Callable[..., None]] = {}
-    for part, library in zip(filter(None, parts), waiting):
+    for part, library in zip(parts, waiting):
         found.update(zip(part, functions(library(), len(part))))
     return [found[at] for at in range(len(kernels))]
 
