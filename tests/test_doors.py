@@ -6,6 +6,9 @@ import pytest
 import torch
 import zoo
 from torch import nn
+from torch._inductor import config as inductor
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.exc import InductorError
 from torch.nn import functional
 
 import mkor_fx
@@ -196,3 +199,29 @@ def test_skipped_parameters_keep_their_raw_gradient():
     declined = {e.name: e.declined.reason for e in step.coverage.declined}
     assert set(declined) == {n for n, _ in model.named_parameters() if n.startswith("head.")}
     assert all("head.*" in reason for reason in declined.values())
+
+
+class ReadLayout(CustomGraphPass):
+    """Ends a compilation with Inductor's option of layout."""
+
+    def __call__(self, graph):
+        raise RuntimeError(f"channels last: {inductor.layout_optimization}")
+
+    def uuid(self):
+        return None
+
+
+@pytest.mark.parametrize("rule", [None, mkor_fx.MKOR()], ids=["no rule", "MKOR"])
+@pytest.mark.parametrize(
+    "options, forced, expected",
+    [({}, False, False), ({"layout_optimization": True}, False, True), ({}, True, True)],
+    ids=["nothing said", "an option", "forced"],
+)
+def test_a_step_of_convolutions_keeps_their_order_unless_told_otherwise(rule, options, forced, expected):
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 3), nn.Flatten(), nn.Linear(32, 2))
+    options = {**options, "post_grad_custom_post_pass": ReadLayout()}
+    sgd = torch.optim.SGD(model.parameters(), 0.1)
+    step = mkor_fx.compile_step(model, functional.mse_loss, sgd, rule=rule, options=options)
+    told = pytest.raises(InductorError, match=f"channels last: {expected}")
+    with inductor.patch(force_layout_optimization=forced), told:
+        step(torch.randn(4, 1, 8, 8), torch.randn(4, 2))
