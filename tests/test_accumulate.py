@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.functional import mse_loss
 
 import mkor_fx
-from mkor_fx import KFAC, MKOR, Communication, Eva
+from mkor_fx import KFAC, MKOR, Communication, Eva, Hybrid
 
 #: whose statistics draw no signs, so that parts add up to the batch
 RULES = {
@@ -54,6 +54,24 @@ def test_parts_are_the_batch(name, parts):
     assert set(step.variants) == (
         {"plain", "part without statistics"} if rule is None else {"part", "refresh", "part without statistics", "reuse"}
     )
+
+
+@pytest.mark.parametrize(
+    "options", [{"refresh_every": 2}, {"refresh_every": 4, "refresh_phases": 2}], ids=["together", "in turns"]
+)
+def test_parts_know_what_is_due_behind_steps_in_first_order(options):
+    """It comes back where most of a window, with its refresh, has gone by without the rule."""
+
+    def run(parts):
+        model, batches = build()
+        hybrid = Hybrid(RULES["published"], window=3, patience=1, threshold=0.99, cost=0.1)
+        slow = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        step = mkor_fx.compile_step(model, mse_loss, slow, hybrid, accumulate=parts, backend="eager", **options)
+        losses = torch.stack([step(*batches[0]) for _ in range(26)])
+        assert "tries second order" in {what for _, what in step.mkor.switch.history}
+        return losses, {**model.state_dict(), **step.mkor.state_dict(full=True)}
+
+    same(run(3), run(1))
 
 
 def test_signs_are_those_of_micro_batches_in_a_loop():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -28,8 +28,7 @@ from .windows import Windows
 
 
 class _Due(Exception):
-    """A program was about to reuse state that was not refreshed yet in this window of steps: of ``names``, ``all`` that
-    it uses or some."""
+    """A program was about to reuse state not refreshed yet in this window: of ``names``, ``all`` that it uses or some."""
 
     def __init__(self, names: set[str], all_: bool) -> None:
         super().__init__()
@@ -65,7 +64,8 @@ class CompiledStep(WholeState):
         self._census, self.noted = Census(model), Compilations()
         self._refreshes = Windows(mkor)
         self._derivations = Derivations(mkor, maker.derive, maker.derive_every, maker.moving, maker.keepers, maker.speeds)
-        self._used: list[str] = []
+        self._took_part: Set[str] = frozenset()  # weights, in the last step
+        self._used: list[str] = []  # of these the ones whose state is here
         self._programs = Programs()
         self._ran = False
         self._structure: tuple = ()
@@ -171,6 +171,8 @@ class CompiledStep(WholeState):
             return self._run(variant, args, kwargs)
         self._maker.check_call(args, kwargs)
         self.sums.clear()
+        if due := self._overdue(variant, self._took_part):  # behind steps in first order, whose parts had to know it
+            variant = self._maker.choose(self.mkor.step, False, None if due == self._took_part else due)
         *before, last = cut(args, kwargs, self._maker.parts)
         for number, (own, named, share) in enumerate(before):
             self.part = BatchPart(number, share)
@@ -189,8 +191,7 @@ class CompiledStep(WholeState):
             if self._maker.parts > 1:
                 raise RuntimeError(
                     f"accumulate: {', '.join(sorted(due.names))} took part in no step of this window before, so that "
-                    f"the parts of "
-                    "this batch had no statistics of it: use refresh_every=1, or accumulate=1"
+                    "the parts of this batch had no statistics of it: use refresh_every=1, or accumulate=1"
                 ) from None
             variant = self._maker.choose(self.mkor.step, False, None if due.all else due.names)
         except Exception as error:
@@ -256,16 +257,20 @@ class CompiledStep(WholeState):
         Raises:
             _Due: it would reuse state that is due, as of weights that have not taken part in earlier steps of the window.
         """
-        step, every = self.mkor.step, self.mkor.rotation.every
-        if variant.has("refresh") and variant.due is None:
-            self._refreshes.done(names, step, every)
-        elif variant.has("precondition") and not variant.has("send"):
-            due, refreshed = self._refreshes.due(names, step, every), names.keys() & (variant.due or ())
-            if due - refreshed:
-                raise _Due(due, due == names.keys())
-            self._refreshes.done(refreshed, step, every)
+        if due := self._overdue(variant, names.keys()):
+            raise _Due(due, due == names.keys())
+        whole = variant.has("refresh") and variant.due is None
+        self._refreshes.done(names.keys() & (names if whole else variant.due or ()), self.mkor.step, self.mkor.rotation.every)
+        self._took_part = names.keys()
         self._used = [name for name, here in names.items() if here]
         self._ran = True
+
+    def _overdue(self, variant: Any, names: Set[str]) -> set[str]:
+        """Those of ``names`` whose state is due, where ``variant`` would reuse that of one of them."""
+        if not variant.has("precondition") or variant.has("send") or (variant.has("refresh") and variant.due is None):
+            return set()
+        due = self._refreshes.due(names, self.mkor.step, self.mkor.rotation.every)
+        return due if due - (variant.due or set()) else set()
 
     def prepare_optimizer(self, params: Sequence[nn.Parameter]) -> None:
         """Create missing optimizer state of ``params``."""
