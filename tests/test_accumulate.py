@@ -57,7 +57,7 @@ def test_parts_are_the_batch(name, parts):
 
 
 @pytest.mark.parametrize(
-    "options", [{"refresh_every": 2}, {"refresh_every": 4, "refresh_phases": 2}], ids=["together", "in turns"]
+    "options", [{"refresh_every": 7}, {"refresh_every": 4, "refresh_phases": 2}], ids=["together", "in turns"]
 )
 def test_parts_know_what_is_due_behind_steps_in_first_order(options):
     """It comes back where most of a window, with its refresh, has gone by without the rule."""

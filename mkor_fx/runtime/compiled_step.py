@@ -259,8 +259,8 @@ class CompiledStep(WholeState):
         """
         if due := self._overdue(variant, names.keys()):
             raise _Due(due, due == names.keys())
-        whole = variant.has("refresh") and variant.due is None
-        self._refreshes.done(names.keys() & (names if whole else variant.due or ()), self.mkor.step, self.mkor.rotation.every)
+        every, whole = self.mkor.rotation.every, variant.has("refresh") and variant.due is None
+        self._refreshes.done(names.keys() & (names if whole else variant.due or ()), self.mkor.step, every)
         self._took_part = names.keys()
         self._used = [name for name, here in names.items() if here]
         self._ran = True
