@@ -211,12 +211,14 @@ class ReadLayout(CustomGraphPass):
         return None
 
 
-@pytest.mark.parametrize("rule", [None, mkor_fx.MKOR()], ids=["no rule", "MKOR"])
 @pytest.mark.parametrize(
-    "options, forced, expected",
-    [({}, False, False), ({"layout_optimization": True}, False, True), ({}, True, True)],
-    ids=["nothing said", "an option", "forced"],
-)
+    "rule, options, forced, expected",
+    [
+        (None, {}, False, False), (MKOR(), {}, False, False), (MKOR(), {"layout_optimization": True}, False, True),
+        (None, {}, True, True),
+    ],
+    ids=["no rule", "MKOR", "an option", "forced"],
+)  # fmt: skip
 def test_a_step_of_convolutions_keeps_their_order_unless_told_otherwise(rule, options, forced, expected):
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 3), nn.Flatten(), nn.Linear(32, 2))
     options = {**options, "post_grad_custom_post_pass": ReadLayout()}
