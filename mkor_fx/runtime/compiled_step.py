@@ -24,15 +24,7 @@ from .programs import Programs
 from .ranks import Ranks, Replicas, state_of
 from .step_maker import StepMaker
 from .whole_state import WholeState
-from .windows import Windows
-
-
-class _Due(Exception):
-    """A program was about to reuse state not refreshed yet in this window: of ``names``, ``all`` that it uses or some."""
-
-    def __init__(self, names: set[str], all_: bool) -> None:
-        super().__init__()
-        self.names, self.all = names, all_
+from .windows import Due, Windows
 
 
 class CompiledStep(WholeState):
@@ -172,7 +164,7 @@ class CompiledStep(WholeState):
         self._maker.check_call(args, kwargs)
         self.sums.clear()
         if due := self._overdue(variant, self._took_part):  # behind steps in first order, whose parts had to know it
-            variant = self._maker.choose(self.mkor.step, False, None if due == self._took_part else due)
+            variant = self._refresh_of(due, self._took_part)
         *before, last = cut(args, kwargs, self._maker.parts)
         for number, (own, named, share) in enumerate(before):
             self.part = BatchPart(number, share)
@@ -187,13 +179,13 @@ class CompiledStep(WholeState):
             programs[variant.name] = self._maker.build(self, variant)
         try:
             return programs[variant.name](*args, **kwargs)
-        except _Due as due:
+        except Due as due:
             if self._maker.parts > 1:
                 raise RuntimeError(
                     f"accumulate: {', '.join(sorted(due.names))} took part in no step of this window before, so that "
                     "the parts of this batch had no statistics of it: use refresh_every=1, or accumulate=1"
                 ) from None
-            variant = self._maker.choose(self.mkor.step, False, None if due.all else due.names)
+            variant = due.variant
         except Exception as error:
             if self.ranks is not None:
                 self.ranks.failed(error)
@@ -255,22 +247,24 @@ class CompiledStep(WholeState):
         """A program is about to run that preconditions weights by ``names``, whose state is here or on another rank.
 
         Raises:
-            _Due: it would reuse state that is due, as of weights that have not taken part in earlier steps of the window.
+            Due: it would reuse state that is due, as of weights that have not taken part in earlier steps of the window.
         """
         if due := self._overdue(variant, names.keys()):
-            raise _Due(due, due == names.keys())
-        every, whole = self.mkor.rotation.every, variant.has("refresh") and variant.due is None
-        self._refreshes.done(names.keys() & (names if whole else variant.due or ()), self.mkor.step, every)
+            raise Due(due, self._refresh_of(due, names.keys()))
+        self._refreshes.done(_refreshed(variant, names.keys()), self.mkor.step, self.mkor.rotation.every)
         self._took_part = names.keys()
         self._used = [name for name, here in names.items() if here]
         self._ran = True
 
     def _overdue(self, variant: Any, names: Set[str]) -> set[str]:
         """Those of ``names`` whose state is due, where ``variant`` would reuse that of one of them."""
-        if not variant.has("precondition") or variant.has("send") or (variant.has("refresh") and variant.due is None):
+        if not variant.has("precondition") or variant.has("send"):
             return set()
         due = self._refreshes.due(names, self.mkor.step, self.mkor.rotation.every)
-        return due if due - (variant.due or set()) else set()
+        return due if due - _refreshed(variant, names) else set()
+
+    def _refresh_of(self, due: Set[str], names: Set[str]) -> Any:
+        return self._maker.choose(self.mkor.step, False, None if due == names else due)
 
     def prepare_optimizer(self, params: Sequence[nn.Parameter]) -> None:
         """Create missing optimizer state of ``params``."""
@@ -298,3 +292,9 @@ class CompiledStep(WholeState):
         numbers = self._maker.numbers(self.mkor.step, device)
         assert numbers is not None
         return numbers
+
+
+def _refreshed(variant: Any, names: Set[str]) -> Set[str]:
+    """Those of ``names`` whose state a program of ``variant`` refreshes."""
+    named = names if variant.due is None else names & variant.due
+    return named if variant.has("refresh") else frozenset()

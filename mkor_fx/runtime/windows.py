@@ -3,9 +3,18 @@ weights take turns, windows of different phases begin at different steps."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
+from typing import Any
 
 from .factors import FactorState
+
+
+class Due(Exception):
+    """A program was about to reuse state of ``names`` not refreshed yet in this window; ``variant`` refreshes it."""
+
+    def __init__(self, names: Set[str], variant: Any) -> None:
+        super().__init__()
+        self.names, self.variant = names, variant
 
 
 class Windows:

@@ -18,8 +18,6 @@ from .tracing import Decompositions
 BACKENDS = ("inductor", "eager")
 #: Inductor's option, which leaves out, and says so in a log alone, what writes to its inputs
 CUDA_GRAPHS = "triton.cudagraphs"
-#: Inductor's option, which puts what convolutions read and write in channels-last order
-LAYOUT = "layout_optimization"
 
 
 def inductor_decompositions() -> Decompositions:
@@ -78,14 +76,14 @@ def compile_graph(
 
 
 def _layout(graph: fx.Graph) -> dict[str, Any]:
-    """Inductor's option of layout for a graph.
+    """Inductor's option, which puts what convolutions read and write in channels-last order, for a graph.
 
     Inductor decides by a graph's forward convolutions, always for them on a CPU. torch.compile's backward, which has none,
     keeps the order of its inputs; of a step in one graph the backward would change too, which makes it a sixth slower.
     """
     backward = graph.find_nodes(op="call_function", target=torch.ops.aten.convolution_backward.default)
     on_cpu = bool(backward) and all(node.args[1].meta["val"].device.type == "cpu" for node in backward)
-    return {LAYOUT: False} if on_cpu and not torch._inductor.config.force_layout_optimization else {}
+    return {"layout_optimization": False} if on_cpu and not torch._inductor.config.force_layout_optimization else {}
 
 
 def cpp_wrapper() -> bool:
