@@ -103,10 +103,24 @@ class Search:
                 break
             further = best / 2 if best == rates[0] else best * 2
             first[further] = self.run(further, seeds[0])
-        rates = sorted(first)
-        at = rates.index(min(rates, key=lambda lr: first[lr].final()))
-        near = rates[max(0, at - 1) : at + 2]
-        return {lr: [first[lr], *(self.run(lr, seed) for seed in seeds[1:] if lr in near)] for lr in rates}
+        near = beside_best({lr: [run] for lr, run in first.items()})
+        return {lr: [first[lr], *(self.run(lr, seed) for seed in seeds[1:] if lr in near)] for lr in sorted(first)}
+
+
+def finished(runs: dict[float, list[Run]], seeds: Sequence[int], grid: Sequence[float]) -> bool:
+    """Whether a search has made all these runs: those of the grid, the best of them inside it, and those of other seeds."""
+    if not runs.keys() >= set(grid):
+        return False
+    near = beside_best(runs)
+    numbers = {len(runs[lr]) for lr in near}
+    return (len(near) == 3 or len(runs) >= WIDEST) and len(numbers) == 1 and numbers.pop() >= min(2, len(seeds))
+
+
+def beside_best(runs: dict[float, list[Run]]) -> list[float]:
+    """The first seed's best rate and its neighbours."""
+    rates = sorted(runs)
+    at = rates.index(min(rates, key=lambda lr: runs[lr][0].final()))
+    return rates[max(0, at - 1) : at + 2]
 
 
 def best(runs: dict[float, list[Run]]) -> list[Run]:
@@ -123,7 +137,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", nargs="+", choices=ALL_TASKS, help=f"default: {', '.join(PROOF)}")
     parser.add_argument("--side", nargs="+", help=f"a name of sides.py, or a rule as Python; default: {', '.join(SIDES)}")
-    parser.add_argument("--kept", action="store_true", help="run nothing, report what the ledger holds")
+    parser.add_argument("--kept", action="store_true", help="run nothing, report the finished searches of the ledger")
     parser.add_argument("--study", action="store_true", help=f"MKOR's options on {', '.join(STUDY_TASKS)}")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rates", type=float, nargs="+", help="grid to begin with (default: each task's own)")
@@ -139,13 +153,15 @@ def main() -> None:
     ledger = Ledger(options.out / "runs.jsonl")
     results: dict[Task, dict[str, list[Run]]] = {}
     for name in tasks:
-        task = ALL_TASKS[name]
-        searched = {side: Search(ledger, task, side, options.backend, options.steps) for side in sides}
-        runs = {
-            side: search.kept() if options.kept else search.all(options.seeds, options.rates or task.grid)
-            for side, search in searched.items()
-        }
-        found = {side: best(by_rate) for side, by_rate in runs.items() if by_rate}
+        task, found = ALL_TASKS[name], {}
+        grid = options.rates or task.grid
+        for side in sides:
+            search = Search(ledger, task, side, options.backend, options.steps)
+            runs = search.kept() if options.kept else search.all(options.seeds, grid)
+            if finished(runs, options.seeds, grid):
+                found[side] = best(runs)
+            elif runs:
+                print(f"left out, for its search is not finished: {name} | {side}, {sum(map(len, runs.values()))} runs")
         results |= {task: found} if found else {}
     text = report(results, options.out)
     print(f"\n{text}")

@@ -97,7 +97,26 @@ def test_runs_are_kept_and_the_report_is_written(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out.strip() == table
     assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 6
     assert "MKOR(rank=2) behind SGD" in (tmp_path / "report.md").read_text() and (tmp_path / "digits.png").stat().st_size
+    lines = (tmp_path / "runs.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "runs.jsonl").write_text("".join(lines[:-1]))
+    convergence.main()
+    assert "left out, for its search is not finished: digits | MKOR(rank=2) behind SGD, 2 runs" in capsys.readouterr().out
+    assert "MKOR" not in (tmp_path / "report.md").read_text()
     torch.set_num_threads(threads)
+
+
+def test_a_search_is_finished_behind_its_last_run():
+    """The best rate has a neighbour on each side, and other seeds have run at all three."""
+    grid, seeds = (1e-3, 2e-3, 4e-3), (0, 1)
+    runs = {lr: [run(lr, 0, [loss])] for lr, loss in zip(grid, (3.0, 1.0, 2.0))}
+    assert convergence.finished(runs, seeds[:1], grid)
+    assert not convergence.finished(runs, seeds, grid)
+    for lr in grid:
+        assert not convergence.finished(runs, seeds, grid)
+        runs[lr].append(run(lr, 1, [1.0]))
+    assert convergence.finished(runs, seeds, grid)
+    assert not convergence.finished(runs, seeds, (*grid, 8e-3))
+    assert not convergence.finished({lr: [run(lr, 0, [lr])] for lr in grid}, seeds[:1], grid)
 
 
 def test_every_run_of_a_trainer_starts_afresh():
