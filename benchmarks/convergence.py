@@ -95,32 +95,40 @@ class Search:
 
     def all(self, seeds: Sequence[int], grid: Sequence[float]) -> dict[float, list[Run]]:
         """Runs by rate, those of every seed where the rate is among the three that all seeds have run."""
-        first = {lr: self.run(lr, seeds[0]) for lr in grid}
-        while len(first) < WIDEST:
-            rates = sorted(first)
-            best = min(rates, key=lambda lr: first[lr].final())
-            if best not in (rates[0], rates[-1]):
-                break
-            further = best / 2 if best == rates[0] else best * 2
-            first[further] = self.run(further, seeds[0])
-        near = beside_best({lr: [run] for lr, run in first.items()})
-        return {lr: [first[lr], *(self.run(lr, seed) for seed in seeds[1:] if lr in near)] for lr in sorted(first)}
+        found: dict[float, list[Run]] = {}
+        while (wanted := following(found, seeds, grid)) is not None:
+            found.setdefault(wanted[0], []).append(self.run(*wanted))
+        return dict(sorted(found.items()))
+
+
+def following(runs: dict[float, list[Run]], seeds: Sequence[int], grid: Sequence[float]) -> tuple[float, int] | None:
+    """Rate and seed that a search runs next behind ``runs``: the grid, further rates until the best lies inside, the other
+    seeds at it and beside it. None: it is finished."""
+    for lr in grid:
+        if lr not in runs:
+            return lr, seeds[0]
+    near = beside_best(runs)
+    if len(near) < 3 and len(runs) < WIDEST:
+        return (near[0] / 2 if near[0] == first_best(runs) else near[-1] * 2), seeds[0]
+    return next(((lr, seed) for lr in near for seed in seeds if seed not in {run.seed for run in runs[lr]}), None)
 
 
 def finished(runs: dict[float, list[Run]], seeds: Sequence[int], grid: Sequence[float]) -> bool:
-    """Whether a search has made all these runs: those of the grid, the best of them inside it, and those of other seeds."""
-    if not runs.keys() >= set(grid):
-        return False
-    near = beside_best(runs)
-    numbers = {len(runs[lr]) for lr in near}
-    return (len(near) == 3 or len(runs) >= WIDEST) and len(numbers) == 1 and numbers.pop() >= min(2, len(seeds))
+    """Whether nothing follows ``runs`` with as many of ``seeds`` as some rate has, two at least."""
+    seen = max(map(len, runs.values()), default=0)
+    return following(runs, seeds[: max(2, seen)], grid) is None
 
 
 def beside_best(runs: dict[float, list[Run]]) -> list[float]:
     """The first seed's best rate and its neighbours."""
     rates = sorted(runs)
-    at = rates.index(min(rates, key=lambda lr: runs[lr][0].final()))
+    at = rates.index(first_best(runs))
     return rates[max(0, at - 1) : at + 2]
+
+
+def first_best(runs: dict[float, list[Run]]) -> float:
+    """The best rate by the first seed."""
+    return min(sorted(runs), key=lambda lr: runs[lr][0].final())
 
 
 def best(runs: dict[float, list[Run]]) -> list[Run]:

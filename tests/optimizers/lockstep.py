@@ -93,7 +93,8 @@ def beside_itself(build, dtype=torch.float64, matrices=False):
 
 
 def refusal(build):
-    """Why a compiled step does not take what does not run by itself either; None: it does."""
+    """Why a compiled step does not take what does not run by itself either; None: it does, or there is nothing to take,
+    since building it raises, whatever that is: the caller has that error."""
     model = network()
     try:
         optimizer = build(model)
