@@ -4,9 +4,10 @@
     python -m benchmarks.convergence --study --seeds 0
 
 All sides search the same grid with the first seed; where the best rate lies at its edge, the grid goes on by factors of two
-until it lies inside. The other seeds run at the best rate and its two neighbours, and the rate with the best median is
-reported. Every finished run is appended to a ledger and never repeated: what was cut goes on where it stopped, and two
-processes may work on different tasks. After the library or a task has changed, use another `--out`.
+until it lies inside. The other seeds run at the best rate and its two neighbours; where the median of all prefers one of
+these, the search goes on beside it in the same way. The rate with the best median is reported. Every finished run is
+appended to a ledger and never repeated: what was cut goes on where it stopped, and two processes may work on different
+tasks. After the library or a task has changed, use another `--out`.
 """
 
 import argparse
@@ -102,14 +103,22 @@ class Search:
 
 
 def following(runs: dict[float, list[Run]], seeds: Sequence[int], grid: Sequence[float]) -> tuple[float, int] | None:
-    """Rate and seed that a search runs next behind ``runs``: the grid, further rates until the best lies inside, the other
-    seeds at it and beside it. None: it is finished."""
+    """Rate and seed that a search runs next behind ``runs``: the grid, what the first seed's best rate lacks, what the best
+    rate of all seeds does. None: it is finished."""
     for lr in grid:
         if lr not in runs:
             return lr, seeds[0]
-    near = beside_best(runs)
+    wanted = lacking(runs, min(sorted(runs), key=lambda lr: runs[lr][0].final()), seeds)
+    return wanted or lacking(runs, best_rate(runs), seeds)
+
+
+def lacking(runs: dict[float, list[Run]], centre: float, seeds: Sequence[int]) -> tuple[float, int] | None:
+    """The next rate and seed until a rate lies on each side of ``centre`` and every seed has run at all three."""
+    rates = sorted(runs)
+    at = rates.index(centre)
+    near = rates[max(0, at - 1) : at + 2]
     if len(near) < 3 and len(runs) < WIDEST:
-        return (near[0] / 2 if near[0] == first_best(runs) else near[-1] * 2), seeds[0]
+        return (centre / 2 if at == 0 else centre * 2), seeds[0]
     return next(((lr, seed) for lr in near for seed in seeds if seed not in {run.seed for run in runs[lr]}), None)
 
 
@@ -119,22 +128,15 @@ def finished(runs: dict[float, list[Run]], seeds: Sequence[int], grid: Sequence[
     return following(runs, seeds[: max(2, seen)], grid) is None
 
 
-def beside_best(runs: dict[float, list[Run]]) -> list[float]:
-    """The first seed's best rate and its neighbours."""
-    rates = sorted(runs)
-    at = rates.index(first_best(runs))
-    return rates[max(0, at - 1) : at + 2]
-
-
-def first_best(runs: dict[float, list[Run]]) -> float:
-    """The best rate by the first seed."""
-    return min(sorted(runs), key=lambda lr: runs[lr][0].final())
+def best_rate(runs: dict[float, list[Run]]) -> float:
+    """The rate with the lowest median final loss, of those that most seeds have run at."""
+    seeds = max(map(len, runs.values()))
+    return min((lr for lr, some in runs.items() if len(some) == seeds), key=lambda lr: median_final(runs[lr]))
 
 
 def best(runs: dict[float, list[Run]]) -> list[Run]:
-    """The runs, one a seed, of the rate with the lowest median final loss."""
-    seeds = max(map(len, runs.values()))
-    return min((some for some in runs.values() if len(some) == seeds), key=median_final)
+    """The runs, one a seed, at the best rate."""
+    return runs[best_rate(runs)]
 
 
 def median_final(runs: Sequence[Run]) -> float:

@@ -119,6 +119,24 @@ def test_a_search_is_finished_behind_its_last_run():
     assert not convergence.finished({lr: [run(lr, 0, [lr])] for lr in grid}, seeds[:1], grid)
 
 
+def test_a_search_goes_on_where_the_median_of_all_seeds_prefers_a_neighbour():
+    """Until the rate that is reported has a neighbour on each side that every seed has run at."""
+    losses = {1e-3: (3.0, 3.0), 2e-3: (1.0, 1.5), 4e-3: (1.2, 0.5), 8e-3: (2.0, 0.2), 16e-3: (4.0, 4.0)}
+    runs: dict[float, list] = {}
+    asked = []
+    while (wanted := convergence.following(runs, (0, 1), (1e-3, 2e-3, 4e-3))) is not None:
+        asked.append(wanted)
+        lr, seed = wanted
+        runs.setdefault(lr, []).append(run(lr, seed, [losses[lr][seed]]))
+    first = [(1e-3, 0), (2e-3, 0), (4e-3, 0), (1e-3, 1), (2e-3, 1), (4e-3, 1)]
+    assert asked == [*first, (8e-3, 0), (8e-3, 1)]  # medians 1.25, 0.85, 1.1
+    losses[8e-3] = (0.9, 0.2)
+    runs[8e-3] = [run(8e-3, seed, [losses[8e-3][seed]]) for seed in (0, 1)]  # now the first seed's best, too
+    assert convergence.following(runs, (0, 1), (1e-3, 2e-3, 4e-3)) == (16e-3, 0)
+    assert not convergence.finished(runs, (0, 1), (1e-3, 2e-3, 4e-3))
+    assert convergence.best(runs)[0].lr == 8e-3
+
+
 def test_every_run_of_a_trainer_starts_afresh():
     """Dropout included: a run depends on its seed, and on no run before it."""
     task = dataclasses.replace(
