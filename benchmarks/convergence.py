@@ -95,7 +95,7 @@ class Search:
         return found
 
     def all(self, seeds: Sequence[int], grid: Sequence[float]) -> dict[float, list[Run]]:
-        """Runs by rate, those of every seed where the rate is among the three that all seeds have run."""
+        """Runs by rate: the first seed's at all, every seed's at the best rate and beside it."""
         found: dict[float, list[Run]] = {}
         while (wanted := following(found, seeds, grid)) is not None:
             found.setdefault(wanted[0], []).append(self.run(*wanted))

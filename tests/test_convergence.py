@@ -130,8 +130,7 @@ def test_a_search_goes_on_where_the_median_of_all_seeds_prefers_a_neighbour():
         runs.setdefault(lr, []).append(run(lr, seed, [losses[lr][seed]]))
     first = [(1e-3, 0), (2e-3, 0), (4e-3, 0), (1e-3, 1), (2e-3, 1), (4e-3, 1)]
     assert asked == [*first, (8e-3, 0), (8e-3, 1)]  # medians 1.25, 0.85, 1.1
-    losses[8e-3] = (0.9, 0.2)
-    runs[8e-3] = [run(8e-3, seed, [losses[8e-3][seed]]) for seed in (0, 1)]  # now the first seed's best, too
+    runs[8e-3] = [run(8e-3, seed, [loss]) for seed, loss in enumerate((0.9, 0.2))]  # now the first seed's best, too
     assert convergence.following(runs, (0, 1), (1e-3, 2e-3, 4e-3)) == (16e-3, 0)
     assert not convergence.finished(runs, (0, 1), (1e-3, 2e-3, 4e-3))
     assert convergence.best(runs)[0].lr == 8e-3
