@@ -43,7 +43,8 @@ def table(task: Task, sides: Mapping[str, Sequence[Run]]) -> str:
         row += [spread(run.final("held_out") for run in runs)]
         row += [reaching(runs, sides[target], mark) for target in targets]
         rows.append([*row, f"{statistics.median(run.cost_ms for run in runs):.1f}{mark}"])
-    steps, seeds = max(run.evaluated[-1] for runs in sides.values() for run in runs), max(map(len, sides.values()))
+    steps = max(run.evaluated[-1] for runs in sides.values() for run in runs)
+    seeds = " or ".join(map(str, sorted(set(map(len, sides.values())))))
     headers = ["side", "rate", "training", "held out", *(f"to {name}'s loss" for name in targets), "CPU ms a step"]
     alignment = ("left",) + ("right",) * (len(headers) - 1)
     text = tabulate(rows, headers, tablefmt="pipe", disable_numparse=True, colalign=alignment)
