@@ -44,7 +44,7 @@ def shampoo(task: Task, model: nn.Module) -> list[Optimizer]:
     """Shampoo of pytorch-optimizer (Gupta et al., 2018; Anil et al., 2020): roots every 10 steps from the tenth on,
     decoupled weight decay as AdamW's. A layer's step has the size of its gradient's signs, averaged as Adam's momentum: with
     the library's RMSProp, which lacks the correction of its start, and its summed momentum the first steps are dozens of
-    times AdamW's, and it ends behind AdamW at any rate."""
+    times AdamW's, and on digits it ends behind AdamW at any rate."""
     import pytorch_optimizer
     from pytorch_optimizer.optimizer.utils.graft import LayerWiseGrafting
 
