@@ -43,7 +43,8 @@ def soap(model: nn.Module) -> list[Optimizer]:
 
 
 def shampoo(model: nn.Module) -> list[Optimizer]:
-    """Of pytorch-optimizer, whole matrices, roots every 10 steps from the first on."""
+    """Of pytorch-optimizer, whole matrices, roots every 10 steps from the first on: the cost of the method as published.
+    `benchmarks.sides` trains with the library's blocks of 512, which cost less."""
     import pytorch_optimizer
 
     return [
