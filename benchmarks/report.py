@@ -15,7 +15,6 @@ from benchmarks.training import Run, smoothed
 TARGETS = ("AdamW", "Muon")
 #: behind times of another processor
 ELSEWHERE = " †"
-COLOURS = ("#7a8290", "#2e86ab", "#d1495b", "#edae49", "#00798c", "#66a182", "#8d5a97", "#30638e", "#b56576", "#444444")
 
 Results = Mapping[Task, Mapping[str, Sequence[Run]]]
 
@@ -99,9 +98,11 @@ def plot(task: Task, sides: Mapping[str, Sequence[Run]], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
 
-    figure, (by_step, by_time) = plt.subplots(1, 2, figsize=(11, 4.4), sharey=True, layout="constrained")
-    for colour, (side, runs) in zip(COLOURS * len(sides), sides.items()):
+    figure, (by_step, by_time) = plt.subplots(1, 2, figsize=(13, 4.8), sharey=True, layout="constrained")
+    pairs = [plt.get_cmap("tab20")(index) for index in range(20)]  # a dark and a light one in turn: the dark ones first
+    for colour, (side, runs) in zip((*pairs[::2], *pairs[1::2]) * len(sides), sides.items()):
         steps = min((run.evaluated for run in runs), key=len)
         seconds = [step * statistics.median(run.cost_ms for run in runs) / 1e3 for step in steps]
         for part, style in (("training", "-"), ("held_out", ":")):
@@ -112,11 +113,14 @@ def plot(task: Task, sides: Mapping[str, Sequence[Run]], path: Path) -> None:
             if timed_alike(sides, side):
                 by_time.plot(seconds, medians, style, color=colour, linewidth=1.5)
     by_step.set(xlabel="steps", ylabel=task.loss_name, yscale="log", xlim=(0, None))
+    by_step.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 6, 8)))
+    by_step.yaxis.set_major_formatter("{x:g}")
+    by_step.yaxis.set_minor_formatter(NullFormatter())
     by_time.set(xlabel="CPU seconds of training (compilation and evaluation left out)", xlim=(0, None))
     for axes in (by_step, by_time):
         axes.grid(which="both", alpha=0.2)
         axes.spines[["top", "right"]].set_visible(False)
-    by_step.legend(frameon=False, fontsize=7)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     figure.suptitle(f"{task.title}; dotted: held out")
     figure.savefig(path, dpi=90)
     plt.close(figure)
