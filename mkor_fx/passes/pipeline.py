@@ -20,6 +20,7 @@ from .lower.order_products import order_products
 from .lower.outline import EqualUpdates
 from .lower.share import share
 from .lower.shortcut_row_sums import shortcut_row_sums
+from .lower.skinny_products import skinny_products
 from .lower.store_scalars import store_scalars
 from .lower.unpack import unpack
 from .lower.widen_products import widen_products
@@ -78,7 +79,7 @@ APPLY = [take_directions, optimize, write_back]
 REFRESH = [receive, refresh, resize, return_state]
 COLLECTIVES = [bucket, issue_alike]
 SCHEDULE = [recompute_checkpoints, update_when_ready]
-LOWER = [order_products, shortcut_row_sums, expand, unpack, widen_products, share, store_scalars]
+LOWER = [order_products, shortcut_row_sums, expand, unpack, widen_products, skinny_products, share, store_scalars]
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,7 @@ def synthesise(
     lowering = [
         *kept([order_products, shortcut_row_sums]),
         partial(expand, inductor=inductor, stacked=stacked),
-        *kept([unpack, *([widen_products] if inductor else []), share]),
+        *kept([unpack, *([widen_products, skinny_products] if inductor else []), share]),
     ]
     run_passes(draft.step, lowering if partitioned else [*lowering, *kept([store_scalars])], "lower", graphs)
 

@@ -85,6 +85,15 @@ def loaded(kernels: Sequence[Kernel]) -> list[Callable[..., None]]:
     return [found[at] for at in range(len(kernels))]
 
 
+def compiled(kernel: Kernel) -> Callable[..., None]:
+    """One kernel as a Python function, compiled where no cache has it.
+
+    Raises:
+        CppCompileError: it does not compile.
+    """
+    return CppPythonBindingsCodeCache.load_pybinding(list(kernel.types), kernel.source)
+
+
 def joined(kernels: Sequence[Kernel]) -> str:
     """One source of all kernels, each with torch's own binding, a Python module, in a namespace of its own."""
     spaces, headers = [], dict[str, None]()
