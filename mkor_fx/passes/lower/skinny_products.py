@@ -14,7 +14,7 @@ from ..torch_api.cpp_kernels import Kernel, compiled
 
 aten = torch.ops.aten
 
-#: rows on the left: one is a matrix times a vector; at 16 the general product takes 1.3 to 2 times as long, more were not timed
+#: rows on the left: one is a matrix times a vector; at 16 the general product takes 1.3 to 2 times as long, more is untimed
 FEW = range(2, 17)
 #: numbers on the right, at least: fewer fit a cache, where the general product is as fast
 MANY = 2**16
