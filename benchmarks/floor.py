@@ -83,7 +83,7 @@ class Floor(NamedTuple):
     """Seconds that a step of MKOR adds at least."""
 
     products: float  #: of the two sides with the momentum
-    updates: float  #: of the factors, their low-rank products
+    updates: float  #: of the factors, half a product each, since they are symmetric
     traffic: float  #: momentum and factors through memory
 
     @property
@@ -97,7 +97,8 @@ class Floor(NamedTuple):
 
 def floor(case: Case, rule: Any = None) -> Floor:
     """Of ``rule``, an MKOR, refreshed at every step, behind an optimizer that is free. The momentum is read and written
-    once, a factor read twice and written once; statistics are free, as if made where the rows are read anyway."""
+    once, a factor read twice, the first time by its product with sketches, and written once; statistics are free, as if made
+    where the rows are read anyway."""
     rule = mkor_fx.MKOR() if rule is None else rule
     wide, device = torch.float32, case.batch[0].device
     product = product_dtype_of(rule.product_dtype, wide, device)
@@ -108,7 +109,7 @@ def floor(case: Case, rule: Any = None) -> Floor:
         products += multiplied(o, o, i, product, device) + multiplied(o, i, i, product, device)
         for size in (o, i):
             columns = rule.rank + rule.probes(size)
-            updates += multiplied(rule.rank, size, size, wide, device) + multiplied(size, columns, size, wide, device)
+            updates += multiplied(size, columns, size, wide, device) / 2
             moved += 3 * size * size * rule.factor_dtype.itemsize
         moved += 2 * o * i * wide.itemsize
     return Floor(products, updates, moved * seconds_a_byte(moved, device))

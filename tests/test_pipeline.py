@@ -114,7 +114,7 @@ def test_without_reduce_one_process_computes_the_same():
 
 @pytest.mark.parametrize("name", ["recompute_checkpoints", "update_when_ready", "store_scalars", "shortcut_row_sums",
                                   "order_products", "unpack", "widen_products", "skinny_products", "share", "outline",
-                                  "bucket", "issue_alike", "schedule", "pin"])  # fmt: skip
+                                  "rank_k_updates", "bucket", "issue_alike", "schedule", "pin"])  # fmt: skip
 def test_order_and_shortcuts_change_no_value(name):
     _, expected = trained()
     _, found = trained(without=[name])

@@ -18,6 +18,7 @@ from .core import GraphPass, run_passes
 from .lower.expand import expand
 from .lower.order_products import order_products
 from .lower.outline import EqualUpdates
+from .lower.rank_k_updates import RankKUpdates
 from .lower.share import share
 from .lower.shortcut_row_sums import shortcut_row_sums
 from .lower.skinny_products import skinny_products
@@ -153,7 +154,7 @@ def check_left_out(names: Collection[str]) -> None:
     """Raises ValueError for the name of no pass that can be left out. What gives a program its results cannot."""
     known = [p.name for stage in (REWRITE, CARRY_DIRECTIONS, UPDATE, APPLY, REFRESH, COLLECTIVES, SCHEDULE) for p in stage]
     known.remove(return_state.name)
-    known += [schedule.name, "stack", "pin", "outline", *(p.name for p in LOWER if p is not expand)]
+    known += [schedule.name, "stack", "pin", "outline", "rank_k_updates", *(p.name for p in LOWER if p is not expand)]
     for name in names:
         if name not in known:
             raise ValueError(f"without={name!r}: no such pass; there are {', '.join(dict.fromkeys(known))}")
@@ -214,4 +215,5 @@ def closing(draft: StepDraft | UpdateDraft, group: Group | None, without: Collec
     """The passes that run behind all of Inductor's own over the graph of a draft that is written."""
     divided, owners = bool(in_line(draft.graph)), draft.owners()
     pinned: list[PostGradPass] = [] if group is None or "pin" in without else [Overlap(divided)]
-    return [*pinned, *([] if "outline" in without else [EqualUpdates(owners)])]
+    outlined: list[PostGradPass] = [] if "outline" in without else [EqualUpdates(owners)]
+    return [*pinned, *outlined, *([] if "rank_k_updates" in without else [RankKUpdates()])]

@@ -22,14 +22,21 @@ MANY = 2**16
 _library = torch.library.Library("mkor_fx_cpu", "DEF")
 _library.define("skinny_mm(Tensor few, Tensor many) -> Tensor")
 
-#: `out[R, M] = few[R, N] many[N, M]`, panels of 16 of the `N` rows after each other: `many`, which no cache holds, is read
-#: once and in order, `out` stays in the first or second cache. The general product copies `many` into blocks first.
+#: `out[R, M] = few[R, N] many[N, M]`, panels of 8 of the `N` rows after each other: `many`, which no cache holds, is read
+#: once and in order, the next panel fetched ahead, at the speed of memory; `out` stays in the first or second cache. The
+#: general product copies `many` into blocks first.
 SOURCE = r"""
 #include <ATen/cpu/vec/vec.h>
 #include <algorithm>
 #include <cstdint>
 using V = at::vec::Vectorized<float>;
-constexpr int PANEL = 16, GROUP = 8;
+constexpr int PANEL = 8, GROUP = 8;
+
+inline void fetch(const float* from) {
+#ifdef __GNUC__
+  __builtin_prefetch(from);
+#endif
+}
 
 template <int R>
 void add_panel(const float* few, int64_t few_r, int64_t few_n, const float* many, int64_t many_n, float* out, int64_t width,
@@ -45,6 +52,7 @@ void add_panel(const float* few, int64_t few_r, int64_t few_n, const float* many
       for (int j = 0; j < J; j++) sum[r][j] = V::loadu(out + r * width + m + j * V::size());
     for (int n = 0; n < rows; n++)
       for (int j = 0; j < J; j++) {
+        fetch(many + (n + PANEL) * many_n + m + j * V::size());
         const V x = V::loadu(many + n * many_n + m + j * V::size());
         for (int r = 0; r < R; r++) sum[r][j] = at::vec::fmadd(V(f[n][r]), x, sum[r][j]);
       }
