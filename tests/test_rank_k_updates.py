@@ -8,6 +8,7 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional
 
+import mkor_fx
 from mkor_fx import MKOR, compile_step
 from mkor_fx.api import compiled_step
 from mkor_fx.options import Options
@@ -107,7 +108,7 @@ def test_a_factor_is_written_in_place(keep, number):
     def program(factor, roots, keep, finite, gamma):
         divisor = gamma.reshape(1, 1) if number is None else number
         new = torch.where(keep, torch.where(finite, factor / divisor - roots.mT @ roots, factor), factor)
-        direction = new.to(torch.bfloat16)
+        direction = 2 * new
         factor.copy_(new)
         return direction
 
@@ -214,6 +215,22 @@ def trained(without=(), poisoned=None, **rule):
 
 def code_of(step):
     return "".join(code for variant in step.variants.values() for code in variant.code)
+
+
+def test_the_loop_of_the_user_has_it_as_well():
+    torch.manual_seed(0)
+    model = mkor_fx.compile(torch.nn.Sequential(torch.nn.Linear(320, 256), torch.nn.Tanh(), torch.nn.Linear(256, 8)),
+                            rule=MKOR(product_dtype=None))  # fmt: skip
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = []
+    for at in range(5):
+        optimizer.zero_grad()
+        loss = functional.mse_loss(model(randn(256, 320, seed=at)), randn(256, 8, seed=99))
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert "rank_k_update_" in "".join(code for graphs in mkor_fx.explain(model).graphs.updates for code in graphs.code)
+    torch.testing.assert_close(losses, trained()[1], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("poisoned", [None, 2])

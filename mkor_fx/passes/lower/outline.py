@@ -70,7 +70,14 @@ def _owned(graph: fx.Graph, owner_of: dict[fx.Node, Hashable]) -> Iterable[list[
         if owner is not None and all(writer.get(base, owner) == owner for base in map(_base, node.all_input_nodes)):
             owned[node] = owner
             groups[owner].append(node)
-    return [nodes[::-1] for nodes in groups.values()]
+    return [_without_copies_of_others(nodes[::-1]) for nodes in groups.values()]
+
+
+def _without_copies_of_others(nodes: list[fx.Node]) -> list[fx.Node]:
+    """``nodes`` but for copies of what is made elsewhere into what none of them reads: these are best where it is made."""
+    inside = set(nodes)
+    read = {_base(value) for node in nodes if node.target is not COPY for value in node.all_input_nodes}
+    return [node for node in nodes if node.target is not COPY or node.args[1] in inside or node.args[0] in read]
 
 
 def _owner(node: fx.Node, owner_of: dict[fx.Node, Hashable], owned: dict[fx.Node, Hashable]) -> Hashable:
