@@ -191,6 +191,10 @@ def test_small_factors_and_other_dtypes_are_left_as_they_are(size, dtype):
     assert not taken(module)
 
 
+def test_a_product_that_is_spread_over_a_factor_is_left_as_it_is():
+    checked(lambda f, r, k: write(f, r, k, 0.9), randn(LARGE, LARGE + 1), randn(9, 1), YES, expected=0)
+
+
 def test_columns_that_lie_apart_are_left_as_they_are():
     factor = symmetric(2 * LARGE)[:, ::2][:LARGE]
     module = spelled(graph_of(lambda f, r, k: write(f, r, k, 0.9), factor, randn(9, LARGE), YES))

@@ -188,14 +188,16 @@ def _update(copy: fx.Node) -> RankKUpdate | None:
     (left, roots), divisor = product.args, scaled.args[1]
     if not (_calls(left, aten.permute.default) and left.args == (roots, [1, 0])):
         return None
+    if fake_value(product).shape != fake_value(factor).shape:
+        return None
     if isinstance(divisor, fx.Node) and (fake_value(divisor).numel(), fake_value(divisor).dtype) != (1, torch.float32):
         return None
     return RankKUpdate(factor, roots, divisor, keep, new, [*way, node, scaled, product])
 
 
 def _fits(factor: Tensor) -> bool:
-    square = factor.dim() == 2 and isinstance(factor.shape[0], int) and factor.shape[0] >= LARGE
-    return square and factor.is_contiguous() and factor.device.type == "cpu" and factor.dtype == torch.float32
+    large = factor.dim() == 2 and isinstance(factor.shape[0], int) and factor.shape[0] >= LARGE
+    return large and factor.is_contiguous() and factor.device.type == "cpu" and factor.dtype == torch.float32
 
 
 def _calls(node: Any, target: Any) -> bool:
