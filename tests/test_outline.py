@@ -8,7 +8,7 @@ from torch import fx, nn
 from torch.nn.functional import mse_loss
 
 import mkor_fx
-from mkor_fx.passes.lower.outline import outline
+from mkor_fx.passes.lower.outline import _owned, outline
 
 aten = torch.ops.aten
 
@@ -146,3 +146,27 @@ def test_what_is_written_twice_is_rounded_where_it_is_narrow():
     expected = wide * wide
     function(wide, narrow, other)  # in the order of their first use
     assert torch.equal(wide, expected) and torch.equal(narrow, expected.bfloat16())
+
+
+def test_what_a_copy_reads_is_written_behind_it():
+    """A copy of what is made elsewhere stays outside of a function, unless another copy inside reads what it writes."""
+    graph = fx.Graph()
+    old, older, made = (graph.placeholder(name) for name in ("old", "older", "made"))
+    for node in (old, older, made):
+        node.meta["val"] = torch.zeros(4)
+    nodes = [graph.call_function(aten.sin.default, (older,))]
+    for target in (aten.cos, aten.exp, aten.neg):
+        nodes.append(graph.call_function(target.default, (nodes[-1],)))
+    new = graph.call_function(aten.mul.Tensor, (made, 2))
+    for node in (*nodes, new):
+        node.meta["val"] = torch.zeros(4)
+    last = graph.placeholder("last")
+    nodes[0].prepend(last)
+    last.meta["val"] = torch.zeros(4)
+    for target, value in ((last, nodes[-1]), (older, old), (old, new)):
+        graph.call_function(aten.copy_.default, (target, value))
+    graph.output((new,))
+    groups = _owned(graph, dict(zip(graph.find_nodes(op="placeholder"), ("one", "one", None, "one"), strict=True)))
+    (inside,) = groups
+    written = [node.args[0] for node in inside if node.target is aten.copy_.default]
+    assert written == [last, older, old]

@@ -76,7 +76,8 @@ def _owned(graph: fx.Graph, owner_of: dict[fx.Node, Hashable]) -> Iterable[list[
 def _without_copies_of_others(nodes: list[fx.Node]) -> list[fx.Node]:
     """``nodes`` but for copies of what is made elsewhere into what none of them reads: these are best where it is made."""
     inside = set(nodes)
-    read = {_base(value) for node in nodes if node.target is not COPY for value in node.all_input_nodes}
+    values = (node.args[1:2] if node.target is COPY else node.all_input_nodes for node in nodes)
+    read = {_base(value) for group in values for value in group}
     return [node for node in nodes if node.target is not COPY or node.args[1] in inside or node.args[0] in read]
 
 
