@@ -28,14 +28,6 @@ def symmetric(size):
     return torch.eye(size) + (factor + factor.mT) / 2
 
 
-@pytest.fixture(params=[1, 2], ids=["one_thread", "two_threads"])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("rank", [0, 1, 2, 15, 60, 200])
 @pytest.mark.parametrize("size", [1, 5, 63, 64, 65, 128, 191, 300])
 def test_it_is_the_update_and_symmetric(rank, size, threads):

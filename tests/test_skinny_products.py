@@ -18,14 +18,6 @@ def randn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture(params=[1, 2], ids=["one_thread", "two_threads"])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("rows", [*range(1, 18), 33])
 @pytest.mark.parametrize("shape", [(1, 1), (17, 65), (160, 256), (77, 130), (16, 1000)])
 def test_it_is_the_product(rows, shape, threads):
